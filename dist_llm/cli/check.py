@@ -1,0 +1,89 @@
+"""`dist-llm check CONFIG [a.b=v ...] --world N`: everything that can be refused, refused in seconds on one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_llm.config import explain as explained
+from dist_llm.config.layout import world_of
+from dist_llm.config.load import Loaded, load_config
+from dist_llm.config.rules import check as check_rules
+from dist_llm.errors import Failure, UsageError, plain
+from dist_llm.model.table import num_parameters
+
+CORPORA = ("python", "skills", "entropy")
+
+
+def check(
+    config_path: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=v]...", help="Values that replace those of the file.")] = None,
+    world: Annotated[int | None, typer.Option("--world", min=1, help="Number of ranks; else the layout's own.")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="Replaces the layout of the file: dp=2,tp=2,zero=1.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Every value and where it comes from.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
+) -> None:
+    """Check a config and its layout on one process; say what it comes to, or every reason why it cannot run (exit 2)."""
+    replaced = [*(overrides or []), *([f"layout={layout}"] if layout is not None else [])]
+    loaded = load_config(config_path, replaced)
+    ranks = world_of(loaded.config.layout) if world is None else world
+    concrete = check_rules(loaded.config, ranks)
+    _check_tokenizer(loaded)
+    parameters = num_parameters(loaded.config.model)
+    if as_json:
+        typer.echo(json.dumps(explained.as_data(loaded, concrete, parameters=parameters, explain=explain)))
+        return
+    typer.echo(f"{plain(loaded.path)} can run on {ranks} {'rank' if ranks == 1 else 'ranks'} as {concrete}")
+    for line in [explained.model_line(loaded.config, parameters), *explained.equations(loaded.config, concrete)]:
+        typer.echo(f"  {line}")
+    for line in _missing_here(loaded):
+        typer.echo(f"  note: {plain(line)}")
+    if explain:
+        _print_origins(loaded)
+
+
+def _print_origins(loaded: Loaded) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("key", "value", "origin", box=box.SIMPLE)
+    for row in explained.rows(loaded):
+        table.add_row(*(Text(plain(cell), overflow="fold") for cell in row))
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def _missing_here(loaded: Loaded) -> list[str]:
+    """Files that the config names and this machine lacks: no fault, a config may be checked far from its cluster."""
+    from dist_llm.data.readers import find_files
+
+    data, origins = loaded.config.data, loaded.origins
+    sources = [item.source for item in data.mix] if data.mix else [data.source] if isinstance(data.source, str) else [*data.source]
+    missing = []
+    for source in sources:
+        try:
+            if source not in CORPORA:
+                find_files(source)
+        except Failure:
+            missing.append(f"no text at {source} on this machine (data.{'mix' if data.mix else 'source'}: {origins['data.source']})")
+    if data.tokenizer.kind == "file" and data.tokenizer.path and not os.path.exists(data.tokenizer.path):
+        missing.append(f"no tokenizer at {data.tokenizer.path} on this machine (data.tokenizer.path: {origins['data.tokenizer.path']})")
+    return missing
+
+
+def _check_tokenizer(loaded: Loaded) -> None:
+    """A tokenizer file that is here must be one, with no more tokens than the model has. Raises UsageError."""
+    tokenizer, vocab = loaded.config.data.tokenizer, loaded.config.model.vocab
+    if tokenizer.kind != "file" or tokenizer.path is None or not os.path.exists(tokenizer.path):
+        return
+    from dist_llm.data.tokenizer import load
+
+    tokens = load(Path(tokenizer.path)).vocab_size
+    if tokens > vocab:
+        expected, found = f"model.vocab of at least {tokens}", f"model.vocab {vocab} ({loaded.origins['model.vocab']})"
+        raise UsageError("the tokenizer has more tokens than the model", where=tokenizer.path, expected=expected, found=found)

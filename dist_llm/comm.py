@@ -1,0 +1,186 @@
+"""The collectives: one line each at the call, bytes booked per axis, spans recorded on request.
+
+Bytes are the payload that a ring algorithm sends from one rank: for n ranks and a whole tensor of V bytes,
+all_gather and reduce_scatter (n-1)/n V, all_reduce 2 (n-1)/n V, point to point V (Thakur et al. 2005;
+ZeRO, arXiv:1910.02054, section 7). A group of one rank communicates nothing: the same lines run, nothing is sent.
+
+`start_` begins a transfer and returns a `Pending`; its `finish()` waits and returns the result. A buffer belongs
+to the transfer until then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_llm.mesh import Group
+
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+@dataclass
+class Ledger:
+    """What this rank sent: bytes per axis, and calls as (name, axis, start, end, bytes) while `recording`."""
+
+    sent: Counter = field(default_factory=Counter)
+    calls: list[tuple[str, str, float, float, float]] = field(default_factory=list)
+    recording: bool = False
+
+    def book(self, axis: str, sent: float) -> None:
+        """Adds bytes to an axis."""
+        self.sent[axis] += sent
+
+    def take(self) -> dict[str, float]:
+        """The bytes since the last call, per axis, and starts anew."""
+        taken = {axis: int(sent) if sent == int(sent) else sent for axis, sent in sorted(self.sent.items()) if sent}
+        self.sent.clear()
+        return taken
+
+
+ledger = Ledger()
+
+
+@contextmanager
+def booked_on(axis: str):
+    """Books the bytes of the block on `axis` (control: norms, counts and flags)."""
+    before = Counter(ledger.sent)
+    yield
+    moved = sum(ledger.sent.values()) - sum(before.values())
+    ledger.sent = before
+    ledger.book(axis, moved)
+
+
+@dataclass
+class Pending:
+    """A transfer under way."""
+
+    work: Any  # torch.distributed.Work, or None when there is nothing to wait for
+    result: Callable[[], Tensor]
+    note: tuple[str, str, float, float] = ("", "", 0.0, 0.0)
+
+    def finish(self) -> Tensor:
+        """Waits for the transfer and returns its result."""
+        if self.work is not None:
+            self.work.wait()
+            name, axis, start, sent = self.note
+            if ledger.recording:
+                ledger.calls.append((name, axis, start, time.perf_counter(), sent))
+        return self.result()
+
+
+def _begin(name: str, group: Group, sent: float, post: Callable[[], Any], result: Callable[[], Tensor]) -> Pending:
+    ledger.book(group.axis, sent)
+    return Pending(post(), result, (name, group.axis, time.perf_counter(), sent))
+
+
+def _done(x: Tensor) -> Pending:
+    return Pending(None, lambda: x)
+
+
+def start_all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
+    """Enters with a partial tensor on each rank, leaves with the sum (or maximum) on each, in place."""
+    if group.size == 1:
+        return _done(x)
+    assert x.is_contiguous()
+    sent = 2 * (group.size - 1) * x.nbytes / group.size
+    return _begin("all_reduce", group, sent, lambda: dist.all_reduce(x, op=_OPERATIONS[op], group=group.handle, async_op=True), lambda: x)
+
+
+def all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
+    """`start_all_reduce`, finished."""
+    return start_all_reduce(x, group, op=op).finish()
+
+
+def start_all_gather(x: Tensor, group: Group, *, out: Tensor | None = None) -> Pending:
+    """Enters with a shard (n, ...) on each rank, leaves with all shards joined along dim 0 (size * n, ...) on each."""
+    if group.size == 1:
+        if out is not None and out.data_ptr() != x.data_ptr():
+            out.copy_(x)
+        return _done(x if out is None else out)
+    whole = x.new_empty((group.size * x.shape[0], *x.shape[1:])) if out is None else out
+    sent = (group.size - 1) * whole.nbytes / group.size
+    return _begin("all_gather", group, sent, lambda: _all_gather_single(whole, x, group=group.handle, async_op=True), lambda: whole)
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """`start_all_gather`, finished."""
+    return start_all_gather(x, group).finish()
+
+
+def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Tensor | None = None) -> Pending:
+    """Enters with a partial tensor (size * n, ...) on each rank, leaves with the sum of one shard (n, ...) on each.
+
+    fixed: shards travel by all-to-all and are added here in rank order, so that the sum is the same to the bit on
+    any backend (on gloo it also sends half of what its reduce_scatter does); otherwise the backend reduces.
+    """
+    shard = x[: x.shape[0] // group.size] if out is None else out
+    if group.size == 1:
+        if out is not None and out.data_ptr() != x.data_ptr():
+            out.copy_(x)
+        return _done(shard)
+    sent = (group.size - 1) * x.nbytes / group.size
+    if not fixed:
+        shard = torch.empty_like(shard) if out is None else out
+        return _begin(
+            "reduce_scatter", group, sent, lambda: _reduce_scatter_single(shard, x, group=group.handle, async_op=True), lambda: shard
+        )
+    parts = torch.empty_like(x)
+
+    def add_in_rank_order() -> Tensor:
+        first, *others = parts.view(group.size, -1)
+        shard.view(-1).copy_(first)
+        for part in others:
+            shard.view(-1).add_(part)
+        return shard
+
+    return _begin(
+        "reduce_scatter", group, sent, lambda: dist.all_to_all_single(parts, x, group=group.handle, async_op=True), add_in_rank_order
+    )
+
+
+def reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True) -> Tensor:
+    """`start_reduce_scatter`, finished."""
+    return start_reduce_scatter(x, group, fixed=fixed).finish()
+
+
+def start_send(x: Tensor, channel: Group) -> Pending:
+    """Sends a tensor to the other rank of a channel; `x` stays alive until finished."""
+    peer = channel.ranks[1 - channel.index]
+    return _begin("send", channel, x.nbytes, lambda: dist.isend(x, dst=peer, group=channel.handle), lambda: x)
+
+
+def start_recv(out: Tensor, channel: Group) -> Pending:
+    """Receives into `out` from the other rank of a channel."""
+    peer = channel.ranks[1 - channel.index]
+    return _begin("recv", channel, 0, lambda: dist.irecv(out, src=peer, group=channel.handle), lambda: out)
+
+
+def barrier(group: Group) -> None:
+    """Waits for every rank of the group."""
+    if group.size > 1:
+        dist.barrier(group=group.handle)
+
+
+def gather_json(value: Any, group: Group, *, device: torch.device) -> list[Any]:
+    """Every rank's JSON value, in rank order, on every rank (booked as control)."""
+    import json
+
+    if group.size == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    with booked_on("control"):
+        sizes = all_gather(torch.tensor([text.numel()], device=device), group).tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+        padded[: text.numel()] = text
+        rows = all_gather(padded, group).view(group.size, -1).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]

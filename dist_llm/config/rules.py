@@ -1,0 +1,209 @@
+"""Everything that two sections, or a section and the layout, can break: refused on one process, with the arithmetic.
+
+`problems` is a list of plain rules; `nearest_layouts` looks for layouts of the same number of ranks that break none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from math import log2
+
+from dist_llm.config.layout import Layout, canonical, concrete, resolve
+from dist_llm.config.schema import BYTES, Config
+from dist_llm.errors import UsageError
+
+MAX_WORLD = 1_000_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken rule: the key to change first, and the arithmetic."""
+
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.text}"
+
+
+def problems(config: Config, layout: Layout) -> list[Problem]:
+    """Every rule that `config` breaks under `layout`; empty when it can run."""
+    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _numbers, _text, _machine)
+    return [problem for rule in rules for problem in rule(config, layout)]
+
+
+# What this version does not do yet: (key, is it asked for, what to say).
+NOT_AVAILABLE = (
+    ("layout.cp", lambda layout: layout.cp > 1, "context parallelism (cp > 1)"),
+    ("layout.ep", lambda layout: layout.ep > 1, "expert parallelism (ep > 1)"),
+    ("layout.shard", lambda layout: layout.shard != layout.dp * layout.cp, "sharding over a part of dp x cp (shard)"),
+    ("layout.schedule", lambda layout: layout.schedule == "zb-h1", "schedule=zb-h1"),
+    ("layout.schedule", lambda layout: layout.schedule == "zb-v", "schedule=zb-v"),
+    ("layout.schedule", lambda layout: layout.schedule == "dualpipe-v", "schedule=dualpipe-v"),
+    ("layout.schedule", lambda layout: layout.schedule == "auto", "schedule=auto"),
+    ("layout.engine", lambda layout: layout.engine == "ddp", "engine=ddp"),
+    ("layout.engine", lambda layout: layout.engine == "fsdp2", "engine=fsdp2"),
+    ("layout.engine", lambda layout: layout.engine == "deepspeed", "engine=deepspeed"),
+)
+
+
+def _not_available(config: Config, layout: Layout) -> Iterator[Problem]:
+    for key, asked, name in NOT_AVAILABLE:
+        if asked(layout):
+            yield Problem(key, f"{name} is not available in this version")
+
+
+def _axes(config: Config, layout: Layout) -> Iterator[Problem]:
+    data = layout.dp * layout.cp
+    for key, size in (("ep", layout.ep), ("shard", layout.shard)):
+        if data % size:
+            yield Problem(f"layout.{key}", f"dp {layout.dp} x cp {layout.cp} = {data} over {key}={size} leaves {data % size}")
+    if layout.world > MAX_WORLD:
+        yield Problem("layout", f"{layout.world} ranks; at most {MAX_WORLD}")
+
+
+def _width(config: Config, layout: Layout) -> Iterator[Problem]:
+    """What tensor and sequence parallelism divide."""
+    model, tp = config.model, layout.tp
+    if model.heads % model.kv_heads:
+        left = model.heads % model.kv_heads
+        yield Problem("model.kv_heads", f"{model.heads} heads over {model.kv_heads} kv heads leaves {left}")
+    if model.heads % tp:
+        yield Problem("layout.tp", f"{model.heads} heads over tp={tp} leaves {model.heads % tp}")
+    if model.kv_heads % tp and tp % model.kv_heads:
+        large, small = max(model.kv_heads, tp), min(model.kv_heads, tp)
+        text = f"{model.kv_heads} kv heads and tp={tp}: one must divide the other, {large} over {small} leaves {large % small}"
+        yield Problem("layout.tp", text)
+    for name, size in (("vocab", model.vocab), ("ffn", model.ffn)):
+        if size < tp:
+            yield Problem("layout.tp", f"{name} {size} over tp={tp} leaves ranks with nothing")
+    sequence, parts = config.data.sequence, layout.cp * (tp if layout.sp else 1)
+    if sequence % parts:
+        axes = " x ".join(f"{axis} {size}" for axis, size in (("cp", layout.cp), ("tp", tp)) if size > 1 and (axis == "cp" or layout.sp))
+        yield Problem("layout.sp" if layout.sp else "layout.cp", f"sequence {sequence} over {axes} leaves {sequence % parts}")
+
+
+def _depth(config: Config, layout: Layout) -> Iterator[Problem]:
+    """What the pipeline cuts: every stage holds at least one layer; embedding and head ride with the first and last."""
+    if config.model.layers < layout.stages:
+        stages = f"pp {layout.pp} x chunks {layout.chunks} = {layout.stages} stages"
+        yield Problem("layout.pp", f"{config.model.layers} layers are fewer than {stages}")
+
+
+def _batch(config: Config, layout: Layout) -> Iterator[Problem]:
+    total, step = config.batch.global_, layout.dp * config.batch.micro
+    if total % step:
+        near = " or ".join(str(size) for size in (total // step * step, (total // step + 1) * step) if size)
+        parts = f"dp {layout.dp} x micro {config.batch.micro} = {step}"
+        yield Problem("batch.global", f"{total} sequences over {parts} leaves {total % step}; {near} would fit")
+
+
+def _schedule(config: Config, layout: Layout) -> Iterator[Problem]:
+    name, chunks = layout.schedule, layout.chunks
+    if name in ("gpipe", "1f1b", "zb-h1") and chunks > 1:
+        yield Problem("layout.chunks", f"schedule={name} has one stage per rank, chunks={chunks} asks for {chunks}; interleaved has more")
+    if name in ("zb-v", "dualpipe-v") and chunks != 2:
+        yield Problem("layout.chunks", f"schedule={name} has two stages per rank, chunks={chunks}")
+
+
+def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
+    """Foreign engines split the batch alone."""
+    if layout.engine == "native":
+        return
+    for axis in ("tp", "cp", "pp", "ep"):
+        if getattr(layout, axis) > 1:
+            yield Problem("layout.engine", f"engine={layout.engine} runs {axis}=1 only, {axis}={getattr(layout, axis)}")
+    stages = {"ddp": (0,), "fsdp2": (3,), "deepspeed": (0, 1, 2, 3)}[layout.engine]
+    if layout.zero not in stages:
+        yield Problem("layout.zero", f"engine={layout.engine} has zero={' or '.join(map(str, stages))}, zero={layout.zero}")
+
+
+def _numbers(config: Config, layout: Layout) -> Iterator[Problem]:
+    model, schedule, optimizer = config.model, config.schedule, config.optimizer
+    if model.positions == "rotary" and model.head_dim % 2:
+        yield Problem("model.head_dim", f"rotary positions turn pairs, head_dim {model.head_dim} is odd")
+    if model.positions == "learned" and model.max_positions < config.data.sequence:
+        yield Problem("model.max_positions", f"{model.max_positions} learned positions for sequence {config.data.sequence}")
+    if schedule.warmup > schedule.steps:
+        yield Problem("schedule.warmup", f"{schedule.warmup} warmup steps of {schedule.steps} steps in all")
+    elif schedule.kind == "wsd" and schedule.warmup + schedule.decay * schedule.steps > schedule.steps:
+        parts = f"warmup {schedule.warmup} + decay {schedule.decay:g} x {schedule.steps}"
+        yield Problem("schedule.decay", f"{parts} = {schedule.warmup + schedule.decay * schedule.steps:g} steps of {schedule.steps} in all")
+    if optimizer.nesterov and not (optimizer.kind == "sgd" and optimizer.momentum > 0):
+        yield Problem("optimizer.nesterov", f"needs sgd with momentum above 0, kind {optimizer.kind}, momentum {optimizer.momentum:g}")
+
+
+def _text(config: Config, layout: Layout) -> Iterator[Problem]:
+    tokenizer, vocab = config.data.tokenizer, config.model.vocab
+    if tokenizer.vocab is not None and tokenizer.vocab > vocab:
+        yield Problem("model.vocab", f"the tokenizer has {tokenizer.vocab} tokens, the model {vocab}")
+    if tokenizer.kind == "bytes" and tokenizer.vocab != BYTES:
+        yield Problem("data.tokenizer.vocab", f"bytes are {BYTES} tokens with the end of a document, not {tokenizer.vocab}")
+    if tokenizer.kind == "bpe" and tokenizer.vocab is not None and tokenizer.vocab < BYTES:
+        text = f"bpe has at least {BYTES} tokens, every byte and the end of a document, found {tokenizer.vocab}"
+        yield Problem("data.tokenizer.vocab", text)
+    if tokenizer.kind == "file" and tokenizer.path is None:
+        yield Problem("data.tokenizer.path", "kind file needs the path of a tokenizer.json")
+
+
+def _machine(config: Config, layout: Layout) -> Iterator[Problem]:
+    if config.runtime.backend == "nccl" and config.runtime.device == "cpu":
+        yield Problem("runtime.backend", "nccl moves device memory only, device is cpu; gloo serves the CPU")
+
+
+def nearest_layouts(config: Config, layout: Layout, n: int = 3, *, world: int | None = None) -> list[Layout]:
+    """Up to `n` layouts of the same world (or of `world` ranks) that break no rule, the fewest and smallest changes first."""
+    world = layout.world if world is None else world
+    if not 1 <= world <= MAX_WORLD:
+        return []
+    best: dict[tuple[int, int], tuple[float, str, Layout]] = {}  # one per tp and pp, so that the list shows different ways
+    for tp, pp in product(_divisors(world, config.model.heads), _divisors(world, config.model.layers)):
+        if world % (tp * pp):
+            continue
+        for candidate in _variants(layout, dp=world // (tp * pp), tp=tp, pp=pp):
+            if not problems(config, candidate):
+                entry = (_distance(layout, candidate), canonical(candidate), candidate)
+                best[tp, pp] = min(best.get((tp, pp), entry), entry, key=lambda item: item[:2])
+    return [candidate for _, _, candidate in sorted(best.values(), key=lambda item: item[:2])[:n]]
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+
+
+def _variants(layout: Layout, *, dp: int, tp: int, pp: int) -> Iterator[Layout]:
+    """The same wishes on other axes, then with one or more of the optional ones given up."""
+    plain = ("1f1b", 1)
+    pairs = dict.fromkeys(((layout.schedule, layout.chunks), plain))
+    for (schedule, chunks), sp, engine in product(pairs, {layout.sp or layout.tp == 1, False}, {layout.engine, "native"}):
+        base = replace(layout, dp=dp, tp=tp, pp=pp, cp=1, ep=1, shard=0)
+        yield replace(base, sp=sp and tp > 1, schedule=schedule, chunks=chunks, engine=engine)
+
+
+def _distance(given: Layout, other: Layout) -> float:
+    """Doublings and halvings of the axes, and half a step for every other key that changed."""
+    axes = sum(abs(log2(getattr(given, axis) / getattr(other, axis))) for axis in ("dp", "tp", "cp", "pp", "ep"))
+    return axes + sum(0.5 for key in ("sp", "schedule", "chunks", "engine") if getattr(given, key) != getattr(other, key))
+
+
+def check(config: Config, world: int) -> Layout:
+    """The layout of `config` on `world` ranks. Raises UsageError (exit 2) with every broken rule and the nearest layouts that work."""
+    rest = config.layout.cp * config.layout.tp * config.layout.pp
+    try:
+        layout = resolve(config.layout, world)
+        broken, given = problems(config, layout), canonical(layout)
+    except UsageError as error:
+        layout = concrete(config.layout, dp=config.layout.dp or max(1, world // rest))
+        given = canonical(config.layout)
+        mismatch = Problem("layout", f"{error.found}, expected {error.expected}")
+        broken = [mismatch, *(problem for problem in problems(config, layout) if problem.key != "batch.global")]
+    if not broken:
+        return layout
+    details = list(dict.fromkeys(str(problem) for problem in broken))
+    if len(details) > 8:
+        details = [*details[:7], f"... and {len(details) - 7} more"]
+    near, ranks = nearest_layouts(config, layout, world=world), "1 rank" if world == 1 else f"{world} ranks"
+    details.append(f"these work on {ranks}: {'  '.join(map(canonical, near))}" if near else f"no layout of {ranks} works with this config")
+    raise UsageError(f"this config cannot run on {ranks}", found=f"layout {given}", details=details)

@@ -1,0 +1,283 @@
+"""The config of a run: every section, key, type and bound.
+
+Objects are frozen, unknown keys are refused, and after validation a model has every number filled in. What one key alone can break is
+refused here; what needs two sections or the layout is refused in `rules.py`. Torch-free.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
+
+from dist_llm.config.presets import SMALL, fill_model
+
+Family = Literal["llama", "gpt2", "qwen3", "custom"]
+Preset = Literal["gpt2-124m", "llama-1b", "llama3-8b", "llama3-70b", "llama3-405b", "qwen3-0.6b", "qwen3-8b"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v", "auto"]
+EngineName = Literal["native", "ddp", "fsdp2", "deepspeed"]
+When = Literal["micro_batch", "step"]
+
+BYTES = 257  # tokens of the bytes tokenizer, and the fewest of a bpe: every byte, and the end of a document
+LARGEST = 2**40  # a bound on every count, so that no product of a few of them grows without end
+
+
+def _on_off(value: Any) -> Any:
+    """YAML 1.2 reads `on` and `off` as text; people write them for switches."""
+    return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _visible(value: str) -> str:
+    """Names and paths only: a control character in one is a mistake, or an attempt to write over somebody's terminal."""
+    if not value.isprintable():
+        raise PydanticCustomError("text", "expected text without control characters")
+    return value
+
+
+Count = Annotated[int, Strict(), Field(ge=1, le=LARGEST)]
+Whole = Annotated[int, Strict(), Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+Switch = Annotated[bool, BeforeValidator(_on_off), Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1, max_length=4096), AfterValidator(_visible)]
+Number = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
+BelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class ModelConfig(Section):
+    """The model. Names left out come from the preset, then the family, then a small default; none stays open but `preset`."""
+
+    family: Family
+    preset: Preset | None
+    layers: Annotated[Count, Field(le=100_000)]
+    dim: Count
+    heads: Count
+    kv_heads: Count  # heads when left out
+    head_dim: Count  # dim / heads when left out
+    ffn: Count  # width inside the feed-forward: 8/3 dim (swiglu), else 4 dim
+    vocab: Count  # in a Config: the tokenizer's, when left out
+    tied: Switch  # one table for embedding and output head
+    norm: Literal["rms", "layer"]
+    norm_eps: Positive
+    positions: Literal["rotary", "learned"]
+    rope_theta: Positive
+    max_positions: Count  # rows of the learned position table; in a Config: data.sequence, when left out
+    activation: Literal["swiglu", "gelu", "gelu_tanh"]
+    qk_norm: Switch  # RMSNorm over head_dim of every query and key head
+    qkv_bias: Switch
+    out_bias: Switch
+    mlp_bias: Switch
+    dropout: BelowOne
+    init_std: Number
+    residual_scale: Switch  # o and down weights start with init_std / sqrt(2 layers)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        values, origins = fill_model(given)
+        dim, heads = values["dim"], values["heads"]
+        if origins.get("head_dim") == "= dim / heads" and type(dim) is type(heads) is int and heads > 0 and dim % heads:
+            text = f"dim {dim} over {heads} heads leaves {dim % heads}; change one of them, or give head_dim"
+            raise PydanticCustomError("division", "{text}", {"text": text, "key": "dim"})
+        return values
+
+
+class TokenizerConfig(Section):
+    """The tokenizer. bpe is trained on the run's own text to `vocab` tokens; file reads a tokenizer.json at `path`."""
+
+    kind: Literal["bpe", "bytes", "file"] = "bpe"
+    vocab: Count | None = None  # when left out: bytes 257; bpe the model's in a Config, else 2048; file None, what the file has
+    path: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return {**given, "vocab": tokenizer_vocab(given)} if isinstance(given, dict) else given
+
+
+def tokenizer_vocab(given: dict[str, Any], learned: Any = SMALL["vocab"]) -> Any:
+    """The number of tokens of a tokenizer section as written, `learned` where it is still to be trained; None: only its file knows."""
+    defaults = {"bpe": learned, "bytes": BYTES}
+    kind = given.get("kind", "bpe")
+    return given["vocab"] if given.get("vocab") is not None else defaults.get(kind) if isinstance(kind, str) else None
+
+
+class MixItem(Section):
+    """One source of a mixture and its share of the tokens (relative to the sum of weights)."""
+
+    source: Text
+    weight: Positive = 1.0
+
+
+class DataConfig(Section):
+    """Text, how it becomes tokens and how tokens become sequences."""
+
+    source: Annotated[Text | tuple[Text, ...], BeforeValidator(_tuple)] = "python"  # python, skills, entropy, or paths and globs
+    mix: Annotated[Annotated[tuple[MixItem, ...], Field(min_length=1)] | None, BeforeValidator(_tuple)] = None  # replaces source
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    sequence: Annotated[Count, Field(ge=2)] = 256
+    packing: Literal["concat"] = "concat"
+    document_mask: Switch = False
+    reset_positions: Switch = False
+    validation: Annotated[float, Strict(), Field(ge=0, le=0.5)] = 0.02  # fraction of the documents held out
+    text_key: Text = "text"  # the field of a JSONL line
+    dir: Text = "runs/data"  # token shards live here
+    max_tokens: Count | None = None
+    seed: Seed | None = None  # None: runtime.seed
+
+
+class BatchConfig(Section):
+    """Sequences per optimizer step (`global`) and per forward pass on one dp rank (`micro`)."""
+
+    global_: Count = Field(default=16, alias="global")
+    micro: Count = 4
+
+
+class OptimizerConfig(Section):
+    """The update rule. clip 0 or null: gradients are not clipped."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: Number = 1e-3
+    betas: Annotated[tuple[BelowOne, BelowOne], BeforeValidator(_tuple)] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: Number = 0.1
+    momentum: BelowOne = 0.0
+    nesterov: Switch = False
+    clip: Annotated[Number, BeforeValidator(lambda value: 0.0 if value is None else value)] = 1.0
+    label_smoothing: BelowOne = 0.0  # of the training loss
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps: warmup from 0, then `kind`, ending at `final` x lr."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    warmup: Whole = 0
+    steps: Count = 200
+    final: Fraction = 0.1
+    decay: Fraction = 0.2  # wsd: the part of the steps in which the rate falls
+
+
+class LayoutConfig(Section):
+    """How ranks share the work, as written; `layout.resolve` makes every field concrete."""
+
+    dp: Count | None = None  # None: world / (cp tp pp)
+    tp: Count = 1
+    sp: Switch | None = None  # None: on when tp > 1
+    cp: Count = 1
+    cp_kind: Literal["ring", "ulysses"] = "ring"
+    pp: Count = 1
+    ep: Count = 1
+    zero: Annotated[int, Strict(), Field(ge=0, le=3)] = 0
+    shard: Count | None = None  # None: dp x cp
+    schedule: ScheduleName = "1f1b"
+    chunks: Count | None = None  # None: 2 for schedules that need more than one stage per rank, else 1
+    reduce: When | None = None  # None: micro_batch for zero 2 and 3 without a pipeline, else step
+    unshard: When | None = None  # zero=3 only; None: micro_batch without a pipeline, else step
+    recompute: Literal["none", "full", "selective"] = "none"
+    engine: EngineName = "native"
+
+
+class RuntimeConfig(Section):
+    """Where and how exactly it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    compile: Switch = False
+    seed: Seed = 7
+    timeout_seconds: Positive = 600.0
+    reduce_order: Literal["fixed", "fast"] = "fixed"  # fixed: sums in rank order, bitwise repeatable; fast: left to the library
+    peak_tflops: Positive | None = None  # of one device, for MFU; None: looked up, or unknown
+    threads: Count | None = None  # CPU threads per rank
+
+
+class SaveConfig(Section):
+    """Checkpoints: every so many steps (0: only at the end), the newest `keep` kept (0: all), in the run folder `dir`."""
+
+    every: Whole = 0
+    keep: Whole = 3
+    dir: Text = "runs/default"
+
+
+class TrackConfig(Section):
+    """What is written and looked at while it trains; 0 steps means: only at the end."""
+
+    tensorboard: Switch = False
+    wandb: Switch = False
+    sample_every: Whole = 0
+    validate_every: Whole = 0
+    validate_batches: Count = 8
+
+
+class Config(Section):
+    """A whole run. Loading the dump of a Config gives an equal Config."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    layout: LayoutConfig = LayoutConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    save: SaveConfig = SaveConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _across(cls, given: Any) -> Any:
+        return fill_across(given)[0] if isinstance(given, dict) else given
+
+
+def fill_across(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`given` with the values that one section takes from another, and their origins by dotted key.
+
+    Learned positions need a row for each place of a sequence. A model's vocabulary is its tokenizer's, and a tokenizer still to be trained
+    learns as many tokens as the model has. What is given, or fixed by a preset, stays.
+    """
+    model, data = given.get("model", {}), _as_dict(given.get("data", {}))
+    tokenizer = _as_dict(data.get("tokenizer", {}))
+    if not isinstance(model, dict):
+        return given, {}
+    values, origins = fill_model(model)
+    known = tokenizer_vocab(tokenizer, learned=None)
+    taken = {"max_positions": ("data.sequence", data.get("sequence", 256)), "vocab": ("data.tokenizer.vocab", known)}
+    free = {name: pair for name, pair in taken.items() if origins.get(name) == "default" and type(pair[1]) is int and pair[1] > 0}
+    filled: dict[str, Any] = {**given, "model": {**model, **{name: value for name, (_, value) in free.items()}}}
+    notes = {f"model.{name}": f"= {source}" for name, (source, _) in free.items()}
+    if known is None and tokenizer.get("kind", "bpe") == "bpe" and isinstance(given.get("data", {}), dict):
+        filled["data"] = {**data, "tokenizer": {**tokenizer, "vocab": values["vocab"]}}
+        notes["data.tokenizer.vocab"] = "= model.vocab"
+    return filled, notes
+
+
+def _as_dict(section: Any) -> dict[str, Any]:
+    return section.model_dump() if isinstance(section, BaseModel) else section if isinstance(section, dict) else {}
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` with the named values replaced and checked again: `changed(config, {"schedule.steps": 3})`.
+
+    Raises pydantic's ValidationError when a value is refused; user input goes through `load_config` instead.
+    """
+    tree = config.model_dump(by_alias=True)
+    for name, value in changes.items():
+        *sections, last = name.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[last] = value.model_dump(by_alias=True) if isinstance(value, BaseModel) else value
+    return Config.model_validate(tree)

@@ -1,0 +1,218 @@
+"""Which tokens each rank sees at each step: a pure function of (seed, step), the same for every world size.
+
+Letters: G sequences of a global batch, B of a micro-batch, S tokens of a sequence.
+
+A source's documents, each ended by the end token, form one long line of tokens. Sample i of a source is the S + 1
+tokens from i * S on: the whole window is cut first, then shifted against itself to give the labels. Samples are counted
+through the run; the pattern of the mixture says which source sample number c belongs to, and a keyed permutation,
+another one in every epoch of that source, which of its samples it is. So the whole state is one number, the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_llm.data.mixture import pattern
+from dist_llm.data.store import TokenStore
+from dist_llm.errors import DataError
+from dist_llm.random import key_of, permute
+
+if TYPE_CHECKING:
+    from dist_llm.config.schema import DataConfig
+    from dist_llm.data.prepare import Prepared
+
+IGNORED = -100  # the label of a position that gives no loss
+PADDING = -1  # the sample id of a row that only fills up the last validation batch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences for one forward pass, all int64 on the CPU.
+
+    tokens, labels, positions, documents: (B, S). labels: the next token, or -100. positions: place in the sequence, or
+    in the document. documents: number of the document within the row, for masks. rows: (B,), place in the global batch.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    documents: Tensor
+    rows: Tensor
+
+    @property
+    def targets(self) -> int:
+        """How many labels count."""
+        return int((self.labels != IGNORED).sum())
+
+
+class Batches:
+    """The order of a run over the stores of one or more sources, in proportion to whole-number weights.
+
+    document_mask: labels that belong to the next document are ignored. reset_positions: positions start again in each
+    document. sequential: for validation; every sample once, unshuffled, sources interleaved by weight, the last batch
+    filled up with rows that have no labels. Raises DataError when there are fewer samples than one global batch
+    (sequential: than one).
+    """
+
+    def __init__(
+        self,
+        stores: TokenStore | Sequence[TokenStore],
+        *,
+        sequence: int,
+        global_batch: int,
+        seed: int,
+        weights: Sequence[int] | None = None,
+        document_mask: bool = False,
+        reset_positions: bool = False,
+        sequential: bool = False,
+    ) -> None:
+        self.stores = [stores] if isinstance(stores, TokenStore) else list(stores)
+        self.sequence, self.global_batch, self.seed = sequence, global_batch, seed
+        self.end_id = self.stores[0].manifest.end_id
+        assert all(store.manifest.tokenizer == self.stores[0].manifest.tokenizer for store in self.stores), "stores of several tokenizers"
+        self.document_mask, self.reset_positions = document_mask, reset_positions
+        self.counts = np.array([max(0, len(store) - 1) // sequence for store in self.stores], dtype=np.int64)
+        self.offsets = np.concatenate([[0], np.cumsum(self.counts)])  # sample ids of source i: offsets[i] .. offsets[i + 1] - 1
+        self._require_samples(1 if sequential else global_batch, each=not sequential)
+        self.pattern = pattern(list(weights) if weights is not None else [1] * len(self.stores))
+        self._share = np.bincount(self.pattern, minlength=len(self.stores))
+        self._turn = np.zeros_like(self.pattern)  # how often a place's source came up earlier in the pattern
+        for source in range(len(self.stores)):
+            self._turn[self.pattern == source] = np.arange(self._share[source])
+        self._fixed = self._interleaved() if sequential else None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all the sources together."""
+        return int(self.offsets[-1])
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches that hold every sample once; the last may be filled up."""
+        return -(-self.num_samples // self.global_batch)
+
+    def sample_ids(self, step: int) -> Tensor:
+        """The samples of a step's global batch, in order: int64 (G,), -1 for a row that only fills up."""
+        counter = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        if self._fixed is not None:
+            inside = counter < self.num_samples
+            return torch.from_numpy(np.where(inside, self._fixed[np.where(inside, counter, 0)], PADDING))
+        turns, place = np.divmod(counter, len(self.pattern))
+        source = self.pattern[place]
+        epoch, index = np.divmod(turns * self._share[source] + self._turn[place], self.counts[source])
+        ids = np.empty_like(counter)
+        for one, number in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+            rows = (source == one) & (epoch == number)
+            key = key_of(self.seed, "shuffle", str(one), int(number))
+            ids[rows] = self.offsets[one] + permute(torch.from_numpy(index[rows]), int(self.counts[one]), key).numpy()
+        return torch.from_numpy(ids)
+
+    def targets(self, step: int) -> int:
+        """Target tokens of the whole global batch: counted from the index alone, the same on every rank, without communication."""
+        ids = self.sample_ids(step).numpy()
+        ids = ids[ids != PADDING]
+        total = len(ids) * self.sequence
+        if self.document_mask:
+            for source in range(len(self.stores)):
+                start = (ids[self._source(ids) == source] - self.offsets[source]) * self.sequence
+                ends = self.stores[source].document_starts[1:]  # a document's end token lies just before
+                total -= int((np.searchsorted(ends, start + self.sequence, "right") - np.searchsorted(ends, start, "right")).sum())
+        return total
+
+    def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
+        """What one data-parallel rank computes in a step: its contiguous block of the global batch, cut into micro-batches."""
+        assert self.global_batch % (dp_size * micro) == 0, (self.global_batch, dp_size, micro)
+        size = self.global_batch // dp_size
+        rows = np.arange(dp_rank * size, (dp_rank + 1) * size)
+        windows = self._windows(self.sample_ids(step).numpy()[rows])
+        return [self._micro_batch(windows[start : start + micro], rows[start : start + micro]) for start in range(0, size, micro)]
+
+    def _micro_batch(self, windows: np.ndarray, rows: np.ndarray) -> MicroBatch:
+        """windows: (B, S + 1), -1 in rows that only fill up."""
+        fills = windows[:, :1] < 0
+        tokens, labels = np.where(fills, 0, windows[:, :-1]), np.where(fills, IGNORED, windows[:, 1:])
+        ends = tokens == self.end_id
+        documents = np.cumsum(ends, axis=1) - ends  # an end token still belongs to the document it ends
+        if self.document_mask:
+            labels = np.where(ends, IGNORED, labels)
+        places = np.broadcast_to(np.arange(self.sequence), tokens.shape)
+        positions = places - _document_start(ends) if self.reset_positions else places.copy()
+        arrays = (tokens, labels, positions, documents, rows)
+        return MicroBatch(*(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays))
+
+    def _windows(self, ids: np.ndarray) -> np.ndarray:
+        """The S + 1 tokens of each sample: int64 (B, S + 1), read row by row from the mapped shards."""
+        windows = np.full((len(ids), self.sequence + 1), -1, dtype=np.int64)
+        for row, (sample, source) in enumerate(zip(ids.tolist(), self._source(ids).tolist(), strict=True)):
+            if sample != PADDING:
+                self.stores[source].read((sample - int(self.offsets[source])) * self.sequence, windows[row])
+        return windows
+
+    def _source(self, ids: np.ndarray) -> np.ndarray:
+        """The source of each sample."""
+        return np.searchsorted(self.offsets, ids, side="right") - 1
+
+    def _interleaved(self) -> np.ndarray:
+        """Every sample once: the pattern's order, going on with the others when a source has no more."""
+        moments = []
+        for source, count in enumerate(self.counts):
+            turns, rest = np.divmod(np.arange(count), self._share[source])
+            moments.append(turns * len(self.pattern) + np.flatnonzero(self.pattern == source)[rest])
+        return np.argsort(np.concatenate(moments), kind="stable")
+
+    def _require_samples(self, needed: int, *, each: bool) -> None:
+        short = [store for store, count in zip(self.stores, self.counts, strict=True) if each and count < 1]
+        if short or self.num_samples < needed:
+            store = short[0] if short else self.stores[0]
+            needs = 1 if short else needed
+            advice = "use more text, or a smaller data.sequence" + ("" if needs == 1 else " or batch.global")
+            advice = advice if each else "raise data.validation, or set it to 0"
+            raise DataError(
+                "there is too little text for one sequence" if needs == 1 else "there is too little text for one global batch",
+                where=str(store.folder),
+                expected=f"at least {needs} x {self.sequence} + 1 = {needs * self.sequence + 1} tokens",
+                found=f"{len(store) if short else sum(map(len, self.stores))} tokens in {store.manifest.documents} documents",
+                next=advice,
+            )
+
+
+def training_batches(prepared: Prepared, data: DataConfig, *, global_batch: int, seed: int) -> Batches:
+    """The order in which a run trains on prepared data; `seed` gives way to data.seed."""
+    return Batches(
+        prepared.train,
+        weights=prepared.weights,
+        sequence=data.sequence,
+        global_batch=global_batch,
+        seed=seed if data.seed is None else data.seed,
+        document_mask=data.document_mask,
+        reset_positions=data.reset_positions,
+    )
+
+
+def validation_batches(prepared: Prepared, data: DataConfig, *, global_batch: int) -> Batches | None:
+    """Every held-out sequence once, in a fixed order; None when nothing is held out."""
+    if not prepared.validation:
+        return None
+    return Batches(
+        prepared.validation,
+        weights=prepared.validation_weights,
+        sequence=data.sequence,
+        global_batch=global_batch,
+        seed=0,
+        sequential=True,
+        document_mask=data.document_mask,
+        reset_positions=data.reset_positions,
+    )
+
+
+def _document_start(ends: np.ndarray) -> np.ndarray:
+    """Where the document of each position starts in its row: (B, S) from (B, S) marks of end tokens."""
+    starts = np.zeros(ends.shape, dtype=np.int64)
+    starts[:, 1:] = np.where(ends[:, :-1], np.arange(1, ends.shape[1]), 0)
+    return np.maximum.accumulate(starts, axis=1)

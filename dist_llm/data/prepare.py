@@ -1,0 +1,221 @@
+"""From a config's data section to a tokenizer and token stores: built once, found again by a fingerprint.
+
+    <dir>/<name>-bpe<vocab>-<key>/    a trained tokenizer
+    <dir>/<name>-<key>/               tokenizer.json, train/ and validation/: one store each
+
+Everything is made in a folder of another name, under a lock, and renamed when it is complete and on the disk: a build
+that is killed leaves nothing under the final name, and of two at once the second finds the work of the first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tokenizers
+
+from dist_llm.data.build import Progress, build_store, no_text, sample
+from dist_llm.data.corpora import Corpus, open_corpus
+from dist_llm.data.entropy import entropy_rate
+from dist_llm.data.mixture import whole_weights
+from dist_llm.data.readers import BadLines
+from dist_llm.data.store import VERSION, TokenStore, sync_folder
+from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer, load, train_bpe
+from dist_llm.errors import SpaceError, UsageError
+
+if TYPE_CHECKING:
+    from dist_llm.config.schema import DataConfig, TokenizerConfig
+
+TRAINED_ON = 4_000_000  # bytes of text that a BPE is trained on
+DEFAULT_VOCAB = 2048
+TOKENIZER_PART = 0.25  # of the whole work, for progress
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens ready to train on: one store for each source of the mixture, and each one's share as a whole number.
+
+    validation: stores of the documents held out, with their shares; empty when there are none. entropy_rate: nats per
+    token below which no loss can fall, where the source is known (`entropy` with the byte tokenizer). built: whether
+    this call wrote anything. notes: what a user should know.
+    """
+
+    tokenizer: Tokenizer
+    train: tuple[TokenStore, ...]
+    weights: tuple[int, ...]
+    validation: tuple[TokenStore, ...] = ()
+    validation_weights: tuple[int, ...] = ()
+    entropy_rate: float | None = None
+    built: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what was made: equal on every rank, or they train on different data."""
+        parts = [store.manifest.fingerprint for store in (*self.train, *self.validation)]
+        return hashlib.sha256(json.dumps([self.tokenizer.hash, self.weights, parts]).encode()).hexdigest()
+
+    def require_vocab(self, vocab: int) -> None:
+        """Raises UsageError when a model with `vocab` embeddings cannot read these tokens."""
+        needed = self.tokenizer.vocab_size
+        if vocab < needed:
+            what = "the model's vocabulary is smaller than the tokenizer's"
+            raise UsageError(what, where="model.vocab", expected=f"at least {needed}", found=str(vocab), next=f"set model.vocab={needed}")
+
+
+@dataclass
+class _Work:
+    """What one call of `prepare` carries along."""
+
+    folder: Path
+    progress: Progress
+    bad: BadLines
+    notes: list[str] = field(default_factory=list)
+    built: bool = False
+
+
+def prepare(data: DataConfig, *, seed: int, progress: Progress | None = None, max_bad_lines: int = 0) -> Prepared:
+    """Read the data section; build the tokenizer and the stores, or find them again.
+
+    seed: of the generated corpora, unless data.seed is given. max_bad_lines: of JSON, skipped and listed in the notes.
+    Safe to call from several processes at once. Raises UsageError, DataError, or SpaceError when the folder cannot be
+    written.
+    """
+    work = _Work(Path(data.dir).expanduser(), progress or (lambda message, fraction: None), BadLines(max_bad_lines))
+    seed = seed if data.seed is None else data.seed
+    sources = [(item.source, item.weight) for item in data.mix] if data.mix else [(data.source, 1.0)]
+    weights = whole_weights([weight for _, weight in sources])
+    corpora = [open_corpus(source, seed=seed, text_key=data.text_key, bad=work.bad) for source, _ in sources]
+    try:
+        tokenizer = _tokenizer(data.tokenizer, corpora, weights, work)
+        homes = []
+        for number, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
+            limit = data.max_tokens and max(2, -(-data.max_tokens * weight // sum(weights)))
+            tell = _part(work.progress, number, len(corpora))
+            homes.append(_store(corpus, tokenizer, validation=data.validation, max_tokens=limit, tell=tell, work=work))
+    except OSError as error:
+        raise SpaceError("the data folder cannot be written", where=str(work.folder), found=error.strerror or str(error)) from error
+    known = data.source == "entropy" and not data.mix and data.tokenizer.kind == "bytes"
+    held_out = [(home / "validation", weight) for home, weight in zip(homes, weights, strict=True) if (home / "validation").is_dir()]
+    return Prepared(
+        tokenizer=tokenizer,
+        train=tuple(TokenStore(home / "train", tokenizer=tokenizer.hash) for home in homes),
+        weights=tuple(weights),
+        validation=tuple(TokenStore(home, tokenizer=tokenizer.hash) for home, _ in held_out),
+        validation_weights=tuple(weight for _, weight in held_out),
+        entropy_rate=entropy_rate(seed) if known else None,
+        built=work.built,
+        notes=(*(note for corpus in corpora for note in corpus.notes), *work.notes, *_skipped(work.bad)),
+    )
+
+
+def publish(home: Path, make: Callable[[Path], object]) -> bool:
+    """Make the folder `home` unless it is there; returns whether it was made. One process at a time, the others wait."""
+    if home.is_dir():
+        return False
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(home.parent / ".lock"):
+        if home.is_dir():
+            return False
+        make_folder(home, make)
+    return True
+
+
+def make_folder(home: Path, make: Callable[[Path], object]) -> None:
+    """Call `make` on a folder of another name, wait until all is on the disk, and rename it to `home`.
+
+    What a killed call left behind is cleared first.
+    """
+    target = home.parent / f".{home.name}.partial"
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        target.mkdir(parents=True)
+        make(target)
+        for folder in (*(path for path in target.iterdir() if path.is_dir()), target):
+            sync_folder(folder)
+        target.rename(home)
+        sync_folder(home.parent)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _tokenizer(wanted: TokenizerConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
+    """The tokenizer that the config asks for, trained when it has to be."""
+    if wanted.kind == "bpe":
+        return _trained(wanted.vocab or DEFAULT_VOCAB, corpora, weights, work)
+    if wanted.kind == "file" and wanted.path is None:
+        raise UsageError("a tokenizer of kind file needs its path", where="data.tokenizer.path")
+    tokenizer = load(Path(str(wanted.path)).expanduser()) if wanted.kind == "file" else bytes_tokenizer()
+    if wanted.vocab not in (None, tokenizer.vocab_size):
+        what, expected = "the tokenizer has another vocabulary than the config says", str(tokenizer.vocab_size)
+        raise UsageError(what, where="data.tokenizer.vocab", expected=expected, found=str(wanted.vocab), next="leave it out")
+    return tokenizer
+
+
+def _trained(vocab: int, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
+    """A BPE of the corpora, each giving its share of the text."""
+    name = "-".join(dict.fromkeys(corpus.name for corpus in corpora))[:48]
+    identity = [VERSION, [corpus.identity for corpus in corpora], list(weights), vocab, TRAINED_ON, tokenizers.__version__]
+    budgets = [max(1, TRAINED_ON * weight // sum(weights)) for weight in weights]
+
+    def make(target: Path) -> None:
+        work.progress(f"training a BPE of {vocab:,} tokens on {name}", 0.0)
+        samples = (sample(corpus, budget) for corpus, budget in zip(corpora, budgets, strict=True))
+        texts = [document.text for documents in samples for document in documents]
+        if not texts:
+            raise no_text(name)
+        train_bpe(texts, vocab=vocab).save(target)
+
+    home = work.folder / f"{name}-bpe{vocab}-{_key(identity)}"
+    work.built |= publish(home, make)
+    tokenizer = load(home)
+    if tokenizer.vocab_size < vocab:
+        work.notes.append(f"the text gives a BPE of {tokenizer.vocab_size} tokens, not {vocab}")
+    return tokenizer
+
+
+def _store(corpus: Corpus, tokenizer: Tokenizer, *, validation: float, max_tokens: int | None, tell: Progress, work: _Work) -> Path:
+    """The folder of one corpus' stores, built when it is not there yet."""
+
+    def make(target: Path) -> None:
+        work.notes += build_store(corpus, tokenizer, target, validation=validation, max_tokens=max_tokens, progress=tell)
+        tokenizer.save(target)
+
+    identity = [VERSION, corpus.identity, tokenizer.hash, validation, max_tokens, work.bad.allowed]
+    home = work.folder / f"{corpus.name}-{_key(identity)}"
+    work.built |= publish(home, make)
+    return home
+
+
+def _part(progress: Progress, number: int, count: int) -> Progress:
+    """Progress of store `number` of `count`, told as a fraction of the whole work."""
+    width = (1.0 - TOKENIZER_PART) / count
+    return lambda message, fraction: progress(message, TOKENIZER_PART + width * (number + min(1.0, fraction)))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however that ends."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _key(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _skipped(bad: BadLines) -> list[str]:
+    return [f"{bad.count} bad lines were skipped", *bad.told] if bad.count else []

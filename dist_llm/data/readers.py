@@ -1,0 +1,331 @@
+"""Documents out of local files: plain text and JSON lines, also compressed, from files, folders and globs.
+
+Everything streams: memory is bounded by one passage or one line, whatever the size of the file. JSON lines are read
+strictly, because a line that is half understood trains a model on something else than what its owner sees: every
+line is one UTF-8 JSON object with a string under the text key, ended by a newline. The faults of up to 20 lines are
+told at once, each with file and line.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from dist_llm.errors import DataError, UsageError
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".xml")
+PACKED_SUFFIXES = (".gz", ".zst")
+MAX_LINE = 8 << 20  # bytes of one JSON line
+MAX_DEPTH = 64  # brackets open at once in one JSON line
+MAX_TOLD = 20  # faulty lines told at once
+PASSAGE = 32 << 10  # characters after which a long text is cut at the next empty line; at twice this, at any line
+SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a document
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, where it came from, and how far through its source it lies (0 to 1, for progress).
+
+    key: what decides between training and validation; the text itself where None.
+    """
+
+    text: str
+    name: str
+    place: float = 0.0
+    key: str | None = None
+
+
+@dataclass
+class BadLines:
+    """The lines that could not be read: how many are allowed, where they were, and the first few in words.
+
+    A corpus is read more than once; a line counts once.
+    """
+
+    allowed: int = 0
+    places: set[str] = field(default_factory=set)
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many lines were bad so far."""
+        return len(self.places)
+
+    def add(self, where: str, why: str, excerpt: bytes) -> None:
+        """Note a bad line; raises DataError when more lines than allowed are bad and enough are known to tell."""
+        if where in self.places:
+            return
+        self.places.add(where)
+        if len(self.told) < MAX_TOLD:
+            shown = _printable(excerpt[:200].decode("utf-8", "backslashreplace"))[:60]
+            self.told.append(f"{where}: {why}" + (f": {shown}" if shown else ""))
+        if self.count >= max(MAX_TOLD, self.allowed + 1):
+            self.check()
+
+    def check(self) -> None:
+        """Raises DataError when more lines than allowed are bad."""
+        if self.count <= self.allowed:
+            return
+        one = self.count == 1
+        raise DataError(
+            f"{self.count} line{'' if one else 's'} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
+            where=self.told[0].split(": ", 1)[0],
+            expected="UTF-8 JSON objects with a string under the text key, one a line",
+            details=self.told,
+            next=f"mend the line{'' if one else 's'}, or skip bad lines: dist-llm data build CONFIG --max-bad-lines N",
+        )
+
+
+def find_files(source: str) -> list[Path]:
+    """The files that a path, a folder (searched through, sorted) or a glob names.
+
+    Raises UsageError when nothing is there, DataError when a folder holds no file of a known kind.
+    """
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        found = sorted(p for p in path.rglob("*") if _is_readable(p.relative_to(path)) and p.is_file())
+        if not found:
+            known = " ".join((*JSON_SUFFIXES, *TEXT_SUFFIXES))
+            raise DataError("the folder holds no text", where=str(path), expected=f"files ending in {known}, also with .gz or .zst")
+        return found
+    if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)):
+        return found
+    expected = "python, skills, entropy, or a file, folder or glob"
+    raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected)
+
+
+def read_files(files: list[Path], *, text_key: str, bad: BadLines) -> Iterator[Document]:
+    """Every document of the files, in order. Raises DataError; `bad` counts the lines skipped."""
+    sizes = [size_of(path) for path in files]
+    total, done = max(1, sum(sizes)), 0
+    for path, size in zip(files, sizes, strict=True):
+        for document, taken in read_file(path, text_key=text_key, bad=bad):
+            place = (done + min(taken, size)) / total
+            yield Document(document.text, document.name, place)
+        done += size
+
+
+def read_file(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Document, int]]:
+    """The documents of one file, each with the bytes of the file taken so far."""
+    try:
+        with path.open("rb") as raw:
+            stream = unpack(raw, path)
+            documents = _json_lines(stream, path, text_key, bad) if is_json(path) else _passages(stream, path)
+            for document in documents:
+                yield document, raw.tell()
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DataError("the compressed file is damaged or cut short", where=str(path), found=str(error)) from error
+    except OSError as error:
+        raise DataError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+    if is_json(path):
+        bad.check()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the file on disk. Raises DataError when it went away."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+
+
+def is_json(path: Path) -> bool:
+    """Whether the name says JSON lines; a packing suffix is looked through."""
+    return _kind(path) in JSON_SUFFIXES
+
+
+def unpack(raw: BinaryIO, path: Path) -> BinaryIO:
+    """The stream as it was before compression, by the file's suffix."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw, mode="rb")  # type: ignore[return-value]
+    if suffix == ".zst":
+        return io.BufferedReader(_Zstandard(raw), buffer_size=1 << 17)
+    return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """A zstandard stream that notices a missing end (the library's own reader ends a cut file without a word)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.ready, self.waiting, self.inside = memoryview(b""), b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self.ready and self._advance():
+            pass
+        taken = min(len(buffer), len(self.ready))
+        buffer[:taken] = self.ready[:taken]
+        self.ready = self.ready[taken:]
+        return taken
+
+    def _advance(self) -> bool:
+        """Unpack some more; False at the end of the file."""
+        packed = self.waiting or self.raw.read(1 << 14)
+        if not packed:
+            if self.inside:
+                raise EOFError("the last zstandard frame does not end")
+            return False
+        self.ready, self.inside = memoryview(self.frame.decompress(packed)), True
+        self.waiting = b""
+        if self.frame.eof:
+            self.waiting, self.inside = self.frame.unused_data, False
+            self.frame = zstandard.ZstdDecompressor().decompressobj()
+        return True
+
+
+def _json_lines(stream: BinaryIO, path: Path, text_key: str, bad: BadLines) -> Iterator[Document]:
+    number = 0
+    while line := stream.readline(MAX_LINE + 1):
+        number += 1
+        text, why = "", f"longer than {MAX_LINE >> 20} MiB"
+        if len(line) <= MAX_LINE:
+            text, why = parse_line(line, text_key=text_key, first=number == 1)
+        head = line[:200]
+        while len(line) > MAX_LINE and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE + 1)
+            if not line:
+                break
+        if why:
+            bad.add(f"{path}:{number}", why, head)
+        elif text.strip():
+            yield Document(text, f"{path}:{number}")
+
+
+def parse_line(line: bytes, *, text_key: str, first: bool = False) -> tuple[str, str]:
+    """The text of one JSON line, and what is wrong with the line (empty when nothing is).
+
+    An empty line gives an empty text and no fault.
+    """
+    if why := _wrong_bytes(line, first=first):
+        return "", why
+    if not line.strip():
+        return "", ""
+    try:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        if not line.endswith(b"\n"):
+            return "", "the last line is cut off"
+        return "", f"not JSON ({error.msg} at column {error.colno})"
+    except (ValueError, RecursionError) as error:
+        return "", f"not JSON ({_printable(str(error))[:60]})"
+    if not isinstance(record, dict):
+        return "", f"expected an object, found {_type_name(record)}"
+    if text_key not in record:
+        keys = ", ".join(_printable(key)[:20] for key in list(record)[:5])
+        return "", f"no key {text_key!r}" + (f" (it has {keys})" if keys else "")
+    text = record[text_key]
+    if not isinstance(text, str):
+        return "", f"{text_key!r} must be a string, found {_type_name(text)}"
+    if "\x00" in text:
+        return "", f"{text_key!r} holds a NUL character"
+    return (text, "") if _encodes(text) else ("", f"{text_key!r} holds half of a surrogate pair")
+
+
+def _printable(text: str) -> str:
+    """`text` on one line, without anything a terminal would act on."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _wrong_bytes(line: bytes, *, first: bool) -> str:
+    """What is wrong with the line before it is JSON; empty when nothing is."""
+    if first and line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return "starts with a byte order mark"
+    if b"\x00" in line:
+        return "holds a NUL byte"
+    if line.endswith(b"\r\n"):
+        return "ends in CRLF, expected LF"
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data" and not line.endswith(b"\n"):
+            return "the last line is cut off"
+        return f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})"
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+        return f"nested deeper than {MAX_DEPTH}"
+    return ""
+
+
+def _depth(line: bytes) -> int:
+    """The most brackets open at once outside of strings."""
+    depth = deepest = 0
+    for match in re.finditer(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', line):
+        first = match.group()[0]
+        depth += (first in b"[{") - (first in b"]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _passages(stream: BinaryIO, path: Path) -> Iterator[Document]:
+    """The documents of a text file: parts between separator lines, long ones cut into passages."""
+    lines: list[str] = []
+    held, number, begun = 0, 0, 1
+    reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    try:
+        while line := reader.readline(PASSAGE):
+            number += line.endswith("\n")
+            if "\x00" in line:
+                raise DataError("the text holds a NUL byte: is it a binary file?", where=f"{path}:{max(1, number)}")
+            if number == 1 and not lines:
+                line = line.removeprefix("\ufeff")
+            ends = line.strip() == SEPARATOR
+            if not ends:
+                lines.append(line)
+                held += len(line)
+            if ends or (held >= PASSAGE and not line.strip()) or held >= 2 * PASSAGE:
+                if any(map(str.strip, lines)):
+                    yield Document("".join(lines), f"{path}:{begun}")
+                lines, held, begun = [], 0, number + 1
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x}"
+        raise DataError("the text is not UTF-8", where=f"{path}:{number + 1} or after", expected="UTF-8", found=found) from error
+    if any(map(str.strip, lines)):
+        yield Document("".join(lines), f"{path}:{begun}")
+    reader.detach()
+
+
+def _kind(path: Path) -> str:
+    """The lower-case suffix under a packing suffix."""
+    name = path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
+    return name.suffix.lower()
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file found in a folder is text of a known kind; hidden files and folders are not."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and _kind(path) in (*JSON_SUFFIXES, *TEXT_SUFFIXES)
+
+
+def _type_name(value: object) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

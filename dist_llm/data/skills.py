@@ -1,0 +1,148 @@
+"""Chat pairs with an answer that can be checked: small tasks a small model can learn.
+
+Pair number `index` of a seed is a pure function of both. The answer is computed from the prompt alone, so that
+`check` needs no list of answers: what a trained model says is right or wrong, without a judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
+
+
+class Draws:
+    """Whole numbers below given bounds, drawn from a name."""
+
+    def __init__(self, *name: object) -> None:
+        self._pool = int.from_bytes(hashlib.shake_128("\x1f".join(map(str, name)).encode()).digest(64), "little")
+
+    def below(self, bound: int) -> int:
+        """A number from 0 to bound - 1; 512 bits are shared by all the calls."""
+        self._pool, value = divmod(self._pool, bound)
+        return value
+
+    def pick(self, choices: str) -> str:
+        """One letter of a string."""
+        return choices[self.below(len(choices))]
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A kind of task: what is asked, how its argument is drawn, and how it is solved."""
+
+    name: str
+    ask: str
+    draw: Callable[[Draws], str]
+    solve: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question with its one right answer."""
+
+    skill: str
+    prompt: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """The pair as one document."""
+        return f"Question: {self.prompt}\nAnswer: {self.answer}\n"
+
+
+def _word(draws: Draws) -> str:
+    return "".join(draws.pick(CONSONANTS) + draws.pick(VOWELS) for _ in range(1 + draws.below(3))) + draws.pick(CONSONANTS)
+
+
+def _words(draws: Draws) -> str:
+    return " ".join(_word(draws) for _ in range(2 + draws.below(4)))
+
+
+def _numbers(draws: Draws) -> str:
+    return " ".join(str(draws.below(100)) for _ in range(3 + draws.below(4)))
+
+
+def _sum(draws: Draws) -> str:
+    return f"{draws.below(1000)} + {draws.below(1000)}"
+
+
+def _difference(draws: Draws) -> str:
+    larger = draws.below(1000)
+    return f"{larger} - {draws.below(larger + 1)}"
+
+
+def _opening(draws: Draws) -> str:
+    """Brackets some of which are closed again, at least one not."""
+    text, opened = "", ""
+    for _ in range(3 + draws.below(8)):
+        if opened and draws.below(3) == 0:
+            text, opened = text + BRACKETS[opened[-1]], opened[:-1]
+        else:
+            letter = draws.pick("".join(BRACKETS))
+            text, opened = text + letter, opened + letter
+    return text if opened else text + draws.pick("".join(BRACKETS))
+
+
+def _close(text: str) -> str:
+    opened: list[str] = []
+    for letter in text:
+        if letter in BRACKETS:
+            opened.append(letter)
+        elif opened and BRACKETS[opened[-1]] == letter:
+            opened.pop()
+    return "".join(BRACKETS[letter] for letter in reversed(opened))
+
+
+def _series(draws: Draws) -> str:
+    start, step = draws.below(50), 1 + draws.below(9)
+    return " ".join(str(start + step * turn) for turn in range(4))
+
+
+def _continue(text: str) -> str:
+    numbers = _integers(text)
+    return str(numbers[-1] + (numbers[-1] - numbers[-2] if len(numbers) > 1 else 0)) if numbers else ""
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d{1,18}", text, re.ASCII)]
+
+
+def _subtract(text: str) -> str:
+    numbers = _integers(text)
+    return str(numbers[0] - sum(numbers[1:])) if numbers else ""
+
+
+SKILLS = (
+    Skill("copy", "Repeat", _words, str),
+    Skill("reverse", "Spell backwards", _word, lambda text: text[::-1]),
+    Skill("sort", "Sort the words", _words, lambda text: " ".join(sorted(text.split()))),
+    Skill("order", "Sort the numbers", _numbers, lambda text: " ".join(map(str, sorted(_integers(text))))),
+    Skill("brackets", "Close the brackets", _opening, _close),
+    Skill("add", "Add", _sum, lambda text: str(sum(_integers(text)))),
+    Skill("subtract", "Subtract", _difference, _subtract),
+    Skill("largest", "Find the largest", _numbers, lambda text: str(max(_integers(text), default=""))),
+    Skill("count", "Count the letters", _word, lambda text: str(len(text))),
+    Skill("upper", "Write in capitals", _words, str.upper),
+    Skill("last", "Name the last word", _words, lambda text: (text.split() or [""])[-1]),
+    Skill("series", "Continue the series", _series, _continue),
+)
+
+
+def pair(seed: int, index: int) -> Pair:
+    """Chat pair number `index` of the seed."""
+    draws = Draws(seed, "skills", index)
+    skill = SKILLS[draws.below(len(SKILLS))]
+    argument = skill.draw(draws)
+    return Pair(skill.name, f"{skill.ask}: {argument}", skill.solve(argument))
+
+
+def check(prompt: str, answer: str) -> bool:
+    """Whether the answer to a prompt of `pair` is right, outer spaces aside; False for a prompt of another kind."""
+    ask, colon, argument = prompt.partition(": ")
+    solve = next((skill.solve for skill in SKILLS if colon and skill.ask == ask), None)
+    return solve is not None and answer.strip() == solve(argument)

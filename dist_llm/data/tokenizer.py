@@ -1,0 +1,178 @@
+"""Text to token ids and back: a trained byte-level BPE, any tokenizer.json, or plain bytes, all behind one class.
+
+Every tokenizer here is one of the `tokenizers` library, bytes too, so that each can be saved as a tokenizer.json that
+others read. Text never yields the end token: `<|endoftext|>` inside a document is encoded as the letters it is made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dist_llm.data.store import write_durably
+from dist_llm.errors import DataError, UsageError, plain
+
+END = "<|endoftext|>"
+KNOWN_ENDS = (END, "<|end_of_text|>", "</s>", "<|eot_id|>", "<eos>", "<|im_end|>", "[SEP]", "<|end|>")
+LARGEST_FILE = 256 << 20  # bytes of a tokenizer.json
+SMALLEST_BPE = 257  # every byte, and the end
+
+
+class Tokenizer:
+    """A vocabulary with its rules, and the token that ends a document.
+
+    vocab_size: one more than the largest id. end_id: the end token. hash: sha256 of the canonical JSON.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, *, end: str = END) -> None:
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = True  # special tokens in a text are letters, not commands
+        end_id = inner.token_to_id(end)
+        assert end_id is not None, end
+        self.inner, self.end, self.end_id = inner, end, end_id
+        self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without any special token."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on all threads the library has."""
+        return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
+        return self.inner.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id on its own."""
+        return [self.decode([token]) for token in ids]
+
+    @cached_property
+    def canonical(self) -> str:
+        """The JSON that defines the tokenizer, with sorted keys."""
+        return json.dumps(json.loads(self.inner.to_str()), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON and the name of the end token."""
+        return hashlib.sha256(f"{self.end}\n{self.canonical}".encode()).hexdigest()
+
+    def save(self, folder: Path) -> Path:
+        """Writes `tokenizer.json` and the end token's name beside it, as Hugging Face does; returns the former's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "tokenizer.json", self.canonical.encode())
+        write_durably(folder / "tokenizer_config.json", json.dumps({"eos_token": self.end}).encode())
+        return folder / "tokenizer.json"
+
+
+def load(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, or in the folder that holds one.
+
+    The end token is what `tokenizer_config.json` beside it calls eos_token, or else the first known one it has.
+    Raises UsageError when there is no file or no end token, DataError when the file is not a tokenizer.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError("there is no tokenizer.json", where=str(file))
+    if file.stat().st_size > LARGEST_FILE:
+        raise DataError("the tokenizer is too large to be one", where=str(file), expected=f"at most {LARGEST_FILE >> 20} MiB")
+    try:
+        inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        raise DataError("the file is not a tokenizer", where=str(file), found=plain(error)[:160]) from error
+    end = _end_token(inner, file.with_name("tokenizer_config.json"))
+    if end is None:
+        raise UsageError("the tokenizer has no token that ends a document", where=str(file), expected="one of " + " ".join(KNOWN_ENDS))
+    return Tokenizer(inner, end=end)
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """Ids 0 to 255 are the bytes of the UTF-8 text, 256 is the end."""
+    vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END])
+    return Tokenizer(inner)
+
+
+def train_bpe(texts: Iterable[str], *, vocab: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab` tokens (fewer when the texts are too small); the end token is id 0.
+
+    The same texts give the same tokenizer, whatever the number of threads. Raises UsageError for a vocabulary below 257.
+    """
+    if vocab < SMALLEST_BPE:
+        expected = f"at least {SMALLEST_BPE}: every byte, and the end"
+        raise UsageError("the vocabulary is too small for text", where="data.tokenizer.vocab", expected=expected, found=str(vocab))
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(_grouped(texts), trainer)
+    return Tokenizer(inner)
+
+
+def report(tokenizer: Tokenizer, texts: Sequence[str], *, examples: int = 3) -> dict:
+    """How well a tokenizer fits some texts.
+
+    `bytes_per_token`, `tokens_per_word` (a word is a run of non-blanks), `used_vocab` (the fraction of the vocabulary
+    that occurs), `roundtrip` (how many texts decode to themselves, of how many), and examples as pieces.
+    """
+    ids = tokenizer.encode_batch(texts)
+    tokens = sum(map(len, ids))
+    text_bytes = sum(len(text.encode()) for text in texts)
+    words = sum(len(text.split()) for text in texts)
+    used = set().union(*ids) if ids else set()
+    return {
+        "version": 1,
+        "vocab": tokenizer.vocab_size,
+        "hash": tokenizer.hash,
+        "texts": len(texts),
+        "bytes": text_bytes,
+        "tokens": tokens,
+        "bytes_per_token": text_bytes / max(1, tokens),
+        "tokens_per_word": tokens / max(1, words),
+        "used_vocab": len(used) / tokenizer.vocab_size,
+        "roundtrip": sum(tokenizer.decode(one) == text for one, text in zip(ids, texts, strict=True)),
+        "examples": [tokenizer.pieces(one[:24]) for one in ids[:examples]],
+    }
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies: itself where it prints, the next free one from U+0100 where not."""
+    spare = iter(range(256, 512))
+    return [chr(byte) if re.match(r"[!-~¡-¬®-ÿ]", chr(byte)) else chr(next(spare)) for byte in range(256)]
+
+
+def _grouped(texts: Iterable[str], size: int = 256) -> Iterator[list[str]]:
+    """Lists of texts: the trainer crosses into Python once a list."""
+    group: list[str] = []
+    for text in texts:
+        group.append(text)
+        if len(group) == size:
+            yield group
+            group = []
+    yield group
+
+
+def _end_token(inner: tokenizers.Tokenizer, config: Path) -> str | None:
+    """The name of the end token, from the configuration beside the tokenizer or by its usual names."""
+    named = None
+    if config.is_file() and config.stat().st_size < LARGEST_FILE:
+        try:
+            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, AttributeError, OSError, RecursionError):
+            named = None
+    named = named.get("content") if isinstance(named, dict) else named
+    candidates = (named, *KNOWN_ENDS) if isinstance(named, str) else KNOWN_ENDS
+    return next((name for name in candidates if inner.token_to_id(name) is not None), None)

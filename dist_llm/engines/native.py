@@ -1,0 +1,137 @@
+"""The native engine: five calls over the composed stages.
+
+build, run, finish_gradients, step, state. The trainer knows nothing else; the engines for DDP, FSDP2 and DeepSpeed
+offer the same five.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_llm import comm
+from dist_llm.config.schema import ModelConfig, OptimizerConfig
+from dist_llm.engines.optim import Moments, Optimizer
+from dist_llm.mesh import Mesh
+from dist_llm.model.table import table
+from dist_llm.model.transformer import Context
+from dist_llm.parallel.compose import compose
+from dist_llm.parallel.flat import Piece
+from dist_llm.parallel.pipeline import Pipeline
+from dist_llm.parallel.zero import FlatUnit
+from dist_llm.schedule.generate import generate
+from dist_llm.schedule.lower import lower
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all ranks know after a step's gradients are complete: the summed loss and the global gradient norm."""
+
+    loss: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Item:
+    """A run of one tensor that this rank answers for: `kind` of global tensor `piece.slot.name`, its box and range."""
+
+    kind: str  # weight, gradient, first_moment, second_moment
+    piece: Piece
+    values: Tensor  # (piece.stop - piece.start,)
+
+
+class NativeEngine:
+    """Data, tensor and pipeline parallelism and ZeRO 0-3 in any legal mix."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        mesh: Mesh,
+        *,
+        sequence: int,
+        micro: int,
+        micro_batches: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        fixed: bool = True,
+        smoothing: float = 0.0,
+        compiled: bool = False,
+    ) -> None:
+        """Builds this rank's part. micro: sequences in a micro-batch; micro_batches: of one data-parallel rank a step."""
+        layout = mesh.layout
+        self.model, self.mesh, self.dtype, self.device = model, mesh, dtype, device
+        numbers = {"dtype": dtype, "device": device, "seed": seed, "fixed": fixed}
+        stages = compose(model, mesh, sequence=sequence, smoothing=smoothing, compiled=compiled, **numbers)
+        compute = generate(layout.schedule, ranks=layout.pp, micro_batches=micro_batches, chunks=layout.chunks)
+        self.pipeline = Pipeline(stages, lower(compute, reduce=layout.reduce), mesh)
+        self.boundary = (micro, sequence // (layout.tp if layout.sp else 1), model.dim)
+        flats = {id(flat): flat for stage in stages for unit in stage.units for flat, _ in unit.flats}
+        self.flats: list[FlatUnit] = list(flats.values())
+        self.optimizer, self.clip = Optimizer(optimizer, device), optimizer.clip
+        self.moments = [self.optimizer.moments(flat.master) for flat in self.flats]
+        self.units = list(dict.fromkeys(row.unit for row in table(model)))
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.norm = 0.0
+
+    def run(self, contexts: Sequence[Context], *, targets: int) -> None:
+        """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
+        scale = torch.tensor(1.0 / targets, dtype=torch.float64, device=self.device)
+
+        def boundary() -> Tensor:
+            return torch.empty(self.boundary, dtype=self.dtype, device=self.device)
+
+        self.loss = self.pipeline.run(contexts, scale=scale, boundary=boundary)
+
+    def finish_gradients(self) -> Totals:
+        """Leaves with global gradients on the ranks that own them; returns the summed loss and the norm, equal on all ranks.
+
+        Sums of squares are float64 per unit and added in the order of units, so that the cut into stages cannot change a bit.
+        """
+        for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
+            flat.gradient = pending.finish()
+            flat.end_step()
+        totals = torch.zeros(len(self.units) + 1, dtype=torch.float64, device=self.device)
+        for flat in self.flats:
+            totals[self.units.index(flat.plan.unit)] += flat.square_sum()
+        if self.mesh.at.tp == 0:
+            totals[-1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
+        *squares, loss = comm.all_reduce(totals, self.mesh.world).tolist()
+        self.norm = sum(squares) ** 0.5
+        return Totals(loss, self.norm)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Clips, updates the owned weights and shares them; gradients are zero afterwards."""
+        factor = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
+        self.optimizer.count += 1
+        for flat, moments in zip(self.flats, self.moments, strict=True):
+            if factor < 1.0:
+                flat.gradient.mul_(factor)
+            self._update(flat, moments, lr)
+        for pending in [flat.start_publish() for flat in self.flats]:
+            if pending is not None:
+                pending.finish()
+        for flat in self.flats:
+            flat.clear_gradients()
+
+    def _update(self, flat: FlatUnit, moments: Moments, lr: float) -> None:
+        for run, decay in flat.segments():
+            part = Moments(*(None if moment is None else moment[run] for moment in (moments.first, moments.second)))
+            self.optimizer.update([flat.master[run]], [flat.gradient[run]], [part], lr=lr, decay=decay)
+
+    def state(self) -> Iterator[Item]:
+        """Every run of every tensor this rank answers for, by global name: together the ranks hold each element once.
+
+        Weights are master weights; gradients are there between `finish_gradients` and `step`, before clipping.
+        """
+        for flat, moments in zip(self.flats, self.moments, strict=True):
+            tensors = {"weight": flat.master, "gradient": flat.gradient, "first_moment": moments.first, "second_moment": moments.second}
+            for kind, tensor in tensors.items():
+                if tensor is not None:
+                    for piece in flat.pieces():
+                        yield Item(kind, piece, flat.own_run(tensor, piece))

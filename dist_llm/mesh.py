@@ -1,0 +1,185 @@
+"""Rank and coordinates, then the process groups: all of them are made here, and only those a layout needs.
+
+Rank order: tp fastest, then cp, dp, pp, so that the axis with the most traffic sits on neighbouring devices:
+rank = ((pp * DP + dp) * CP + cp) * TP + tp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_llm.config.layout import Layout
+from dist_llm.errors import PeerError
+from dist_llm.sharding import split_parts
+
+AXES = ("pp", "dp", "cp", "tp")  # slowest first
+_keys = itertools.count()
+groups_by_key: dict[str, Group] = {}  # custom operations name their group by a string
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that take part in a collective, as this rank sees them. `axis` is what its bytes are booked on."""
+
+    axis: str
+    ranks: tuple[int, ...]
+    index: int  # this rank's place in `ranks`
+    handle: Any = field(repr=False, compare=False, default=None)  # None when the group has one rank
+    key: str = field(compare=False, default="")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.axis}#{next(_keys)}")
+        groups_by_key[self.key] = self
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """A rank's place on each axis of the mesh."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+
+
+def coordinate(rank: int, layout: Layout) -> Coordinate:
+    """The coordinates of a rank."""
+    rest, place = rank, {}
+    for axis in reversed(AXES):
+        rest, place[axis] = divmod(rest, getattr(layout, axis))
+    assert rest == 0, (rank, layout)
+    return Coordinate(**place)
+
+
+def rank_of(place: Coordinate, layout: Layout) -> int:
+    """The rank at the given coordinates."""
+    rank = 0
+    for axis in AXES:
+        rank = rank * getattr(layout, axis) + getattr(place, axis)
+    return rank
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's coordinates and groups.
+
+    tp, pp: the lines through this rank along one axis. data: the ranks with the same parameters (dp x cp), over which
+    gradients are summed. tied: first and last pipeline stage, where they share a weight. kv: the tp ranks that hold
+    the same key and value heads. world: everyone. channels: (source rank, destination rank, "F" or "B") -> group.
+    """
+
+    layout: Layout
+    rank: int
+    at: Coordinate
+    tp: Group
+    pp: Group
+    data: Group
+    tied: Group
+    kv: Group
+    world: Group
+    channels: dict[tuple[int, int, str], Group]
+
+
+def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int | None = None) -> Mesh:
+    """Makes the groups of a layout; every rank of the job calls this with the same layout.
+
+    The process group is connected already (`connect`) if the world has more than one rank.
+    """
+    tp, cp, dp, pp = layout.tp, layout.cp, layout.dp, layout.pp
+
+    def line(**moving: range) -> list[tuple[int, ...]]:
+        """All groups in which the named axes move and the others stand still."""
+        fixed = [axis for axis in AXES if axis not in moving]
+        found = []
+        for still in itertools.product(*(range(getattr(layout, axis)) for axis in fixed)):
+            here = dict(zip(fixed, still, strict=True))
+            moves = itertools.product(*moving.values())
+            found.append(tuple(rank_of(Coordinate(**here, **dict(zip(moving, m, strict=True))), layout) for m in moves))
+        return found
+
+    make = _GroupMaker(layout.world, rank)
+    parts = min(kv_heads or tp, tp)
+    shared = [[r for r, cut in enumerate(split_parts(parts, tp)) if cut == kept] for kept in sorted(set(split_parts(parts, tp)))]
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        at=coordinate(rank, layout),
+        world=make.one_of("control", [tuple(range(layout.world))]),
+        tp=make.one_of("tp", line(tp=range(tp))),
+        pp=make.one_of("pp", line(pp=range(pp))),
+        data=make.one_of("dp", line(dp=range(dp), cp=range(cp))),
+        tied=make.one_of("pp", line(pp=range(0, pp, pp - 1)) if tied and pp > 1 else []),
+        kv=make.one_of("tp", [tuple(group[i] for i in held) for group in line(tp=range(tp)) for held in shared]),
+        channels=make.channels(line(pp=range(pp)) if pp > 1 else []),
+    )
+
+
+class _GroupMaker:
+    """Makes process groups in the same order on every rank, one for each distinct set of ranks and use."""
+
+    def __init__(self, world: int, rank: int) -> None:
+        self.world, self.rank = world, rank
+        self.handles: dict[tuple[int, ...], Any] = {}
+
+    def one_of(self, axis: str, groups: list[tuple[int, ...]]) -> Group:
+        """The one of `groups` (disjoint sets of ranks) that this rank is in; a rank in none is a group of its own."""
+        for ranks in groups:
+            if len(ranks) > 1 and ranks not in self.handles:
+                whole = ranks == tuple(range(self.world))
+                self.handles[ranks] = dist.group.WORLD if whole else dist.new_group(list(ranks))
+        mine = next((ranks for ranks in groups if self.rank in ranks), (self.rank,))
+        return Group(axis, mine, mine.index(self.rank), self.handles.get(mine))
+
+    def channels(self, lines: list[tuple[int, ...]]) -> dict[tuple[int, int, str], Group]:
+        """A group of its own for each direction between neighbouring stages, the ring closed for looped schedules.
+
+        Point-to-point operations of one NCCL group run in issue order, so that a send forward could block a send
+        backward; with a channel each, order matters only inside a channel.
+        """
+        found = {}
+        for ranks in lines:
+            for source, target in zip(ranks, (*ranks[1:], ranks[0]), strict=True):
+                for pair in ((source, target, "F"), (target, source, "B")):
+                    handle = dist.new_group([source, target])
+                    if self.rank in pair[:2]:
+                        ends = tuple(sorted(pair[:2]))
+                        found[pair] = Group("pp", ends, ends.index(self.rank), handle)
+        return found
+
+
+def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str | None = None) -> None:
+    """Joins the job: through a file store on one machine, or by torchrun's environment when `store_path` is None."""
+    store = dist.FileStore(store_path, world) if store_path else None
+    place = {"rank": rank, "world_size": world, "store": store} if store else {}
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
+    except (RuntimeError, ValueError) as error:
+        raise PeerError(
+            "the ranks could not meet",
+            where=f"rank {rank} of {world}, backend {backend}",
+            found=str(error).splitlines()[0],
+            next="dist-llm doctor",
+        ) from error
+
+
+def disconnect() -> None:
+    """Leaves the job."""
+    groups_by_key.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def default_backend(device: torch.device) -> str:
+    """The backend for a kind of device: NCCL on CUDA, gloo elsewhere."""
+    return "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"

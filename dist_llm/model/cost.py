@@ -1,0 +1,33 @@
+"""Floating-point operations of a model, unit by unit, without torch.
+
+A multiply-add is two operations; backward costs twice the forward. Attention scores and values are counted in full
+(S x S), as PaLM does (arXiv:2204.02311, appendix B), or causally (half of it).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.model.table import table, unit_names
+
+Convention = Literal["full", "causal"]
+
+
+def forward_flops(model: ModelConfig, sequence: int, *, convention: Convention = "full") -> dict[str, float]:
+    """FLOP of the forward pass of one token, per walk unit. Looking up an embedding costs none."""
+    costs = dict.fromkeys(unit_names(model), 0.0)
+    for row in table(model):
+        if len(row.shape) == 2 and row.unit.startswith("blocks."):
+            costs[row.unit] += 2.0 * row.numel
+    pairs = sequence if convention == "full" else sequence / 2
+    for name in costs:
+        if name.startswith("blocks."):
+            costs[name] += 4.0 * pairs * model.heads * model.head_dim
+    costs["head"] = 2.0 * model.vocab * model.dim
+    return costs
+
+
+def step_flops_per_token(model: ModelConfig, sequence: int, *, convention: Convention = "full") -> float:
+    """FLOP of forward and backward of one token: three times the forward; recomputation is not counted (model FLOPs)."""
+    return 3.0 * sum(forward_flops(model, sequence, convention=convention).values())

@@ -1,0 +1,49 @@
+"""The seams of the model: where activations enter and leave regions that a strategy may split.
+
+A block calls `columns` where one input feeds projections whose outputs may be split, and `row` where they come back;
+`embed` and `loss` are the two ends over the vocabulary; `outside` cuts per-token values to the tokens that this rank
+keeps between those regions. `Roles` is the single-device version; `parallel/tensor.py` offers the same five
+methods for a tensor-parallel group.
+
+Legend: B batch, S sequence, D dim, O output features, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_llm.model.loss import ChunkedCrossEntropy
+
+
+class Roles:
+    """Single device: plain linear algebra."""
+
+    def __init__(self, *, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
+
+    def columns(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """(B, S, D) and weights (O_i, D) -> a (B, S, O_i) for each weight."""
+        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, S, O) and weight (D, O) -> (B, S, D)."""
+        return F.linear(x, weight, bias)
+
+    def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Tokens (B, S) and weight (V, D) -> (B, S, D)."""
+        return F.embedding(tokens, weight)
+
+    def loss(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """(B, S, D), weight (V, D) and labels (B, S) -> the summed cross-entropy, a float64 scalar."""
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, labels.flatten(), self.smoothing)
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(B, S, D) and weight (V, D) -> (B, S, V), whole: for sampling and for tests."""
+        return F.linear(x, weight)
+
+    def outside(self, per_token: Tensor) -> Tensor:
+        """(B, S, ...) -> the tokens kept outside the split regions: here all of them."""
+        return per_token

@@ -1,0 +1,114 @@
+"""The model as a table, without torch: one row per parameter.
+
+The module is built from the table's shapes, and the sharding, the initialisation, the planner, the checker and the
+checkpoints all read the same rows. `tests/test_model.py` checks that the table and the module agree.
+
+Legend: L layers, D dim, H heads, K kv_heads, E head_dim, F ffn, V vocab, P max_positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Literal
+
+from dist_llm.config.schema import ModelConfig
+
+# How a parameter meets the tensor-parallel axis:
+#   column   output features are split (dim 0)        row      input features are split (dim 1)
+#   vocab    vocabulary rows are split, unevenly if need be (dim 0)
+#   outside  whole, used where activations are whole or split by sequence
+#   inside   whole, used where activations are split by head (q and k norms)
+Role = Literal["column", "row", "vocab", "outside", "inside"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. `parts`: how many indivisible blocks the split dimension has (heads, ffn features, tokens)."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    unit: str
+    parts: int = 1
+    std: float | None = None  # None: ones for norm weights, zeros for biases
+    decay: bool = True  # takes weight decay: matrices do, norms and biases do not
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the global tensor."""
+        return prod(self.shape)
+
+
+def table(model: ModelConfig) -> tuple[Row, ...]:
+    """All parameters of the model in their canonical order, grouped by unit."""
+    rows = _embedding_rows(model)
+    for layer in range(model.layers):
+        rows += _block_rows(model, layer)
+    return tuple(rows + _head_rows(model))
+
+
+def unit_names(model: ModelConfig) -> tuple[str, ...]:
+    """The units of the forward walk, in order: embedding, blocks, head."""
+    return ("embedding", *(f"blocks.{layer}" for layer in range(model.layers)), "head")
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of the whole model; a tied weight counts once."""
+    return sum(row.numel for row in table(model))
+
+
+def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
+    """The parameter units that a walk unit reads: its own and, where weights are tied, the shared one."""
+    tied = ("tied",) if model.tied and walk_unit in ("embedding", "head") else ()
+    own = walk_unit != "embedding" or not model.tied or model.positions == "learned"
+    return (*tied, walk_unit) if own else tied
+
+
+def _embedding_rows(m: ModelConfig) -> list[Row]:
+    unit = "tied" if m.tied else "embedding"
+    rows = [Row("embedding.weight", (m.vocab, m.dim), "vocab", unit, parts=m.vocab, std=m.init_std)]
+    if m.positions == "learned":
+        rows.append(Row("positions.weight", (m.max_positions, m.dim), "outside", "embedding", std=m.init_std))
+    return rows
+
+
+def _head_rows(m: ModelConfig) -> list[Row]:
+    rows = _norm_rows("norm", m.dim, m, "head")
+    if not m.tied:
+        rows.insert(0, Row("head.weight", (m.vocab, m.dim), "vocab", "head", parts=m.vocab, std=m.init_std))
+    return rows
+
+
+def _block_rows(m: ModelConfig, layer: int) -> list[Row]:
+    """A block's rows, neighbours in the flat buffer beside each other: q, k, v and gate, up."""
+    at, out_std = f"blocks.{layer}", m.init_std / (sqrt(2 * m.layers) if m.residual_scale else 1.0)
+    query, keys, std = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.init_std
+    attention = [
+        Row(f"{at}.attention.q.weight", (query, m.dim), "column", at, m.heads, std),
+        Row(f"{at}.attention.k.weight", (keys, m.dim), "column", at, m.kv_heads, std),
+        Row(f"{at}.attention.v.weight", (keys, m.dim), "column", at, m.kv_heads, std),
+        Row(f"{at}.attention.o.weight", (m.dim, query), "row", at, m.heads, out_std),
+    ]
+    wide = [("gate", m.ffn), ("up", m.ffn)] if m.activation == "swiglu" else [("up", m.ffn)]
+    mlp = [Row(f"{at}.mlp.{name}.weight", (ffn, m.dim), "column", at, ffn, std) for name, ffn in wide]
+    mlp.append(Row(f"{at}.mlp.down.weight", (m.dim, m.ffn), "row", at, m.ffn, out_std))
+    small = _norm_rows(f"{at}.attention_norm", m.dim, m, at) + _norm_rows(f"{at}.mlp_norm", m.dim, m, at)
+    if m.qkv_bias:
+        for name, width, parts in (("q", query, m.heads), ("k", keys, m.kv_heads), ("v", keys, m.kv_heads)):
+            small.append(Row(f"{at}.attention.{name}.bias", (width,), "column", at, parts, decay=False))
+    if m.out_bias:
+        small.append(Row(f"{at}.attention.o.bias", (m.dim,), "outside", at, decay=False))
+    if m.qk_norm:
+        small += [Row(f"{at}.attention.{name}.weight", (m.head_dim,), "inside", at, decay=False) for name in ("q_norm", "k_norm")]
+    if m.mlp_bias:
+        small += [Row(f"{at}.mlp.{name}.bias", (ffn,), "column", at, ffn, decay=False) for name, ffn in wide]
+        small.append(Row(f"{at}.mlp.down.bias", (m.dim,), "outside", at, decay=False))
+    return attention + mlp + small
+
+
+def _norm_rows(name: str, width: int, m: ModelConfig, unit: str) -> list[Row]:
+    rows = [Row(f"{name}.weight", (width,), "outside", unit, decay=False)]
+    if m.norm == "layer":
+        rows.append(Row(f"{name}.bias", (width,), "outside", unit, decay=False))
+    return rows

@@ -1,0 +1,114 @@
+"""The one page with the order in which strategies are put together.
+
+    table -> cut into stages (pp) -> tensor-parallel roles (tp, sp) -> recompute -> flat units (zero) -> modules on
+    views of the flat buffers -> initial weights by name -> compile
+
+Strategies never import each other; only this page knows all. Which combinations are legal, and what changes in each:
+
+| with     | tp                                   | pp                                        | zero                          |
+|----------|--------------------------------------|-------------------------------------------|-------------------------------|
+| dp       | the data group is per tp coordinate  | per stage; reduce once a step by default  | shards over the data group    |
+| tp (sp)  |                                      | messages carry S/tp tokens                | shards of the local slices; partial gradients are summed over tp before the reduce-scatter |
+| pp       |                                      |                                           | `reduce` and `unshard` default to `step`, so that traffic does not grow with micro-batches |
+| tied     | vocabulary rows on every tp rank     | a copy on first and last stage, gradients added between the two after the reduce-scatter | one unit, an accumulator per use |
+| recompute| collectives of a block run again (full) or not (selective) | as without                | reuses the backward gather    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dist_llm.config.layout import Layout
+from dist_llm.config.schema import ModelConfig
+from dist_llm.mesh import Mesh
+from dist_llm.model.cost import forward_flops
+from dist_llm.model.table import table, unit_names, uses
+from dist_llm.model.transformer import build_unit
+from dist_llm.parallel.flat import pack
+from dist_llm.parallel.pipeline import Stage, Unit
+from dist_llm.parallel.tensor import TensorRoles
+from dist_llm.parallel.zero import FlatUnit
+from dist_llm.schedule.cut import cut
+from dist_llm.schedule.generate import stages_of
+from dist_llm.sharding import split_parts
+
+
+def stage_units(model: ModelConfig, layout: Layout, sequence: int) -> list[list[str]]:
+    """The walk units of each stage, cut so that the dearest stage is as cheap as it can be."""
+    names = unit_names(model)
+    costs = forward_flops(model, sequence)
+    return [[names[at] for at in part] for part in cut([costs[name] for name in names], layout.stages)]
+
+
+def compose(
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    sequence: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    fixed: bool,
+    smoothing: float = 0.0,
+    compiled: bool = False,
+) -> list[Stage]:
+    """This rank's stages, with initial weights. dtype: of weights and activations. fixed: gradients are added in rank order."""
+    layout, tp = mesh.layout, mesh.at.tp
+    first_row = split_parts(model.vocab, layout.tp)[tp][0]
+    roles = TensorRoles(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=smoothing)
+    parts = stage_units(model, layout, sequence)
+    mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
+    flats = _flat_units(model, mesh, [name for index in mine for name in parts[index]], dtype=dtype, device=device, fixed=fixed)
+    stages = []
+    for index in mine:
+        units = []
+        for name in parts[index]:
+            own = [(flats[unit], _use(model, unit, name, flats)) for unit in uses(model, name)]
+            module = build_unit(name, model, _maker(own), roles)
+            block = name.startswith("blocks.")
+            if compiled and block:
+                module = torch.compile(module)
+            units.append(Unit(name, module, own, layout.recompute if block else "none"))
+        stages.append(Stage(index, units, first=index == 0, last=index == layout.stages - 1))
+    for flat in flats.values():
+        flat.initialise(seed=seed)
+    return stages
+
+
+def _flat_units(
+    model: ModelConfig, mesh: Mesh, walk: Sequence[str], *, dtype: torch.dtype, device: torch.device, fixed: bool
+) -> dict[str, FlatUnit]:
+    """A flat unit for each parameter unit that this rank's walk reads."""
+    layout = mesh.layout
+    flats: dict[str, FlatUnit] = {}
+    for name in walk:
+        for unit in uses(model, name):
+            if unit in flats:
+                continue
+            rows = [row for row in table(model) if row.unit == unit]
+            plan = pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=mesh.at.tp, shards=mesh.data.size)
+            num_uses = sum(unit in uses(model, other) for other in walk)
+            shared = unit == "tied" and layout.pp > 1
+            flats[unit] = FlatUnit(plan, mesh, dtype=dtype, device=device, num_uses=num_uses, fixed=fixed, shared=shared)
+    return flats
+
+
+def _use(model: ModelConfig, unit: str, walk_unit: str, flats: dict[str, FlatUnit]) -> int:
+    """Which use of a flat unit a walk unit makes: 0 for the one that comes first in the model, so last in backward."""
+    return 1 if unit == "tied" and walk_unit == "head" and len(flats[unit].parameters) > 1 else 0
+
+
+def _maker(flats: list[tuple[FlatUnit, int]]):
+    """Gives a module its parameters: views of the flat buffers, None for names that the model does not have."""
+    known = {slot.name: (flat, use) for flat, use in flats for slot in flat.plan.slots}
+
+    def make(name: str) -> nn.Parameter | None:
+        if name not in known:
+            return None
+        flat, use = known[name]
+        return flat.parameter(name, use)
+
+    return make

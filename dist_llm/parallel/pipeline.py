@@ -1,0 +1,242 @@
+"""The walk over a stage's units, and the run of a schedule's lists.
+
+A stage is a list of units with detached boundaries: F walks them forward, B walks them in reverse with one
+`autograd.backward` per unit. Gather, prefetch, free, recompute and reduce are plain lines in that walk; there are no
+module hooks. Training without a pipeline is the one-stage schedule.
+
+Legend: B micro-batch, S' tokens kept outside split regions (S, or S/tp with sequence parallelism), D dim.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from dist_llm import comm
+from dist_llm.mesh import Mesh
+from dist_llm.model.transformer import Context
+from dist_llm.parallel.recompute import run_selective
+from dist_llm.parallel.zero import FlatUnit
+from dist_llm.schedule.actions import Action, Kind, Span, channel, owners, partner
+from dist_llm.schedule.lower import gives, needs
+
+COMPUTE = (Kind.F, Kind.B)
+IN_FLIGHT = 2  # units whose gradients may be on the way at once: overlap with backward, without holding every buffer
+
+
+@dataclass
+class Unit:
+    """One step of the walk: a module and the flat units whose weights it reads, each with the use it makes of them.
+
+    recompute: none, full or selective; the two ends of the model keep next to nothing, so only blocks are recomputed.
+    """
+
+    name: str
+    module: nn.Module
+    flats: list[tuple[FlatUnit, int]]
+    recompute: str = "none"
+
+    def start_gather(self) -> None:
+        """Begins to fetch the weights (stage 3)."""
+        for flat, _ in self.flats:
+            flat.start_gather()
+
+    def finish_gather(self) -> None:
+        """Leaves with the weights in memory."""
+        for flat, _ in self.flats:
+            flat.finish_gather()
+
+    def release(self) -> None:
+        """Lets the weights go (stage 3)."""
+        for flat, _ in self.flats:
+            flat.release()
+
+
+@dataclass
+class Kept:
+    """What F leaves for B of one unit: its detached input and where its graph ends (None: to be computed again)."""
+
+    x: Tensor | None
+    edge: object | None
+
+
+@dataclass
+class Stage:
+    """Consecutive units on one rank. `first` reads tokens, `last` ends in the loss."""
+
+    index: int
+    units: list[Unit]
+    first: bool
+    last: bool
+    kept: dict[int, list[Kept]] = field(default_factory=dict)
+    reducing: list[FlatUnit] = field(default_factory=list)
+
+    def forward(self, micro: int, x: Tensor | None, context: Context, *, backward_next: bool) -> Tensor:
+        """Enters with (B, S', D), or nothing on the first stage; leaves with (B, S', D), or the summed loss on the last.
+
+        backward_next: B of the same micro-batch follows at once, so the units it begins with keep their weights.
+        """
+        kept = self.kept[micro] = []
+        for at, unit in enumerate(self.units):
+            unit.finish_gather()
+            if at + 1 < len(self.units):
+                self.units[at + 1].start_gather()  # prefetch: travels while this unit computes
+            x = None if x is None else x.detach().requires_grad_()
+            out = _run(unit, x, context)
+            kept.append(Kept(x, None if unit.recompute == "full" else get_gradient_edge(out)))
+            if not (backward_next and at + IN_FLIGHT >= len(self.units)):
+                unit.release()
+            x = out.detach()
+        assert x is not None
+        return x
+
+    def backward(self, micro: int, slope: Tensor, context: Context, *, reduce: bool) -> Tensor | None:
+        """Enters with the gradient of what `forward` left; leaves with that of what it entered with (None on the first stage).
+
+        reduce: the weight gradients are complete after this micro-batch, or every micro-batch is reduced.
+        """
+        kept = self.kept.pop(micro)
+        for at in reversed(range(len(self.units))):
+            unit, (x, edge) = self.units[at], (kept[at].x, kept[at].edge)
+            if x is not None:
+                unit.finish_gather()
+            if at > 1 or (at == 1 and kept[0].x is not None):  # the embedding's backward reads no weights
+                self.units[at - 1].start_gather()
+            if edge is None:
+                edge = get_gradient_edge(_run(unit, x, context, again=True))
+            for flat, use in unit.flats:
+                flat.begin_backward(use)
+            torch.autograd.backward((edge,), (slope,))
+            kept[at] = Kept(None, None)
+            unit.release()
+            self._after_backward(unit, reduce)
+            slope = x.grad if x is not None else None
+        return slope
+
+    def _after_backward(self, unit: Unit, reduce: bool) -> None:
+        """Takes over the gradients; starts their reduction when it is time, and finishes the oldest one under way."""
+        for flat, use in unit.flats:
+            flat.end_backward(use)
+            if reduce and (not flat.by_step or use == 0):  # step: use 0 comes last in the walk, with all uses done
+                flat.start_reduce(use)
+                self.reducing.append(flat)
+        while len(self.reducing) > IN_FLIGHT:
+            self.reducing.pop(0).collect()
+
+    def finish_reduce(self) -> None:
+        """Finishes the reductions under way."""
+        while self.reducing:
+            self.reducing.pop(0).collect()
+
+
+def _run(unit: Unit, x: Tensor | None, context: Context, *, again: bool = False) -> Tensor:
+    """The unit's forward; with full recompute the first time leaves no graph, and `again` makes it in backward."""
+    inputs = (context,) if x is None else (x, context)
+    with torch.set_grad_enabled(again or unit.recompute != "full"):
+        return run_selective(unit.module, *inputs) if unit.recompute == "selective" else unit.module(*inputs)
+
+
+@dataclass
+class MicroRun:
+    """The tensors of one step on their way between actions, by (stage, micro-batch)."""
+
+    inputs: dict[Action, Tensor] = field(default_factory=dict)  # what a compute action takes, where it is already here
+    coming: dict[Action, comm.Pending] = field(default_factory=dict)  # by RECV action
+    going: list[comm.Pending] = field(default_factory=list)
+    outputs: dict[Action, Tensor] = field(default_factory=dict)  # by SEND action
+
+
+class Pipeline:
+    """Runs the lowered lists of a schedule on this rank's stages."""
+
+    def __init__(self, stages: Sequence[Stage], lists: list[list[Action]], mesh: Mesh) -> None:
+        self.stages = {stage.index: stage for stage in stages}
+        self.lists, self.mesh, self.actions = lists, mesh, lists[mesh.at.pp]
+        self.owners = owners(lists)
+        compute = [action for action in self.actions if action.kind in COMPUTE]
+        self.following = dict(zip(compute, compute[1:], strict=False))
+        self.reduced = _reduced(self.actions)
+        self.spans: list[Span] = []
+        self.recording = False
+
+    def run(self, contexts: Sequence[Context], *, scale: Tensor, boundary: Callable[[], Tensor]) -> Tensor:
+        """One step: all micro-batches through this rank's stages; returns the summed loss (zero where the last stage is elsewhere).
+
+        scale: the slope of the summed loss, 1 / target tokens of the global batch. boundary: an empty tensor (B, S', D).
+        """
+        state, self.spans = MicroRun(), []
+        loss = torch.zeros((), dtype=torch.float64, device=scale.device)
+        for action in self.actions:
+            start = time.perf_counter()
+            match action.kind:
+                case Kind.F:
+                    loss += self._forward(action, contexts[action.micro], state)
+                case Kind.B:
+                    self._backward(action, contexts[action.micro], state, scale)
+                case Kind.SEND_F | Kind.SEND_B:
+                    state.going.append(comm.start_send(state.outputs.pop(action), self._channel(action)))
+                case Kind.RECV_F | Kind.RECV_B:
+                    state.coming[action] = comm.start_recv(boundary(), self._channel(action))
+                case Kind.REDUCE:
+                    self.stages[action.stage].finish_reduce()
+            if self.recording:
+                self.spans.append(Span(self.mesh.at.pp, action, start, time.perf_counter()))
+        for pending in state.going:
+            pending.finish()
+        return loss
+
+    def _forward(self, action: Action, context: Context, state: MicroRun) -> Tensor | float:
+        stage = self.stages[action.stage]
+        x = None if stage.first else self._input(action, state)
+        following = self.following.get(action)
+        backward_next = following == Action(action.stage, Kind.B, action.micro)
+        out = stage.forward(action.micro, x, context, backward_next=backward_next)
+        if stage.last:
+            return out
+        self._output(action, out, state)
+        return 0.0
+
+    def _backward(self, action: Action, context: Context, state: MicroRun, scale: Tensor) -> None:
+        stage = self.stages[action.stage]
+        slope = scale if stage.last else self._input(action, state)
+        by_x = stage.backward(action.micro, slope, context, reduce=action in self.reduced)
+        if not stage.first:
+            assert by_x is not None
+            self._output(action, by_x, state)
+
+    def _input(self, action: Action, state: MicroRun) -> Tensor:
+        """What a compute action takes: from the neighbouring stage on this rank, or from a message."""
+        if action in state.inputs:
+            return state.inputs.pop(action)
+        return state.coming.pop(needs(action)).finish()
+
+    def _output(self, action: Action, out: Tensor, state: MicroRun) -> None:
+        send = gives(action)
+        target = Action(partner(send).stage, action.kind, action.micro)
+        if self.owners[target.stage] == self.mesh.at.pp:
+            state.inputs[target] = out
+        else:
+            state.outputs[send] = out.contiguous()
+
+    def _channel(self, message: Action):
+        """The group of a message: (source rank, target rank, direction) in the world's ranks."""
+        source, target, kind = channel(message, self.owners)
+        ranks = self.mesh.pp.ranks
+        return self.mesh.channels[ranks[source], ranks[target], "F" if kind == Kind.SEND_F else "B"]
+
+
+def _reduced(actions: Sequence[Action]) -> set[Action]:
+    """The backward actions that a REDUCE follows: their walk starts each unit's reduction as soon as it is done."""
+    latest: dict[int, Action] = {}
+    found = set()
+    for action in actions:
+        if action.kind == Kind.B:
+            latest[action.stage] = action
+        elif action.kind == Kind.REDUCE:
+            found.add(latest[action.stage])
+    return found

@@ -1,0 +1,241 @@
+"""ZeRO stages 0-3 (arXiv:1910.02054): one residency table and three moments of a unit.
+
+| stage | weights | gradients       | optimizer | unit's backward done | around a unit     | after the update |
+|-------|---------|-----------------|-----------|----------------------|-------------------|------------------|
+| 0     | whole   | whole           | whole     | reduce (*)           |                   |                  |
+| 1     | whole   | whole until (*) | shard     | reduce_scatter (*)   |                   | all_gather       |
+| 2     | whole   | shard           | shard     | reduce_scatter, free |                   | all_gather       |
+| 3     | shard   | shard           | shard     | reduce_scatter, free | all_gather / free |                  |
+
+(*) after the last micro-batch. That is `reduce=step`; with `reduce=micro_batch` every micro-batch is reduced into a
+shard and the whole buffer lives only during the unit's backward. Either value goes with any stage. Stage 0 reduces by
+reduce_scatter and all_gather, so that all stages take the same sums in the same order: they are equal to the bit.
+
+A unit's parameters are views of one flat buffer; gradients accumulate in float32 at least. A tied weight has one
+accumulator per use, added once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dist_llm import comm
+from dist_llm.mesh import Mesh
+from dist_llm.model.init import initialise
+from dist_llm.parallel.flat import FlatPlan, Piece, Slot
+
+
+class FlatUnit:
+    """One unit's parameters on this rank, as the residency table says.
+
+    weights (padded,), or nothing between uses in stage 3; shard (padded / N,) this rank's part of it; master (owned,)
+    float32 weights beside bfloat16 ones, else the weights themselves; gradients per use. `owned` is the range of
+    the buffer that this rank updates: all of it in stage 0, its shard otherwise. N: ranks of `mesh.data`.
+    """
+
+    def __init__(
+        self, plan: FlatPlan, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, num_uses: int, fixed: bool, shared: bool
+    ) -> None:
+        layout, group = mesh.layout, mesh.data
+        self.plan, self.mesh, self.group, self.fixed = plan, mesh, group, fixed
+        self.stage, self.by_step, self.keep = layout.zero, layout.reduce == "step", layout.unshard == "step"
+        self.dtype, self.device = dtype, device
+        self.gradient_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+        self.own = plan.range(group.index)
+        self.owned = self.own if self.stage else (0, plan.padded)
+        self.weights = torch.zeros(plan.padded, dtype=dtype, device=device)
+        self.sharded = self.stage == 3 and group.size > 1
+        self.shard = self.weights[slice(*self.own)].clone() if self.sharded else self.weights[slice(*self.own)]
+        self.parameters: list[dict[str, nn.Parameter]] = [{} for _ in range(num_uses)]
+        self.whole: list[Tensor | None] = [self._zeros(plan.padded) if self.by_step else None for _ in range(num_uses)]
+        self.sums: list[Tensor] = [] if self.by_step else [self._zeros(plan.shard_size) for _ in range(num_uses)]
+        self.reducing: dict[int, comm.Pending] = {}
+        self.gathering: comm.Pending | None = None
+        self.here = not self.sharded  # are the whole weights in memory
+        self.tied = mesh.tied if shared else None
+        self.counted = self.tied is None or self.tied.index == 0
+        self.gradient: Tensor | None = None  # (owned,) between the last backward and the update
+
+    def _zeros(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=self.gradient_dtype, device=self.device)
+
+    # --- build -------------------------------------------------------------------------------------------------------
+
+    def parameter(self, name: str, use: int = 0) -> nn.Parameter:
+        """The module's parameter: a view of the flat weights, one object per use so that gradients stay apart."""
+        slot = next(slot for slot in self.plan.slots if slot.name == name)
+        # .data: in-place writes to the buffer are ours to order, autograd's version counter must not see them.
+        self.parameters[use][name] = nn.Parameter(_view(self.weights, slot).data)
+        return self.parameters[use][name]
+
+    def initialise(self, *, seed: int) -> None:
+        """Fills what this rank holds with the initial weights, then fixes the residency."""
+        if self.sharded:
+            for piece in self.plan.pieces(self.group.index):
+                initialise(self._run(self.shard, piece), piece.slot.row, piece.slot.box, seed=seed, start=piece.start)
+        else:
+            for slot in self.plan.slots:
+                initialise(self.weights[slot.offset : slot.offset + slot.numel], slot.row, slot.box, seed=seed)
+        self.settle()
+
+    def settle(self) -> None:
+        """After the weights were written: makes the master copy and frees what the stage does not keep."""
+        low = self.own[0] if self.sharded else 0
+        mine = self.shard if self.sharded else self.weights
+        mine = mine[self.owned[0] - low : self.owned[1] - low]
+        self.owned_weights = mine
+        self.master = mine.to(self.gradient_dtype) if self.dtype != self.gradient_dtype else mine
+        self.end_step()
+
+    # --- around a unit -----------------------------------------------------------------------------------------------
+
+    def start_gather(self) -> None:
+        """Stage 3: begins to fetch the whole weights, if they are not here."""
+        if not self.here and self.gathering is None:
+            self.weights.untyped_storage().resize_(self.plan.padded * self.weights.element_size())  # views keep their identity
+            self.gathering = comm.start_all_gather(self.shard, self.group, out=self.weights)
+
+    def finish_gather(self) -> None:
+        """Leaves with the whole weights in memory."""
+        self.start_gather()
+        if self.gathering is not None:
+            self.gathering.finish()
+            self.gathering, self.here = None, True
+
+    def release(self) -> None:
+        """Stage 3: frees the whole weights after a unit's use, unless `unshard=step` keeps them for the step."""
+        if not self.keep:
+            self.end_step()
+
+    def end_step(self) -> None:
+        """Stage 3: frees the whole weights."""
+        assert self.gathering is None, self.plan.unit
+        if self.sharded:
+            self.weights.untyped_storage().resize_(0)
+            self.here = False
+
+    # --- backward ----------------------------------------------------------------------------------------------------
+
+    def begin_backward(self, use: int) -> None:
+        """Gives autograd the place to add this use's gradients."""
+        if self.whole[use] is None:
+            self.whole[use] = self._zeros(self.plan.padded)
+        if self.dtype == self.gradient_dtype:
+            for slot in self.plan.slots:
+                self.parameters[use][slot.name].grad = _view(self.whole[use], slot)
+
+    def end_backward(self, use: int) -> None:
+        """Takes the gradients over into the accumulator (bfloat16 gradients are added in float32)."""
+        for slot in self.plan.slots:
+            parameter = self.parameters[use][slot.name]
+            if self.dtype != self.gradient_dtype and parameter.grad is not None:
+                _view(self.whole[use], slot).add_(parameter.grad)
+            parameter.grad = None
+
+    def start_reduce(self, use: int) -> None:
+        """Begins the reduce-scatter of a use's gradients over the data group.
+
+        `reduce=step`: once, when the last use of this stage is done, the uses added first. `micro_batch`: each use by itself.
+        """
+        if self.by_step:
+            for other in range(1, len(self.whole)):
+                self.whole[0].add_(self.whole[other])
+            use = 0
+        buffer = self.whole[use]
+        self._sum_partial(buffer)
+        out = buffer[slice(*self.own)] if self.by_step else None
+        assert use not in self.reducing
+        self.reducing[use] = comm.start_reduce_scatter(buffer, self.group, fixed=self.fixed, out=out)
+
+    def collect(self) -> None:
+        """Finishes the reductions under way; with `reduce=micro_batch` adds them to the shard's sums and frees the buffers."""
+        for use, pending in self.reducing.items():
+            reduced = pending.finish()
+            if not self.by_step:
+                self.sums[use].add_(reduced)
+                self.whole[use] = None
+        self.reducing.clear()
+
+    def start_finish(self) -> comm.Pending:
+        """After the last micro-batch: the pending's result is the global gradient of the owned range."""
+        self.collect()
+        if self.by_step:
+            shard = self.whole[0][slice(*self.own)]
+        else:
+            shard = self.sums[0]
+            for other in self.sums[1:]:
+                shard.add_(other)
+        if self.tied is not None:
+            comm.all_reduce(shard, self.tied)  # the other use of the weight, on the last or first stage
+        if self.stage:
+            return comm.Pending(None, lambda: shard)
+        whole = self.whole[0] if self.by_step else self._zeros(self.plan.padded)
+        return comm.start_all_gather(shard, self.group, out=whole)
+
+    def _sum_partial(self, buffer: Tensor) -> None:
+        """Adds up gradients of which each tensor-parallel rank has only a part (Sharding.partial)."""
+        for group, shared in ((self.mesh.tp, False), (self.mesh.kv, True)):
+            slots = [s for s in self.plan.slots if s.sharding.partial and (s.row.role == "column") == shared]
+            if slots and group.size > 1:
+                joined = torch.cat([buffer[s.offset : s.offset + s.numel] for s in slots])
+                comm.all_reduce(joined, group)
+                for slot, part in zip(slots, joined.split([s.numel for s in slots]), strict=True):
+                    buffer[slot.offset : slot.offset + slot.numel].copy_(part)
+
+    def square_sum(self) -> Tensor:
+        """Sum of the squares of this rank's shard of the gradient, float64; elements held twice are counted once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.counted:
+            for piece in self.plan.pieces(self.group.index):
+                if piece.slot.sharding.owner(self.mesh.at.tp):
+                    total += torch.linalg.vector_norm(self._run(self._own_part(self.gradient), piece), dtype=torch.float64).square()
+        return total
+
+    # --- update ------------------------------------------------------------------------------------------------------
+
+    def segments(self) -> Iterator[tuple[slice, bool]]:
+        """(run inside the owned range, takes weight decay) for each shard that this rank updates."""
+        shards = range(self.group.size) if self.stage == 0 else [self.group.index]
+        for shard in shards:
+            for start, stop, decay in self.plan.segments(shard):
+                yield slice(start - self.owned[0], stop - self.owned[0]), decay
+
+    def start_publish(self) -> comm.Pending | None:
+        """After the update: casts the master weights and, in stages 1 and 2, begins to share the new shards."""
+        if self.master is not self.owned_weights:
+            self.owned_weights.copy_(self.master)
+        if self.stage in (1, 2):
+            return comm.start_all_gather(self.shard, self.group, out=self.weights)
+        return None
+
+    def clear_gradients(self) -> None:
+        """Zero accumulators for the next step; the last step's gradient is gone."""
+        self.gradient = None
+        for buffer in (*self.whole, *self.sums):
+            if buffer is not None:
+                buffer.zero_()
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        """The runs of parameters in this rank's shard that this rank answers for (replicas answer once)."""
+        mine = self.plan.pieces(self.group.index) if self.counted else []
+        return [piece for piece in mine if piece.slot.sharding.owner(self.mesh.at.tp)]
+
+    def own_run(self, owned: Tensor, piece: Piece) -> Tensor:
+        """The elements of a piece in a tensor aligned with the owned range."""
+        return self._run(self._own_part(owned), piece)
+
+    def _own_part(self, owned: Tensor) -> Tensor:
+        return owned[self.own[0] - self.owned[0] : self.own[1] - self.owned[0]]
+
+    @staticmethod
+    def _run(shard: Tensor, piece: Piece) -> Tensor:
+        return shard[piece.at : piece.at + piece.stop - piece.start]
+
+
+def _view(buffer: Tensor, slot: Slot) -> Tensor:
+    return buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)

@@ -1,0 +1,67 @@
+"""Cutting a model into pipeline stages: consecutive units, the largest stage as cheap as it can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+
+from dist_llm.errors import UsageError
+
+
+def cut(costs: Sequence[float], num_stages: int) -> list[range]:
+    """The units of each stage, in order: `costs` holds one cost per unit (embedding first, then blocks, head last), any unit of measure.
+
+    Among all cuts into non-empty stages, the one whose dearest stage is cheapest; among those the most even one (least sum of
+    squares); among those the one with the shortest first stage, then second, and so on, because early stages hold the most
+    micro-batches. Exact: costs are compared as whole numbers, so no rounding decides a tie. Raises UsageError for too few units.
+    """
+    assert num_stages >= 1 and all(math.isfinite(cost) and cost >= 0 for cost in costs), (costs, num_stages)
+    if len(costs) < num_stages:
+        raise UsageError(
+            f"{len(costs)} units (embedding, blocks, head) over {num_stages} stages leave {num_stages - len(costs)} stages empty",
+            expected=f"at most {len(costs)} stages (pp x chunks)",
+            found=f"{num_stages} stages",
+        )
+    total = [0, *accumulate(_whole(costs))]  # cost of units i to j - 1 = total[j] - total[i]
+    limit = _smallest_limit(total, num_stages)
+    return _most_even(total, num_stages, limit)
+
+
+def _whole(costs: Sequence[float]) -> list[int]:
+    """The costs as whole numbers in the same proportions (a float is a fraction, so they exist)."""
+    fractions = [Fraction(cost) for cost in costs]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * scale) for fraction in fractions]
+
+
+def _smallest_limit(total: list[int], num_stages: int) -> int:
+    """The cost of the dearest stage in a best cut. best[i] = the same for the first i units and the stages so far."""
+    best = list(total)
+    for stage in range(1, num_stages):
+        for end in range(len(total) - 1, stage, -1):
+            best[end] = min(max(best[start], total[end] - total[start]) for start in range(stage, end))
+    return best[-1]
+
+
+def _most_even(total: list[int], num_stages: int, limit: int) -> list[range]:
+    """The cut with no stage above `limit`, the least sum of squared stage costs, and the earliest boundaries among equals.
+
+    least[s][i] = the least sum of squares for units i and later in s stages, with the end of the first of them.
+    """
+    units = len(total) - 1
+    none = (math.inf, units)
+    least: list[list[tuple[float, int]]] = [[none] * units + [(0, units)]]
+    for stages in range(1, num_stages + 1):
+        row = [none] * (units + 1)
+        for start in range(units):
+            ends = (end for end in range(start + 1, units + 1) if total[end] - total[start] <= limit)
+            row[start] = min(((least[stages - 1][end][0] + (total[end] - total[start]) ** 2, end) for end in ends), default=none)
+        least.append(row)
+    cuts, start = [], 0
+    for stages in range(num_stages, 0, -1):
+        end = least[stages][start][1]
+        cuts.append(range(start, end))
+        start = end
+    return cuts

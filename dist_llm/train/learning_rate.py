@@ -1,0 +1,32 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+from math import cos, pi, sqrt
+
+from dist_llm.config.schema import ScheduleConfig
+
+
+def learning_rate(step: int, schedule: ScheduleConfig, *, peak: float) -> float:
+    """The rate of update `step` (0-based): linear warmup to `peak`, then the kind's curve down to `final` x peak.
+
+    constant; linear; cosine (arXiv:1608.03983); wsd: warmup, stable, then a linear decay over the last `decay` part of the steps
+    (arXiv:2404.06395); inverse_sqrt: peak x sqrt(warmup / step) (arXiv:1706.03762), not below `final` x peak.
+    """
+    if step < schedule.warmup:
+        return peak * (step + 1) / schedule.warmup
+    floor = schedule.final * peak
+    length = max(1, schedule.steps - schedule.warmup)
+    progress = min(1.0, (step - schedule.warmup + 1) / length)  # the last step reaches the floor
+    match schedule.kind:
+        case "constant":
+            return peak
+        case "linear":
+            return peak + (floor - peak) * progress
+        case "cosine":
+            return floor + (peak - floor) * 0.5 * (1.0 + cos(pi * progress))
+        case "wsd":
+            fading = max(0.0, (progress - (1.0 - schedule.decay)) / schedule.decay) if schedule.decay else 0.0
+            return peak + (floor - peak) * fading
+        case "inverse_sqrt":
+            return max(floor, peak * sqrt(max(1, schedule.warmup) / (step + 1)))

@@ -1,0 +1,248 @@
+"""Proof that a layout trains as one process does: every tensor of every step, compared under global names.
+
+A run of a few steps (unequal masks, accumulation, clipping, weight decay) leaves, per step, the loss, the gradient
+norm, and every gradient, weight and optimizer moment; two such runs are compared tensor by tensor. `compare` and
+the tests use the same functions. In nearly all published parallelism bugs the loss looked fine.
+
+difference of a tensor = max|a - b| / max(max|reference|, 1e-3 x the largest |reference| of that kind of tensor)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from dist_llm import comm
+from dist_llm.config.layout import Layout
+from dist_llm.config.schema import Config
+from dist_llm.data.batches import IGNORED, MicroBatch
+from dist_llm.random import bits, key_of, uniform
+from dist_llm.train.setup import DTYPES, choose_device, make_engine, make_mesh
+from dist_llm.train.trainer import Trainer
+
+TOLERANCE = 1e-10  # float64
+FLOOR = 1e-3  # of the largest reference value of a kind: below it a tensor counts as zero (a key bias has no gradient)
+KINDS = {"gradient": "gradient", "weight": "parameter", "first_moment": "moment", "second_moment": "moment"}
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Batches of addressed random tokens with very unequal masks: row r of the global batch keeps 5 to 100 % of its labels."""
+
+    vocab: int
+    sequence: int
+    global_batch: int
+    seed: int
+
+    def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
+        """As `Batches.micro_batches`."""
+        size = self.global_batch // dp_size
+        rows = torch.arange(dp_rank * size, (dp_rank + 1) * size)
+        place = rows[:, None] * (self.sequence + 1) + torch.arange(self.sequence + 1)  # (rows, S + 1)
+        text = bits(place, key_of(self.seed, "proof tokens", step=step)).remainder(self.vocab)
+        keep = (
+            uniform(place[:, 1:], key_of(self.seed, "proof masks", step=step))
+            < 0.05 + 0.95 * uniform(rows, key_of(self.seed, "rows"))[:, None]
+        )
+        labels = text[:, 1:].where(keep, IGNORED)
+        ends = text[:, :-1] == 0
+        documents = ends.cumsum(1) - ends.long()
+        line = torch.arange(self.sequence).expand_as(labels)
+        starts = torch.where(ends, line + 1, 0).roll(1, 1)
+        starts[:, 0] = 0
+        positions = line - starts.cummax(1).values
+        parts = (text[:, :-1], labels, positions, documents, rows)
+        return [MicroBatch(*(part[at : at + micro].contiguous() for part in parts)) for at in range(0, size, micro)]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The numbers of one proof run: per step the loss, the gradient norm and what this rank sent."""
+
+    losses: list[float]
+    norms: list[float]
+    sent: list[dict[str, float]] = field(default_factory=list)
+
+
+def proof_rank(rank: int, world: int, say: Callable, config: dict, layout: dict, steps: int, folder: str, dtype: str) -> dict[str, Any]:
+    """One rank of a proof run: trains `steps` steps and leaves its part of every tensor in `folder`. Returns a Record as a dict."""
+    settings, shape = Config.model_validate(config), Layout(**layout)
+    device = choose_device(settings.runtime, local_rank=rank)
+    mesh = make_mesh(settings, shape, rank)
+    engine = make_engine(settings, mesh, device=device, dtype=DTYPES[dtype])
+    order = MadeUp(settings.model.vocab, settings.data.sequence, settings.batch.global_, settings.runtime.seed)
+    trainer = Trainer(settings, mesh, engine, order)
+    record = Record([], [])
+    tensors: dict[str, torch.Tensor] = {}
+    boxes: dict[str, dict[str, Any]] = {}
+
+    def keep(step: int, kinds: set[str]) -> None:
+        for item in engine.state():
+            if item.kind in kinds:
+                key = f"{step}/{item.kind}/{item.piece.slot.name}/{item.piece.start}"
+                tensors[key] = item.values.detach().to("cpu", copy=True)
+                boxes[key] = {"shape": item.piece.slot.row.shape, "box": item.piece.slot.box}
+
+    comm.ledger.take()
+    for step in range(steps):
+        taken = trainer.gradients(step)
+        keep(step, {"gradient"})
+        engine.step(taken.learning_rate)
+        keep(step, {"weight", "first_moment", "second_moment"})
+        record.losses.append(taken.loss)
+        record.norms.append(taken.norm)
+        record.sent.append(comm.ledger.take())
+    save_file(tensors, Path(folder) / f"rank-{rank}.safetensors")
+    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps({"record": asdict(record), "boxes": boxes}))
+    return asdict(record)
+
+
+@dataclass
+class Run:
+    """A finished proof run: its record and all tensors by (step, kind, name), whole, with the rank of each piece."""
+
+    record: Record
+    tensors: dict[tuple[int, str, str], np.ndarray]
+    ranks: dict[tuple[int, str, str], list[tuple[int, tuple]]]
+
+
+def read_run(folder: Path) -> Run:
+    """Puts the parts that the ranks left together under global names; each element must be there exactly once."""
+    tensors: dict[tuple[int, str, str], np.ndarray] = {}
+    ranks: dict[tuple[int, str, str], list[tuple[int, tuple]]] = {}
+    seen: dict[tuple[int, str, str], int] = {}
+    record = None
+    for index in sorted(folder.glob("rank-*.json"), key=lambda path: int(path.stem[5:])):
+        content, rank = json.loads(index.read_text()), int(index.stem[5:])
+        record = record or Record(**content["record"])
+        for key, values in load_file(index.with_suffix(".safetensors")).items():
+            step, kind, name, start = key.split("/")
+            where, about = (int(step), kind, name), content["boxes"][key]
+            whole = tensors.setdefault(where, np.full(about["shape"], np.nan, values.dtype))
+            _put(whole, about["box"], int(start), values)
+            ranks.setdefault(where, []).append((rank, tuple(map(tuple, about["box"]))))
+            seen[where] = seen.get(where, 0) + values.size
+    assert record is not None, folder
+    for where, tensor in tensors.items():
+        assert seen[where] == tensor.size, f"{where}: {seen[where]} of {tensor.size} elements"
+    return Run(record, tensors, ranks)
+
+
+def _put(whole: np.ndarray, box: list[list[int]], start: int, values: np.ndarray) -> None:
+    """Writes a flat run of a box into the whole tensor."""
+    extents = [high - low for low, high in box]
+    if prod(extents) == values.size:
+        whole[tuple(slice(low, high) for low, high in box)] = values.reshape(extents)
+        return
+    places = np.unravel_index(np.arange(start, start + values.size), extents)
+    whole[tuple(place + low for place, (low, _) in zip(places, box, strict=True))] = values
+
+
+@dataclass(frozen=True)
+class First:
+    """The first tensor that differs, and what the numbers suggest."""
+
+    kind: str
+    name: str
+    step: int
+    rank: int | None
+    difference: float
+    hint: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest differences of a run from the reference, by kind; `first` is None when all lie under the tolerance."""
+
+    loss: float
+    norm: float
+    gradient: float
+    parameter: float
+    moment: float
+    first: First | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether every number lay under the tolerance."""
+        return self.first is None
+
+
+def judge(reference: Run, run: Run, *, tolerance: float = TOLERANCE, layout: Layout | None = None) -> Verdict:
+    """Compares a run with the reference, in the order in which training makes the numbers."""
+    worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "parameter": 0.0, "moment": 0.0}
+    first: First | None = None
+    for kind, name, step, difference in _differences(reference, run):
+        group = KINDS.get(kind, kind)
+        worst[group] = max(worst[group], difference) if difference == difference else difference
+        if first is None and not difference < tolerance:
+            where = (step, kind, name)
+            hint = likely_cause(kind, name, reference, run, step, layout)
+            first = First(kind, name, step, _worst_rank(reference, run, where), difference, hint)
+    return Verdict(**worst, first=first)
+
+
+def _differences(reference: Run, run: Run) -> Iterator[tuple[str, str, int, float]]:
+    assert reference.tensors.keys() == run.tensors.keys(), reference.tensors.keys() ^ run.tensors.keys()
+    for step, (ours, theirs) in enumerate(zip(reference.record.losses, run.record.losses, strict=True)):
+        yield "loss", "loss", step, abs(ours - theirs) / abs(ours)
+        norm = reference.record.norms[step]
+        yield "norm", "gradient norm", step, abs(norm - run.record.norms[step]) / norm
+        for kind in KINDS:
+            names = [name for at, which, name in reference.tensors if (at, which) == (step, kind)]
+            largest = max((float(np.abs(reference.tensors[step, kind, name]).max()) for name in names), default=0.0)
+            for name in names:
+                a, b = reference.tensors[step, kind, name], run.tensors[step, kind, name]
+                scale = max(float(np.abs(a).max()), FLOOR * largest)
+                yield kind, name, step, float(np.abs(a - b).max()) / scale if scale else float(np.abs(b).max())
+
+
+def _worst_rank(reference: Run, run: Run, where: tuple[int, str, str]) -> int | None:
+    """The rank that answers for the element that differs most."""
+    if where not in run.tensors:
+        return None
+    gap = np.nan_to_num(np.abs(reference.tensors[where] - run.tensors[where]), nan=np.inf)
+    place = np.unravel_index(int(gap.argmax()), gap.shape)
+    holders = [rank for rank, box in run.ranks[where] if all(low <= at < high for at, (low, high) in zip(place, box, strict=True))]
+    return holders[0] if holders else None
+
+
+def likely_cause(kind: str, name: str, reference: Run, run: Run, step: int, layout: Layout | None) -> str:
+    """What a difference of this shape usually comes from (docs/traps.md), in a few words."""
+    if kind == "loss":
+        return "initial weights, data order or the count of target tokens (traps 1, 3, 12)"
+    gradients = [name for at, which, name in reference.tensors if (at, which) == (step, "gradient")]
+    ratios = {n: _ratio(reference.tensors[step, "gradient", n], run.tensors[step, "gradient", n]) for n in gradients}
+    values = [ratio for ratio in ratios.values() if ratio is not None]
+    if len(values) == len(ratios) and max(values) - min(values) < 1e-6 and abs(values[0] - 1) > 1e-6:
+        return f"all gradients are {values[0]:.4g} times the reference: scaled twice or not at all (traps 1, 2, 15)"
+    if kind == "norm":
+        return "the gradients agree with each other: parameters counted twice or not at all in the norm (traps 4, 5, 7)"
+    if name == "embedding.weight" and layout is not None and layout.pp > 1:
+        return "a weight tied over pipeline stages: both uses must be summed once (trap 13)"
+    if "norm" in name and layout is not None and layout.tp > 1:
+        return "norm weights see a slice of sequence or heads: sum over tp before the data-parallel reduce (traps 8, 9)"
+    if (".k." in name or ".v." in name) and layout is not None and layout.tp > 1:
+        return "key and value heads shared by several tp ranks: their gradient is partial (trap 9)"
+    if name.endswith("bias"):
+        return "a bias added on more than one rank (trap 10)"
+    if kind in ("weight", "first_moment", "second_moment"):
+        return "gradients agree, the update does not: clipping, weight decay groups or step count (traps 7, 25, 28)"
+    return "only this parameter differs: its reduction or its shard boundaries (traps 22, 23, 25)"
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> float | None:
+    """b / a where it is the same for all elements that matter, else None."""
+    matter = np.abs(a) > 0.1 * np.abs(a).max()
+    if not matter.any():
+        return None
+    quotients = b[matter] / a[matter]
+    return float(np.median(quotients)) if np.ptp(quotients) < 1e-6 * max(1.0, abs(float(np.median(quotients)))) else None

@@ -1,0 +1,68 @@
+"""From a config to the parts of a run: device and dtype chosen from what is there, mesh, engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dist_llm.config.layout import Layout
+from dist_llm.config.schema import Config, RuntimeConfig
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import UsageError
+from dist_llm.mesh import Mesh, build_mesh, default_backend
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(runtime: RuntimeConfig, *, local_rank: int) -> torch.device:
+    """The device of a rank: CUDA where there is one, unless `runtime.device` says otherwise."""
+    if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
+        torch.set_num_threads(runtime.threads or 1)
+        torch.set_flush_denormal(True)
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("no CUDA device here", where="runtime.device", expected="a CUDA device", found="none", next="dist-llm doctor")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations: bfloat16 on CUDA, float32 on CPU, unless `runtime.dtype` says otherwise."""
+    if runtime.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[runtime.dtype]
+
+
+def choose_backend(runtime: RuntimeConfig, device: torch.device) -> str:
+    """NCCL for CUDA, gloo for CPU, unless `runtime.backend` says otherwise."""
+    return default_backend(device) if runtime.backend == "auto" else runtime.backend
+
+
+def num_micro_batches(config: Config, layout: Layout) -> int:
+    """Micro-batches of one data-parallel rank in a step: global batch = dp x micro-batches x micro."""
+    count, rest = divmod(config.batch.global_, layout.dp * config.batch.micro)
+    assert rest == 0 and count > 0, (config.batch, layout)
+    return count
+
+
+def make_mesh(config: Config, layout: Layout, rank: int) -> Mesh:
+    """The mesh of a layout with the groups that this model needs."""
+    return build_mesh(layout, rank, tied=config.model.tied, kv_heads=config.model.kv_heads)
+
+
+def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype) -> NativeEngine:
+    """The engine that `layout.engine` names, with initial weights."""
+    options: dict[str, Any] = {
+        "sequence": config.data.sequence,
+        "micro": config.batch.micro,
+        "micro_batches": num_micro_batches(config, mesh.layout),
+        "dtype": dtype,
+        "device": device,
+        "seed": config.runtime.seed,
+        "fixed": config.runtime.reduce_order == "fixed",
+        "smoothing": config.optimizer.label_smoothing,
+        "compiled": config.runtime.compile,
+    }
+    return NativeEngine(config.model, config.optimizer, mesh, **options)

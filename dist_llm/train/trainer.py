@@ -1,0 +1,107 @@
+"""The training step, under any layout and engine: it reads as sentences and knows nothing of how work is split."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dist_llm import comm
+from dist_llm.config.schema import Config
+from dist_llm.data.batches import MicroBatch
+from dist_llm.engines.native import NativeEngine, Totals
+from dist_llm.errors import NumericError
+from dist_llm.mesh import Mesh
+from dist_llm.model.transformer import Context, make_context
+from dist_llm.train.learning_rate import learning_rate
+
+
+class Order(Protocol):
+    """Where batches come from: a pure function of the step."""
+
+    def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches of the global batch of a step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did: mean loss per target token, global gradient norm before clipping, rate, and token counts."""
+
+    step: int
+    loss: float
+    norm: float
+    learning_rate: float
+    tokens: int
+    targets: int
+    data_wait: float  # seconds
+
+
+class Trainer:
+    """Takes steps with an engine and an order of batches."""
+
+    def __init__(self, config: Config, mesh: Mesh, engine: NativeEngine, order: Order) -> None:
+        self.config, self.mesh, self.engine, self.order = config, mesh, engine, order
+
+    def step(self, step: int) -> Step:
+        """One optimizer step (0-based): the same update under every layout."""
+        taken = self.gradients(step)
+        self.engine.step(taken.learning_rate)
+        return taken
+
+    def gradients(self, step: int) -> Step:
+        """The first half of a step: leaves with complete, finite global gradients, before clipping."""
+        start = time.perf_counter()
+        batches = self._take(step)
+        waited = time.perf_counter() - start
+        targets = self._count_targets(batches)
+        self.engine.run(self._contexts(batches, step), targets=targets)
+        totals = self.engine.finish_gradients()
+        self._refuse_non_finite(totals, step)
+        rate = learning_rate(step, self.config.schedule, peak=self.config.optimizer.lr)
+        tokens = self.config.batch.global_ * self.config.data.sequence
+        return Step(step, totals.loss / targets, totals.norm, rate, tokens, targets, waited)
+
+    def _take(self, step: int) -> list[MicroBatch]:
+        place, micro = self.mesh.at, self.config.batch.micro
+        return self.order.micro_batches(step, dp_rank=place.dp, dp_size=self.mesh.layout.dp, micro=micro)
+
+    def _count_targets(self, batches: Sequence[MicroBatch]) -> int:
+        """Target tokens of the whole global batch, known before backward: losses are sums and are divided once."""
+        count = torch.tensor(sum(batch.targets for batch in batches), device=self.engine.device)
+        with comm.booked_on("control"):
+            total = int(comm.all_reduce(count, self.mesh.data))
+        if total == 0:
+            raise NumericError("a batch without a single target token", expected="at least one label to learn from", where="labels")
+        return total
+
+    def _contexts(self, batches: Sequence[MicroBatch], step: int) -> list[Context]:
+        return [self.context(batch, step=step, training=True) for batch in batches]
+
+    def context(self, batch: MicroBatch, *, step: int, training: bool) -> Context:
+        """A micro-batch on the engine's device, as the model takes it."""
+        data, device = self.config.data, self.engine.device
+        optional: dict[str, Any] = {
+            "positions": batch.positions.to(device) if data.reset_positions else None,
+            "documents": batch.documents.to(device) if data.document_mask else None,
+            "rows": batch.rows.to(device),
+        }
+        addressed = {"seed": self.config.runtime.seed, "step": step, "training": training, "dtype": self.engine.dtype}
+        return make_context(self.config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)
+
+    def _refuse_non_finite(self, totals: Totals, step: int) -> None:
+        """Stops all ranks before the update: the norm and the loss are global, so every rank sees the same."""
+        if math.isfinite(totals.norm) and math.isfinite(totals.loss):
+            return
+        wrong = "loss" if not math.isfinite(totals.loss) else "gradient norm"
+        raise NumericError(
+            f"the {wrong} is not finite",
+            where=f"step {step}",
+            expected="finite numbers",
+            found=f"loss {totals.loss}, gradient norm {totals.norm}",
+            safe="no weight was changed by this step",
+            details=["a lower optimizer.lr, a longer schedule.warmup or runtime.dtype=float32 are the usual cures"],
+        )

@@ -1,0 +1,234 @@
+"""Everything that can be refused on one process is, with the arithmetic; the nearest layouts work; nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dist_llm.cli import check as check_verb
+from dist_llm.cli import doctor as doctor_verb
+from dist_llm.config.layout import canonical, concrete, parse_layout, resolve
+from dist_llm.config.load import load_config, load_text
+from dist_llm.config.rules import check, nearest_layouts, problems
+from dist_llm.config.schema import Config
+from dist_llm.errors import UsageError, render
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+SMALL = """model: {heads: 8, kv_heads: 2, dim: 64, layers: 4, vocab: 300}
+data: {sequence: 64, tokenizer: {kind: bytes}}
+batch: {global: 16, micro: 2}
+"""
+KV_HEADS = "layout.tp: 2 kv heads and tp=3: one must divide the other, 3 over 2 leaves 1"
+
+
+def config(*overrides: str) -> Config:
+    return load_text(SMALL, overrides, name="small.yaml").config
+
+
+def broken(layout: str, *overrides: str, world: int = 0) -> list[str]:
+    given = parse_layout(layout)
+    full = resolve(given, world) if world else concrete(given, given.dp or 1)
+    return [str(problem) for problem in problems(config(*overrides), full)]
+
+
+RULES = [
+    ("tp=3,sp=off", "", ["layout.tp: 8 heads over tp=3 leaves 2", KV_HEADS]),
+    ("tp=4", "model.kv_heads=8", []),
+    ("tp=8", "model.kv_heads=2", []),  # each kv head on four ranks
+    ("tp=2", "model.kv_heads=3", ["model.kv_heads: 8 heads over 3 kv heads leaves 2", None]),
+    ("tp=2", "data.sequence=33", ["layout.sp: sequence 33 over tp 2 leaves 1"]),
+    ("tp=2,sp=off", "data.sequence=33", []),
+    ("tp=8", "model.ffn=4", ["layout.tp: ffn 4 over tp=8 leaves ranks with nothing"]),
+    ("pp=5", "", ["layout.pp: 4 layers are fewer than pp 5 x chunks 1 = 5 stages"]),
+    ("pp=4,schedule=interleaved", "", ["layout.pp: 4 layers are fewer than pp 4 x chunks 2 = 8 stages"]),
+    ("pp=2,schedule=interleaved", "", []),
+    ("pp=2,chunks=2", "", ["layout.chunks: schedule=1f1b has one stage per rank, chunks=2 asks for 2; interleaved has more"]),
+    ("dp=3", "", ["batch.global: 16 sequences over dp 3 x micro 2 = 6 leaves 4; 12 or 18 would fit"]),
+    ("dp=1", "batch.micro=32", ["batch.global: 16 sequences over dp 1 x micro 32 = 32 leaves 16; 32 would fit"]),
+    ("cp=2", "", ["layout.cp: context parallelism (cp > 1) is not available in this version"]),
+    ("dp=2,shard=1,zero=3", "", ["layout.shard: sharding over a part of dp x cp (shard) is not available in this version"]),
+    ("dp=1", "model.head_dim=7", ["model.head_dim: rotary positions turn pairs, head_dim 7 is odd"]),
+    ("dp=1", "model={family: gpt2, vocab: 300, max_positions: 32}", ["model.max_positions: 32 learned positions for sequence 64"]),
+    ("dp=1", "schedule={warmup: 9, steps: 8}", ["schedule.warmup: 9 warmup steps of 8 steps in all"]),
+    ("dp=1", "schedule={kind: wsd, warmup: 5, steps: 8, decay: 0.5}", ["schedule.decay: warmup 5 + decay 0.5 x 8 = 9 steps of 8 in all"]),
+    ("dp=1", "optimizer={kind: sgd, nesterov: true}", ["optimizer.nesterov: needs sgd with momentum above 0, kind sgd, momentum 0"]),
+    ("dp=1", "optimizer={kind: sgd, nesterov: true, momentum: 0.9}", []),
+    ("dp=1", "model.vocab=200", ["model.vocab: the tokenizer has 257 tokens, the model 200"]),
+    ("dp=1", "data.tokenizer={kind: file}", ["data.tokenizer.path: kind file needs the path of a tokenizer.json"]),
+    (
+        "dp=1",
+        "data.tokenizer={kind: bpe, vocab: 99}",
+        ["data.tokenizer.vocab: bpe has at least 257 tokens, every byte and the end of a document, found 99"],
+    ),
+    (
+        "dp=1",
+        "runtime={backend: nccl, device: cpu}",
+        ["runtime.backend: nccl moves device memory only, device is cpu; gloo serves the CPU"],
+    ),
+]
+
+
+@pytest.mark.parametrize("layout, override, lines", RULES, ids=[f"{layout} {override}"[:48] for layout, override, _ in RULES])
+def test_a_rule_and_its_arithmetic(layout: str, override: str, lines: list[str | None]) -> None:
+    found = broken(layout, *([override] if override else []))
+    assert len(found) == len(lines)
+    assert all(expected is None or expected in found for expected in lines)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
+def test_foreign_engines_split_the_batch_alone(engine: str) -> None:
+    assert any("runs tp=1 only, tp=2" in line for line in broken(f"dp=2,tp=2,engine={engine}"))
+    assert any(line.startswith("layout.zero") for line in broken(f"dp=2,zero=2,engine={engine}")) == (engine != "deepspeed")
+
+
+def test_check_names_every_broken_rule_and_layouts_that_work() -> None:
+    with pytest.raises(UsageError) as caught:
+        check(config("layout=tp=3,zero=1", "schedule.warmup=999"), 6)
+    assert caught.value.code == 2 and caught.value.details == [
+        "layout.tp: 8 heads over tp=3 leaves 2",
+        KV_HEADS,
+        "layout.sp: sequence 64 over tp 3 leaves 1",
+        "schedule.warmup: 999 warmup steps of 200 steps in all",
+        "no layout of 6 ranks works with this config",
+    ]
+    with pytest.raises(UsageError) as caught:
+        check(config("layout=tp=3,zero=1"), 12)
+    assert caught.value.details[-1] == "these work on 12 ranks: dp=2,tp=2,pp=3,zero=1  dp=4,pp=3,zero=1  dp=1,tp=4,pp=3,zero=1"
+    with pytest.raises(UsageError) as caught:
+        check(config("layout=dp=2,tp=3,zero=1"), 4)
+    assert caught.value.details[0] == "layout: 4 ranks, expected dp 2 x cp 1 x tp 3 x pp 1 = 6 ranks"
+    assert caught.value.details[-1] == "these work on 4 ranks: dp=2,tp=2,zero=1  dp=1,tp=4,zero=1  dp=1,tp=2,pp=2,zero=1"
+    assert len(render(caught.value).splitlines()) <= 12
+
+
+def test_check_returns_the_layout_that_will_run() -> None:
+    assert canonical(check(config("layout=tp=2"), 4)) == "dp=2,tp=2"
+
+
+def test_many_broken_rules_keep_the_layouts_that_work_in_sight() -> None:
+    wrong = "layout=tp=3,cp=2,ep=3,shard=5,pp=9,chunks=2,engine=ddp,zero=2"
+    with pytest.raises(UsageError) as caught:
+        check(config(wrong), 8)
+    assert "these work on 8 ranks" in render(caught.value)
+
+
+def test_nearest_layouts_work_and_are_near() -> None:
+    """Against a search over everything: what is returned breaks no rule, and nothing legal of the same ranks is missed when it is empty."""
+    small = config()
+    for world, tp, pp in product((2, 3, 4, 6, 8, 12, 16), (1, 2, 3), (1, 2, 5)):
+        given = concrete(parse_layout(f"tp={tp},pp={pp},zero=1"), 1)
+        found = nearest_layouts(small, given, world=world)
+        assert all(layout.world == world and not problems(small, layout) and layout.zero == 1 for layout in found)
+        axes = [(d, t, p) for d, t, p in product(range(1, world + 1), repeat=3) if d * t * p == world]
+        legal = [a for a in axes if not problems(small, concrete(parse_layout("dp={},tp={},pp={},sp=off,zero=1".format(*a)), a[0]))]
+        assert len(found) == min(3, len(legal))
+    assert canonical(nearest_layouts(small, concrete(parse_layout("tp=3"), 1), world=2)[0]) in ("dp=1,tp=2", "dp=2")
+    assert nearest_layouts(small, concrete(parse_layout("tp=2"), 1), world=10**9) == []
+
+
+def test_large_worlds_are_fast() -> None:
+    loaded = load_config(CONFIGS / "models" / "llama3-405b.yaml", ["layout.pp=15"])
+    with pytest.raises(UsageError, match="16384 ranks"):
+        check(loaded.config, 16384)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_every_config_can_run_on_the_ranks_it_names(path: Path) -> None:
+    loaded = load_config(path)
+    ranks = re.search(r"^# ranks: (.*)$", path.read_text(), re.MULTILINE)
+    assert ranks is not None
+    worlds = [int(word) for word in re.findall(r"\d+", re.split(" = | work", ranks[1])[0])]
+    for world in worlds:
+        layout = check(loaded.config, world)
+    if len(worlds) == 1:
+        assert ranks[1] == f"{layout.world} = dp {layout.dp} x pp {layout.pp} x cp {layout.cp} x tp {layout.tp}"
+
+
+def test_schedules_refused_here_are_those_that_cannot_be_generated() -> None:
+    limits = pytest.importorskip("dist_llm.schedule.generate").limits
+    for name, pp, chunks in product(("gpipe", "1f1b", "interleaved"), (1, 2), (1, 2)):
+        found = broken(f"pp={pp},schedule={name},chunks={chunks}")
+        assert bool(found) == bool(limits(name, ranks=pp, micro_batches=8, chunks=chunks))
+
+
+# -- the verbs ------------------------------------------------------------------------------------------------------------------------
+
+app = typer.Typer()
+app.command("check")(check_verb.check)
+app.command("doctor")(doctor_verb.doctor)
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_check_prints_the_equations(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    assert run("check", str(path), "batch.global=512", "model.layers=8", "--layout", "tp=4,pp=4", "--world", "64").splitlines()[1:] == [
+        "  llama: 391,744 parameters; 8 layers, dim 64, 8 heads over 2 kv heads of 8, ffn 176, vocab 300",
+        "  64 ranks = dp 4 x pp 4 x cp 1 x tp 4",
+        "  512 sequences = 4 dp x 64 micro x 2",
+        "  6,553,600 tokens = 200 steps x 512 sequences x 64",
+    ]
+
+
+def test_check_explains_every_value(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    answer = json.loads(run("check", str(path), "optimizer.lr=0.5", "--explain", "--json"))
+    assert (answer["world"], answer["layout"], answer["tokens_per_step"]) == (1, "dp=1", 1024)
+    assert answer["values"]["optimizer.lr"] == {"value": 0.5, "origin": "override optimizer.lr=0.5"}
+    assert answer["values"]["model.heads"]["origin"] == f"{path}:1"
+    table = run("check", str(path), "--explain")
+    assert re.search(r"model\.kv_heads +2 ", table) and "default" in table
+
+
+def test_check_says_what_is_not_on_this_machine() -> None:
+    answer = run("check", str(CONFIGS / "models" / "llama3-8b.yaml"), "--world", "8")
+    assert "note: no text at data/pretrain/*.jsonl.zst on this machine" in answer and "note: no tokenizer at" in answer
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    tokenizer = pytest.importorskip("dist_llm.data.tokenizer").bytes_tokenizer()
+    saved = tokenizer.save(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(f"model: {{vocab: 100}}\ndata: {{tokenizer: {{kind: file, path: {saved}}}}}")
+    with pytest.raises(UsageError, match="more tokens than the model") as caught:
+        run("check", str(path))
+    assert caught.value.expected == "model.vocab of at least 257"
+    assert "can run" in run("check", str(path), "model.vocab=257")
+
+
+def test_doctor_finds_python_and_memory() -> None:
+    rows = {row["name"]: row for row in json.loads(run("doctor", "--json"))["rows"]}
+    assert rows["python"]["status"] == "ok" and rows["cores"]["value"] and set(rows["torch"]) == {"name", "status", "value", "hint"}
+    assert "python" in run("doctor")
+
+
+def test_doctor_survives_a_torch_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_verb, "TORCH_PROBE", "raise OSError('libcuda is broken')")
+    rows = {row.name: row for row in doctor_verb.findings(deep=True)}
+    assert rows["torch import"].status == "warn" and "libcuda is broken" in rows["torch import"].hint
+
+
+def test_check_and_doctor_import_neither_torch_nor_deepspeed() -> None:
+    code = (
+        "import sys; from dist_llm.cli import check, doctor\n"
+        f"check.check({str(CONFIGS / 'quickstart.yaml')!r}, explain=True)\n"
+        "doctor.doctor()\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'deepspeed', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
