@@ -42,6 +42,8 @@ def run_ranks(
     `rank-N.log` there. Raises the first rank's Failure; PeerError (exit 5) for a rank that died without a word, or
     MemoryFailure (exit 8) when it was killed as the kernel does when memory is short.
     """
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  the first backward imports it (0.9 s): once here, not in every rank
+
     sys.stdout.flush()
     sys.stderr.flush()
     shared = "/dev/shm" if os.path.isdir("/dev/shm") else None

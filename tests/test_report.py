@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from dist_llm.cli.report import find_source, read_comparison, report
 from dist_llm.errors import DataError, UsageError
 from dist_llm.report import page
-from dist_llm.report.figures import comparison_figures, difference_figure, spans_figure
+from dist_llm.report.figures import comparison_figures, difference_figure
+from dist_llm.report.gantt import spans_figure
 from dist_llm.report.page import embedded, inline, write_comparison_page, write_run_page
 from dist_llm.report.run import read_run, run_figures, run_sentence, running_mean, thinned
 from dist_llm.report.text import plain_table, table, verdict
@@ -248,9 +249,9 @@ layout               equal        max diff       step time  tokens/s  peak memor
 dp=1                 reference           0          341 ms    12,005     29.1 MiB           -   0.0 %
 dp=2                 yes           1.8e-14  189 ms (0.55x)    21,638     29.9 MiB    4.01 MiB   0.0 %
 tp=2                 NO             3.4e-3  242 ms (0.71x)    16,947     15.4 MiB    16.0 MiB   0.0 %
-pp=2,schedule=gpipe  did not run   2.4e-15               -    18,132            -    2.00 MiB  21.0 %
-pp=2,schedule=1f1b   -             1.8e-15  221 ms (0.65x)    18,500     19.3 MiB    2.00 MiB  20.7 %
-zero=3               yes           1.4e-14  219 ms (0.64x)    18,703     22.4 MiB    14.0 MiB   0.0 %
+pp=2,schedule=gpipe  did not run   2.4e-15               -    18,132            -    2.00 MiB  24.3 %
+pp=2,schedule=1f1b   -             1.9e-15  221 ms (0.65x)    18,500     18.8 MiB    2.00 MiB  25.6 %
+zero=3               yes           2.1e-14  219 ms (0.64x)    18,703     22.7 MiB    14.0 MiB   0.0 %
 
 tp=2: differs first in gradient layers.2.attention.wk.weight, step 1, rank 1: 3.4e-3 (tolerance 1e-10). kv heads summed twice
 pp=2,schedule=gpipe: could not run: no such schedule
@@ -301,15 +302,13 @@ def test_stacks_add_up_to_the_data() -> None:
     assert marks["x"] == [peak for row in EXAMPLE["layouts"] for peak in row["peak_memory_bytes"]]
 
 
-def test_curves_that_coincide_share_one_striped_line_and_a_departing_one_is_whole() -> None:
+def test_curves_that_coincide_are_marked_and_a_departing_one_is_not() -> None:
     comparison = copy.deepcopy(EXAMPLE)
     comparison["layouts"][3]["losses"] = [loss + 0.1 for loss in comparison["layouts"][3]["losses"]]
+    comparison["layouts"][7]["losses"] = None
     traces = comparison_figures(comparison)["losses"]["data"]
-    dashes = [trace["line"]["dash"] for trace in traces]
-    assert dashes[3] == "solid" and dashes.count("solid") == 1
-    periods = {sum(int(length.removesuffix("px")) for length in dash.split(",")) for dash in dashes if dash != "solid"}
-    starts = [int(dash.split(",")[1].removesuffix("px")) for dash in dashes if dash != "solid"]
-    assert periods == {90} and starts == list(range(0, 90, 9))
+    assert {trace["meta"]["row"]: trace["meta"]["rope"] for trace in traces} == {row: row != 3 for row in range(11) if row != 7}
+    assert traces[3]["y"] == comparison["layouts"][3]["losses"] and traces[3]["x"] == list(range(1, 31))
 
 
 def test_spans_start_at_zero_and_keep_lengths_ranks_and_unknown_actions() -> None:
@@ -317,7 +316,7 @@ def test_spans_start_at_zero_and_keep_lengths_ranks_and_unknown_actions() -> Non
         "measured": [
             [0, "0F0", 100.0, 100.25, 0],
             [1, "1F0", 100.25, 100.5, 64],
-            [1, "SEND 1F0", 100.5, 100.6],
+            [1, "1SF0", 100.5, 100.6],
             [1, "3B0", 100.6, 101.5, 0],
         ],
         "simulated": [[0, "0F0", 0, 0.2, 0], ["bad"], [0, "0B0", 0.4, 0.3, 0], [0, None, None, 1, 2]],
@@ -326,7 +325,7 @@ def test_spans_start_at_zero_and_keep_lengths_ranks_and_unknown_actions() -> Non
     assert figure is not None
     bars = [(trace["name"], trace["xaxis"], *bar) for trace in figure["data"] for bar in zip(trace["x"], trace["base"], strict=True)]
     assert [bar[:2] for bar in bars] == [
-        ("forward", "x"), ("forward", "x"), ("backward", "x"), ("communication and other", "x"), ("forward", "x2"),
+        ("forward", "x"), ("forward", "x"), ("backward", "x"), ("send and receive", "x"), ("forward", "x2"),
     ]  # fmt: skip
     assert [bar[2] for bar in bars] == pytest.approx([0.25, 0.25, 0.9, 0.1, 0.2])
     assert [bar[3] for bar in bars] == pytest.approx([0, 0.25, 0.6, 0.5, 0])

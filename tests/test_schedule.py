@@ -302,6 +302,9 @@ def test_a_fault_names_its_action() -> None:
     late = read("0F0 0SF0 0RB0 0B0 0R", "1F0 1RF0 1B0 1SB0 1R")
     with pytest.raises(ScheduleError, match="computed before 1RF0 is posted: 1F0 on rank 1"):
         validate(late, num_stages=2, micro_batches=1, reduce="step")
+    early = read("0RB0 0SF0 0F0 0B0 0R", "1RF0 1F0 1B0 1SB0 1R")
+    with pytest.raises(ScheduleError, match="sent before it is computed: 0SF0 on rank 0"):
+        validate(early, num_stages=2, micro_batches=1, reduce="step")
     assert fault.value.action == parse("1SB1") and fault.value.rank == 1 and isinstance(fault.value, AssertionError)
 
 

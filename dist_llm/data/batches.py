@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
 
 IGNORED = -100  # the label of a position that gives no loss
+BLOCK = 64  # steps whose order is worked out together: a permutation of few numbers costs as much as one of many
 PADDING = -1  # the sample id of a row that only fills up the last validation batch
 
 
@@ -86,6 +87,7 @@ class Batches:
         for source in range(len(self.stores)):
             self._turn[self.pattern == source] = np.arange(self._share[source])
         self._fixed = self._interleaved() if sequential else None
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # the last block asked for
 
     @property
     def num_samples(self) -> int:
@@ -99,19 +101,30 @@ class Batches:
 
     def sample_ids(self, step: int) -> Tensor:
         """The samples of a step's global batch, in order: int64 (G,), -1 for a row that only fills up."""
-        counter = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
-        if self._fixed is not None:
-            inside = counter < self.num_samples
-            return torch.from_numpy(np.where(inside, self._fixed[np.where(inside, counter, 0)], PADDING))
+        block, inside = divmod(step, BLOCK)
+        if self._block[0] != block:
+            start = block * BLOCK * self.global_batch
+            counter = np.arange(start, start + BLOCK * self.global_batch, dtype=np.int64)
+            self._block = (block, self._shuffled(counter) if self._fixed is None else self._filled(counter))
+        return torch.from_numpy(self._block[1][inside * self.global_batch : (inside + 1) * self.global_batch].copy())
+
+    def _filled(self, counter: np.ndarray) -> np.ndarray:
+        """The fixed order, and after its end the id that only fills up."""
+        assert self._fixed is not None
+        inside = counter < self.num_samples
+        return np.where(inside, self._fixed[np.where(inside, counter, 0)], PADDING)
+
+    def _shuffled(self, counter: np.ndarray) -> np.ndarray:
+        """The sample of each number in the run's count: a pure function."""
         turns, place = np.divmod(counter, len(self.pattern))
         source = self.pattern[place]
         epoch, index = np.divmod(turns * self._share[source] + self._turn[place], self.counts[source])
         ids = np.empty_like(counter)
-        for one, number in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+        for one, number in np.unique(np.stack([source, epoch]), axis=1).T.tolist():
             rows = (source == one) & (epoch == number)
-            key = key_of(self.seed, "shuffle", str(one), int(number))
+            key = key_of(self.seed, "shuffle", str(one), number)
             ids[rows] = self.offsets[one] + permute(torch.from_numpy(index[rows]), int(self.counts[one]), key).numpy()
-        return torch.from_numpy(ids)
+        return ids
 
     def targets(self, step: int) -> int:
         """Target tokens of the whole global batch: counted from the index alone, the same on every rank, without communication."""

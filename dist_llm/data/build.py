@@ -53,7 +53,7 @@ def build_store(
         shutil.rmtree(train, ignore_errors=True)
         shutil.rmtree(held_out, ignore_errors=True)
         threshold = lowest if again else 0.0
-    return [f"{corpus.name} is one document: nothing is held out for validation"] if validation and not threshold else []
+    return [f"{corpus.name} is one document, or one many times: nothing is held out for validation"] if validation and not threshold else []
 
 
 def encode(

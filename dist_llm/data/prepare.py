@@ -32,9 +32,10 @@ from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer, load, train_bpe
 from dist_llm.errors import SpaceError, UsageError
 
 if TYPE_CHECKING:
-    from dist_llm.config.schema import DataConfig, TokenizerConfig
+    from dist_llm.config.schema import DataConfig
 
 TRAINED_ON = 4_000_000  # bytes of text that a BPE is trained on
+BYTES_PER_TOKEN = 8  # more than a BPE reaches: it is trained on no more text than max_tokens can hold
 DEFAULT_VOCAB = 2048
 TOKENIZER_PART = 0.25  # of the whole work, for progress
 
@@ -95,7 +96,7 @@ def prepare(data: DataConfig, *, seed: int, progress: Progress | None = None, ma
     weights = whole_weights([weight for _, weight in sources])
     corpora = [open_corpus(source, seed=seed, text_key=data.text_key, bad=work.bad) for source, _ in sources]
     try:
-        tokenizer = _tokenizer(data.tokenizer, corpora, weights, work)
+        tokenizer = _tokenizer(data, corpora, weights, work)
         homes = []
         for number, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
             limit = data.max_tokens and max(2, -(-data.max_tokens * weight // sum(weights)))
@@ -148,10 +149,13 @@ def make_folder(home: Path, make: Callable[[Path], object]) -> None:
         raise
 
 
-def _tokenizer(wanted: TokenizerConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
+def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
     """The tokenizer that the config asks for, trained when it has to be."""
+    wanted = data.tokenizer
     if wanted.kind == "bpe":
-        return _trained(wanted.vocab or DEFAULT_VOCAB, corpora, weights, work)
+        budget = TRAINED_ON if data.max_tokens is None else min(TRAINED_ON, BYTES_PER_TOKEN * data.max_tokens)
+        budgets = [max(1, budget * weight // sum(weights)) for weight in weights]
+        return _trained(wanted.vocab or DEFAULT_VOCAB, corpora, budgets, work)
     if wanted.kind == "file" and wanted.path is None:
         raise UsageError("a tokenizer of kind file needs its path", where="data.tokenizer.path")
     tokenizer = load(Path(str(wanted.path)).expanduser()) if wanted.kind == "file" else bytes_tokenizer()
@@ -161,11 +165,10 @@ def _tokenizer(wanted: TokenizerConfig, corpora: Sequence[Corpus], weights: Sequ
     return tokenizer
 
 
-def _trained(vocab: int, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
-    """A BPE of the corpora, each giving its share of the text."""
+def _trained(vocab: int, corpora: Sequence[Corpus], budgets: Sequence[int], work: _Work) -> Tokenizer:
+    """A BPE of the corpora, each giving its budget of bytes."""
     name = "-".join(dict.fromkeys(corpus.name for corpus in corpora))[:48]
-    identity = [VERSION, [corpus.identity for corpus in corpora], list(weights), vocab, TRAINED_ON, tokenizers.__version__]
-    budgets = [max(1, TRAINED_ON * weight // sum(weights)) for weight in weights]
+    identity = [VERSION, [corpus.identity for corpus in corpora], list(budgets), vocab, tokenizers.__version__]
 
     def make(target: Path) -> None:
         work.progress(f"training a BPE of {vocab:,} tokens on {name}", 0.0)

@@ -6,7 +6,7 @@ offer the same five.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,13 @@ from dist_llm.parallel.compose import compose
 from dist_llm.parallel.flat import Piece
 from dist_llm.parallel.pipeline import Pipeline
 from dist_llm.parallel.zero import FlatUnit
+from dist_llm.schedule.actions import Action, Kind
 from dist_llm.schedule.generate import generate
 from dist_llm.schedule.lower import lower
+from dist_llm.schedule.validate import validate
+from dist_llm.sharding import Box
+
+Read = Callable[[str, str, Box, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,10 @@ class NativeEngine:
         self.model, self.mesh, self.dtype, self.device = model, mesh, dtype, device
         numbers = {"dtype": dtype, "device": device, "seed": seed, "fixed": fixed}
         stages = compose(model, mesh, sequence=sequence, smoothing=smoothing, compiled=compiled, **numbers)
-        compute = generate(layout.schedule, ranks=layout.pp, micro_batches=micro_batches, chunks=layout.chunks)
-        self.pipeline = Pipeline(stages, lower(compute, reduce=layout.reduce), mesh)
+        self.stages = stages
+        lists = lower(self._compute(micro_batches), reduce=layout.reduce)
+        validate(lists, num_stages=layout.stages, micro_batches=micro_batches, reduce=layout.reduce)
+        self.pipeline = Pipeline(stages, lists, mesh)
         self.boundary = (micro, sequence // (layout.tp if layout.sp else 1), model.dim)
         flats = {id(flat): flat for stage in stages for unit in stage.units for flat, _ in unit.flats}
         self.flats: list[FlatUnit] = list(flats.values())
@@ -78,14 +85,30 @@ class NativeEngine:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.norm = 0.0
 
+    def _compute(self, micro_batches: int) -> list[list[Action]]:
+        layout = self.mesh.layout
+        return generate(layout.schedule, ranks=layout.pp, micro_batches=micro_batches, chunks=layout.chunks)
+
+    def _boundary(self) -> Tensor:
+        return torch.empty(self.boundary, dtype=self.dtype, device=self.device)
+
     def run(self, contexts: Sequence[Context], *, targets: int) -> None:
         """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
         scale = torch.tensor(1.0 / targets, dtype=torch.float64, device=self.device)
+        self.loss = self.pipeline.run(contexts, scale=scale, boundary=self._boundary)
 
-        def boundary() -> Tensor:
-            return torch.empty(self.boundary, dtype=self.dtype, device=self.device)
+    def evaluate(self, contexts: Sequence[Context]) -> float:
+        """The summed loss of forward-only micro-batches over all ranks, equal on all ranks.
 
-        self.loss = self.pipeline.run(contexts, scale=scale, boundary=boundary)
+        Every data-parallel rank brings the same number of contexts, made with `training=False`.
+        """
+        forward = [[action for action in actions if action.kind == Kind.F] for actions in self._compute(len(contexts))]
+        walk = Pipeline(self.stages, lower(forward, reduce="step"), self.mesh)
+        loss = walk.run(contexts, scale=torch.zeros((), device=self.device), boundary=self._boundary)
+        for flat in self.flats:
+            flat.end_step()
+        with comm.booked_on("control"):
+            return float(comm.all_reduce(loss if self.mesh.at.tp == 0 else torch.zeros_like(loss), self.mesh.world))
 
     def finish_gradients(self) -> Totals:
         """Leaves with global gradients on the ranks that own them; returns the summed loss and the norm, equal on all ranks.
@@ -100,7 +123,7 @@ class NativeEngine:
             totals[self.units.index(flat.plan.unit)] += flat.square_sum()
         if self.mesh.at.tp == 0:
             totals[-1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
-        *squares, loss = comm.all_reduce(totals, self.mesh.world).tolist()
+        *squares, loss = comm.all_reduce(totals, self.mesh.world).tolist()  # the one wait for the device in a step
         self.norm = sum(squares) ** 0.5
         return Totals(loss, self.norm)
 
@@ -123,6 +146,31 @@ class NativeEngine:
         for run, decay in flat.segments():
             part = Moments(*(None if moment is None else moment[run] for moment in (moments.first, moments.second)))
             self.optimizer.update([flat.master[run]], [flat.gradient[run]], [part], lr=lr, decay=decay)
+
+    @torch.no_grad()
+    def load_state(self, read: Read, *, count: int) -> None:
+        """Takes weights and moments from `read(kind, name, box, start, stop)`, which gives that run of a global tensor's box.
+
+        count: optimizer updates made so far. Each rank asks for what it holds and nothing else.
+        """
+        for flat, moments in zip(self.flats, self.moments, strict=True):
+            flat.load(lambda slot, start, stop: read("weight", slot.name, slot.box, start, stop))
+            for kind, tensor in (("first_moment", moments.first), ("second_moment", moments.second)):
+                if tensor is not None:
+                    for piece in flat.owned_pieces():
+                        values = read(kind, piece.slot.name, piece.slot.box, piece.start, piece.stop)
+                        tensor[piece.at : piece.at + piece.stop - piece.start].copy_(values)
+        self.optimizer.count.fill_(count)
+
+    def persistent(self) -> dict[str, list[Tensor]]:
+        """The tensors that live between steps: weights, gradients, optimizer (master weights and moments)."""
+        kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [self.optimizer.count]}
+        for flat, moments in zip(self.flats, self.moments, strict=True):
+            kept["weights"] += [flat.shard] if flat.sharded else [flat.weights]
+            kept["gradients"] += [buffer for buffer in (*flat.whole, *flat.sums) if buffer is not None]
+            master = [flat.master] if flat.master is not flat.owned_weights else []
+            kept["optimizer"] += [tensor for tensor in (*master, moments.first, moments.second) if tensor is not None]
+        return kept
 
     def state(self) -> Iterator[Item]:
         """Every run of every tensor this rank answers for, by global name: together the ranks hold each element once.

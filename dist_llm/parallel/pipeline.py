@@ -22,8 +22,7 @@ from dist_llm.mesh import Mesh
 from dist_llm.model.transformer import Context
 from dist_llm.parallel.recompute import run_selective
 from dist_llm.parallel.zero import FlatUnit
-from dist_llm.schedule.actions import Action, Kind, Span, channel, owners, partner
-from dist_llm.schedule.lower import gives, needs
+from dist_llm.schedule.actions import Action, Kind, Span, channel, gives, needs, owners, partner
 
 COMPUTE = (Kind.F, Kind.B)
 IN_FLIGHT = 2  # units whose gradients may be on the way at once: overlap with backward, without holding every buffer
@@ -80,18 +79,21 @@ class Stage:
         """Enters with (B, S', D), or nothing on the first stage; leaves with (B, S', D), or the summed loss on the last.
 
         backward_next: B of the same micro-batch follows at once, so the units it begins with keep their weights.
+        Outside training nothing is kept.
         """
-        kept = self.kept[micro] = []
+        kept: list[Kept] = []
         for at, unit in enumerate(self.units):
             unit.finish_gather()
             if at + 1 < len(self.units):
                 self.units[at + 1].start_gather()  # prefetch: travels while this unit computes
-            x = None if x is None else x.detach().requires_grad_()
+            x = None if x is None else x.detach().requires_grad_(context.training)
             out = _run(unit, x, context)
-            kept.append(Kept(x, None if unit.recompute == "full" else get_gradient_edge(out)))
+            kept.append(Kept(x, get_gradient_edge(out) if out.requires_grad else None))
             if not (backward_next and at + IN_FLIGHT >= len(self.units)):
                 unit.release()
             x = out.detach()
+        if context.training:
+            self.kept[micro] = kept
         assert x is not None
         return x
 
@@ -137,12 +139,13 @@ class Stage:
 def _run(unit: Unit, x: Tensor | None, context: Context, *, again: bool = False) -> Tensor:
     """The unit's forward; with full recompute the first time leaves no graph, and `again` makes it in backward."""
     inputs = (context,) if x is None else (x, context)
-    with torch.set_grad_enabled(again or unit.recompute != "full"):
-        return run_selective(unit.module, *inputs) if unit.recompute == "selective" else unit.module(*inputs)
+    with torch.set_grad_enabled(context.training and (again or unit.recompute != "full")):
+        selective = context.training and unit.recompute == "selective"
+        return run_selective(unit.module, *inputs) if selective else unit.module(*inputs)
 
 
 @dataclass
-class MicroRun:
+class InTransit:
     """The tensors of one step on their way between actions, by (stage, micro-batch)."""
 
     inputs: dict[Action, Tensor] = field(default_factory=dict)  # what a compute action takes, where it is already here
@@ -169,15 +172,16 @@ class Pipeline:
 
         scale: the slope of the summed loss, 1 / target tokens of the global batch. boundary: an empty tensor (B, S', D).
         """
-        state, self.spans = MicroRun(), []
+        state, self.spans = InTransit(), []
         loss = torch.zeros((), dtype=torch.float64, device=scale.device)
         for action in self.actions:
-            start = time.perf_counter()
+            taken = self._input(action, state, scale) if action.kind in COMPUTE else None
+            start = time.perf_counter()  # waiting for the input is not work
             match action.kind:
                 case Kind.F:
-                    loss += self._forward(action, contexts[action.micro], state)
+                    loss += self._forward(action, taken, contexts[action.micro], state)
                 case Kind.B:
-                    self._backward(action, contexts[action.micro], state, scale)
+                    self._backward(action, taken, contexts[action.micro], state)
                 case Kind.SEND_F | Kind.SEND_B:
                     state.going.append(comm.start_send(state.outputs.pop(action), self._channel(action)))
                 case Kind.RECV_F | Kind.RECV_B:
@@ -190,32 +194,35 @@ class Pipeline:
             pending.finish()
         return loss
 
-    def _forward(self, action: Action, context: Context, state: MicroRun) -> Tensor | float:
+    def _forward(self, action: Action, x: Tensor | None, context: Context, state: InTransit) -> Tensor | float:
         stage = self.stages[action.stage]
-        x = None if stage.first else self._input(action, state)
-        following = self.following.get(action)
-        backward_next = following == Action(action.stage, Kind.B, action.micro)
+        backward_next = self.following.get(action) == Action(action.stage, Kind.B, action.micro)
         out = stage.forward(action.micro, x, context, backward_next=backward_next)
         if stage.last:
             return out
         self._output(action, out, state)
         return 0.0
 
-    def _backward(self, action: Action, context: Context, state: MicroRun, scale: Tensor) -> None:
+    def _backward(self, action: Action, slope: Tensor | None, context: Context, state: InTransit) -> None:
         stage = self.stages[action.stage]
-        slope = scale if stage.last else self._input(action, state)
+        assert slope is not None
         by_x = stage.backward(action.micro, slope, context, reduce=action in self.reduced)
         if not stage.first:
             assert by_x is not None
             self._output(action, by_x, state)
 
-    def _input(self, action: Action, state: MicroRun) -> Tensor:
-        """What a compute action takes: from the neighbouring stage on this rank, or from a message."""
+    def _input(self, action: Action, state: InTransit, scale: Tensor) -> Tensor | None:
+        """What a compute action takes: from the neighbouring stage on this rank, or from a message; the ends have their own."""
+        stage = self.stages[action.stage]
+        if action.kind == Kind.F and stage.first:
+            return None
+        if action.kind == Kind.B and stage.last:
+            return scale
         if action in state.inputs:
             return state.inputs.pop(action)
         return state.coming.pop(needs(action)).finish()
 
-    def _output(self, action: Action, out: Tensor, state: MicroRun) -> None:
+    def _output(self, action: Action, out: Tensor, state: InTransit) -> None:
         send = gives(action)
         target = Action(partner(send).stage, action.kind, action.micro)
         if self.owners[target.stage] == self.mesh.at.pp:

@@ -17,7 +17,7 @@ accumulator per use, added once at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,19 @@ class FlatUnit:
         self.owned_weights = mine
         self.master = mine.to(self.gradient_dtype) if self.dtype != self.gradient_dtype else mine
         self.end_step()
+
+    def load(self, read: Callable[[Slot, int, int], Tensor]) -> None:
+        """Takes the weights from `read(slot, start, stop)`, a run of the slot's elements, and fixes the residency."""
+        if self.sharded:
+            for piece in self.plan.pieces(self.group.index):
+                self._run(self.shard, piece).copy_(read(piece.slot, piece.start, piece.stop))
+        else:
+            for slot in self.plan.slots:
+                self.weights[slot.offset : slot.offset + slot.numel].copy_(read(slot, 0, slot.numel))
+        self.settle()
+        if self.master is not self.owned_weights:  # the checkpoint has more digits than the weights
+            for piece in self.owned_pieces():
+                self.master[piece.at : piece.at + piece.stop - piece.start].copy_(read(piece.slot, piece.start, piece.stop))
 
     # --- around a unit -----------------------------------------------------------------------------------------------
 
@@ -224,6 +237,12 @@ class FlatUnit:
         """The runs of parameters in this rank's shard that this rank answers for (replicas answer once)."""
         mine = self.plan.pieces(self.group.index) if self.counted else []
         return [piece for piece in mine if piece.slot.sharding.owner(self.mesh.at.tp)]
+
+    def owned_pieces(self) -> list[Piece]:
+        """The runs of parameters in the owned range; `at` is counted inside it."""
+        if self.stage:
+            return self.plan.pieces(self.group.index)
+        return [Piece(slot, 0, slot.numel, slot.offset) for slot in self.plan.slots]
 
     def own_run(self, owned: Tensor, piece: Piece) -> Tensor:
         """The elements of a piece in a tensor aligned with the owned range."""

@@ -7,16 +7,14 @@ through `plot_text`, since plotly reads some HTML tags in labels.
 
 from __future__ import annotations
 
-import html
 import math
-import re
-from collections.abc import Iterable
 from typing import Any
 
+from dist_llm.report.gantt import caption, spans_figure
+from dist_llm.report.plot import BAD, INK, MUTED, Figure, part_colour, plot_text, series_colour
 from dist_llm.report.text import KINDS, label, reference_row, rows_of
 from dist_llm.report.units import (
     byte_ticks,
-    described,
     finite,
     finite_numbers,
     mapping,
@@ -24,37 +22,12 @@ from dist_llm.report.units import (
     sequence,
     show_bytes,
     show_difference,
-    show_fraction,
-    show_seconds,
-    shown,
 )
 
-Figure = dict[str, Any]
-SERIES, PARTS = 12, 6  # colours of the theme: one per layout, one per category
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 AXES = ("dp", "tp", "pp", "cp", "ep", "control")
 SYMBOLS = {"loss": ("circle", 8), "gradient": ("diamond", 9), "parameter": ("square", 8), "moment": ("triangle-up", 10)}
-ACTION = re.compile(r"(\d+)(F|B|I|W)(\d+)")
-ACTION_KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
-OTHER_ACTION = "communication and other"
-ROW, GAP, TOP = 36, 62, 62  # of a Gantt chart, in pixels: one rank, between the panels, above the first
 COINCIDE = 0.004  # of the plotted range: about the width of a line
-INK, MUTED, BAD = "var(--ink)", "var(--muted)", "var(--bad)"
-
-
-def plot_text(value: Any) -> str:
-    """Text from data for a plotly label: control characters replaced, markup escaped, one line."""
-    return html.escape(" ".join(shown(value).split()), quote=False)
-
-
-def series_colour(index: int) -> str:
-    """The colour of layout `index`, the same in every figure and in the table."""
-    return f"var(--series-{index % SERIES + 1})"
-
-
-def part_colour(index: int) -> str:
-    """The colour of category `index` (a mesh axis, a part of the memory, a kind of action)."""
-    return f"var(--part-{index % PARTS + 1})"
 
 
 def comparison_figures(comparison: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +47,7 @@ def comparison_figures(comparison: dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_figure(curves: list[list[Any]], rows: list[dict[str, Any]], reference_index: int | None) -> Figure | None:
-    """Loss over steps, one line per layout. Lines that coincide share one rope: each draws its own dash of it, so that all are seen."""
+    """Loss over steps, one line per layout. Lines that coincide are marked `rope`: the page draws each as its own dash of one line."""
     values = [[finite(value) for value in curve] for curve in curves]
     drawn = [index for index, curve in enumerate(values) if any(value is not None for value in curve)]
     if not drawn:
@@ -82,10 +55,8 @@ def loss_figure(curves: list[list[Any]], rows: list[dict[str, Any]], reference_i
     anchor = values[reference_index if reference_index in drawn else drawn[0]]
     every = [value for index in drawn for value in values[index] if value is not None]
     near = COINCIDE * (max(every) - min(every))
-    rope = [index for index in drawn if _distance(values[index], anchor) <= near]
     traces = []
     for index in drawn:
-        dash = _rope_dash(rope.index(index), len(rope)) if index in rope and len(rope) > 1 else "solid"
         traces.append(
             {
                 "type": "scatter",
@@ -93,8 +64,8 @@ def loss_figure(curves: list[list[Any]], rows: list[dict[str, Any]], reference_i
                 "x": list(range(1, len(values[index]) + 1)),
                 "y": values[index],
                 "name": plot_text(label(rows[index])),
-                "meta": {"row": index},
-                "line": {"color": series_colour(index), "width": 3 if dash != "solid" else 2, "dash": dash},
+                "meta": {"row": index, "rope": _distance(values[index], anchor) <= near},
+                "line": {"color": series_colour(index), "width": 2},
                 "marker": {"color": series_colour(index), "size": 8},
                 "hovertemplate": "%{y:.6f}",
             }
@@ -107,10 +78,6 @@ def loss_figure(curves: list[list[Any]], rows: list[dict[str, Any]], reference_i
 def _distance(curve: list[float | None], other: list[float | None]) -> float:
     pairs = [(a, b) for a, b in zip(curve, other, strict=False) if a is not None and b is not None]
     return max((abs(a - b) for a, b in pairs), default=math.inf)
-
-
-def _rope_dash(place: int, of: int, length: int = 9) -> str:
-    return f"0px,{place * length}px,{length}px,{(of - 1 - place) * length}px"
 
 
 def difference_figure(rows: list[dict[str, Any]]) -> Figure | None:
@@ -253,99 +220,3 @@ def _byte_layout(largest: float) -> dict[str, Any]:
     places, texts = byte_ticks(largest)
     axis = {"range": [0, max(largest * 1.04, 1)], "tickvals": places, "ticktext": texts, "fixedrange": True}
     return {"barmode": "stack", "xaxis": axis, "yaxis": {"showgrid": False}, "hovermode": "closest"}
-
-
-def caption(row: dict[str, Any]) -> str:
-    """The bubble of a row, measured and predicted, for the line under its Gantt chart."""
-    found = {"measured": row.get("bubble_fraction"), "predicted": mapping(row.get("predicted")).get("bubble_fraction")}
-    texts = [f"{show_fraction(value)} {how}" for how, value in found.items() if finite(value) is not None]
-    return f"Bubble: {', '.join(texts)}." if texts else ""
-
-
-def spans_figure(spans: dict[str, Any]) -> Figure | None:
-    """The measured step over the simulated one: a bar per action, a line per rank, both on one time axis in seconds from their start."""
-    panels = [(how, found) for how in ("measured", "simulated") if (found := list(_spans(spans.get(how))))]
-    if not panels:
-        return None
-    longest = max(_length(found) for _, found in panels)
-    scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms") if longest >= 1e-3 else (1e6, "µs")
-    rooms = [ROW * len({rank for rank, *_ in found}) for _, found in panels]
-    plot = sum(rooms) + GAP * (len(rooms) - 1)
-    traces: list[Figure] = []
-    layout: dict[str, Any] = {"height": plot + TOP + 34, "barmode": "overlay", "hovermode": "closest", "annotations": []}
-    for place, (how, found) in enumerate(panels):
-        ranks = sorted({rank for rank, *_ in found})
-        top = 1 - place * (rooms[0] + GAP) / plot
-        layout |= _panel_axes(place, ranks, (max(0, top - rooms[place] / plot), top), longest * scale, unit)
-        layout["annotations"].append(_panel_title(top, f"<b>{how}</b>  {show_seconds(_length(found))}"))
-        seen = {trace["name"] for trace in traces}
-        traces += [trace | {"showlegend": trace["name"] not in seen} for trace in _panel_traces(found, ranks, scale, place)]
-    layout |= {"legend": {"yref": "container", "yanchor": "top", "y": 1}, "margin": {"t": TOP}}
-    return {"data": traces, "layout": layout}
-
-
-def _spans(given: Any) -> Iterable[tuple[int, str, float, float, float | None]]:
-    found = []
-    for span in sequence(given):
-        if isinstance(span, list) and len(span) >= 4:
-            rank, start, end = finite(span[0]), finite(span[2]), finite(span[3])
-            if rank is not None and start is not None and end is not None and end >= start:
-                found.append((int(rank), described(span[1]), start, end, finite(span[4]) if len(span) > 4 else None))
-    first = min((start for _, _, start, _, _ in found), default=0.0)
-    return [(rank, action, start - first, end - first, size) for rank, action, start, end, size in found]
-
-
-def _length(found: list[tuple[int, str, float, float, float | None]]) -> float:
-    return max(end for _, _, _, end, _ in found)
-
-
-def _panel_traces(found: list[tuple[int, str, float, float, float | None]], ranks: list[int], scale: float, place: int) -> list[Figure]:
-    held = {(rank, int(parts[1])) for rank, action, *_ in found if (parts := ACTION.fullmatch(action))}
-    stages = {rank: sorted(stage for at, stage in held if at == rank) for rank in ranks}
-    kinds: dict[str, list[tuple]] = {}
-    for rank, action, start, end, size in found:
-        parts = ACTION.fullmatch(action)
-        kind = ACTION_KINDS[parts[2]] if parts else OTHER_ACTION
-        chunk = stages[rank].index(int(parts[1])) if parts else 0
-        hover = f"{plot_text(action)} on rank {rank}<br>{show_seconds(start)} to {show_seconds(end)} ({show_seconds(end - start)})"
-        hover += f"<br>{show_bytes(size)}" if size else ""
-        kinds.setdefault(kind, []).append((ranks.index(rank), start, end, parts[3] if parts else "", hover, 0.6 if chunk % 2 else 1.0))
-    order = [*ACTION_KINDS.values(), OTHER_ACTION]
-    return [_kind_trace(kind, order.index(kind), kinds[kind], scale, place) for kind in order if kind in kinds]
-
-
-def _kind_trace(kind: str, colour: int, bars: list[tuple], scale: float, place: int) -> Figure:
-    suffix = "" if place == 0 else str(place + 1)
-    heights, starts, ends, texts, hovers, opacities = (list(column) for column in zip(*bars, strict=True))
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": kind,
-        "legendgroup": kind,
-        "xaxis": f"x{suffix}",
-        "yaxis": f"y{suffix}",
-        "y": heights,
-        "base": [start * scale for start in starts],
-        "x": [(end - start) * scale for start, end in zip(starts, ends, strict=True)],
-        "width": 0.4 if kind == OTHER_ACTION else 0.8,
-        "text": texts,
-        "textposition": "inside",
-        "insidetextanchor": "middle",
-        "textangle": 0,
-        "hovertext": hovers,
-        "hovertemplate": "%{hovertext}<extra></extra>",
-        "marker": {"color": part_colour(colour), "opacity": opacities, "line": {"color": "var(--card)", "width": 1}},
-    }
-
-
-def _panel_axes(place: int, ranks: list[int], domain: tuple[float, float], longest: float, unit: str) -> dict[str, Any]:
-    suffix = "" if place == 0 else str(place + 1)
-    x = {"range": [0, longest * 1.01], "ticksuffix": f" {unit}", "anchor": f"y{suffix}", "nticks": 6} | ({"matches": "x"} if place else {})
-    y = {"domain": list(domain), "range": [len(ranks) - 0.5, -0.5], "tickvals": list(range(len(ranks))), "fixedrange": True}
-    y |= {"ticktext": [f"rank {rank} " for rank in ranks], "anchor": f"x{suffix}", "showgrid": False}
-    return {f"xaxis{suffix}": x, f"yaxis{suffix}": y}
-
-
-def _panel_title(top: float, text: str) -> dict[str, Any]:
-    style = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom", "showarrow": False, "font": {"color": INK}}
-    return {"x": 0, "y": top, "text": text, **style}

@@ -20,7 +20,8 @@ from markupsafe import Markup, escape
 
 from dist_llm import __version__
 from dist_llm.report import template
-from dist_llm.report.figures import SERIES, comparison_figures
+from dist_llm.report.figures import comparison_figures
+from dist_llm.report.plot import SERIES
 from dist_llm.report.run import MOST_SAMPLES, Run, read_run, run_facts, run_figures, run_sentence
 from dist_llm.report.script import SCRIPT
 from dist_llm.report.style import STYLE

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from dist_llm.report.figures import Figure, series_colour
+from dist_llm.report.plot import Figure, series_colour
 from dist_llm.report.units import byte_ticks, finite, finite_numbers, show_bytes, show_count, show_number, show_seconds
 
 Point = tuple[float, float]  # (step, value)

@@ -50,14 +50,15 @@ SCRIPT = """
     if (figure.labels) layout.height = 84 + figure.labels.length * (narrow ? figure.row + 18 : figure.row);
     if (narrow && layout.hovermode === "x unified") layout.hovermode = "closest";
     const legend = { orientation: "h", x: 0, y: 1, yanchor: "bottom", xanchor: "left", font: { size: 12, color: "var(--ink)" } };
+    const family = getComputedStyle(document.body).fontFamily;
     const top = layout.showlegend === false ? 12 : 30;
     return {
       ...layout, width: box.clientWidth, legend: { ...legend, ...layout.legend },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 8, r: 12, t: top, b: 8, pad: 2, ...layout.margin },
-      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: "var(--ink)" },
+      font: { family, size: 12, color: "var(--ink)" },
       hoverlabel: {
-        bgcolor: "var(--card)", bordercolor: "var(--line)", font: { size: 12, color: "var(--ink)" }, align: "left", namelength: -1,
+        bgcolor: "var(--card)", bordercolor: "var(--line)", font: { family, size: 12, color: "var(--ink)" }, align: "left", namelength: -1,
       },
       uniformtext: { minsize: 8, mode: "hide" },
     };
@@ -73,6 +74,19 @@ SCRIPT = """
     return walk(layout, "");
   }
 
+  // Loss curves: the shown ones that coincide become the strands of one striped line, each drawing its own dash of it.
+  function stranded(traces) {
+    const shown = traces.filter((trace) => !trace.meta || !hidden.has(trace.meta.row));
+    const rope = shown.filter((trace) => trace.meta && trace.meta.rope);
+    const length = 9;
+    return shown.map((trace) => {
+      const place = rope.indexOf(trace);
+      if (place < 0 || rope.length < 2) return trace;
+      const dash = [0, place * length, length, (rope.length - 1 - place) * length].map((part) => part + "px").join(",");
+      return { ...trace, line: { ...trace.line, width: 3, dash } };
+    });
+  }
+
   function draw(box) {
     let figure = figures[box.dataset.figure];
     if (box.dataset.figure === "spans") {
@@ -80,10 +94,7 @@ SCRIPT = """
       document.getElementById("caption").textContent = caption;
       figure = chosen;
     }
-    const traces = themed(figure.data).map((trace) => (
-      trace.meta ? { ...trace, visible: !hidden.has(trace.meta.row) } : trace
-    ));
-    Plotly.react(box, traces, themed(layoutOf(figure, box)), { displayModeBar: false, doubleClick: "reset" });
+    Plotly.react(box, stranded(themed(figure.data)), themed(layoutOf(figure, box)), { displayModeBar: false, doubleClick: "reset" });
   }
 
   const boxes = [...document.querySelectorAll(".figure")];

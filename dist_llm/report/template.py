@@ -104,7 +104,7 @@ COMPARISON = """{% extends "base" %}
 <section>
 <h2>One step in time</h2>
 <p class="note">Every action of every rank: measured above, simulated from the same schedule below.
-The number is the micro-batch; paler bars are a rank's second chunk.</p>
+The number is the micro-batch, paler bars are a rank's second chunk, thin lines are communication.</p>
 <label>Layout <select id="pick">{% for name in spans %}<option value="{{ loop.index0 }}">{{ name }}</option>{% endfor %}</select></label>
 {{ figure("spans") }}
 <p class="note" id="caption"></p>

@@ -1,0 +1,193 @@
+"""Bytes that each rank sends in a step, as closed forms from the table and the layout: torch-free, nothing is run.
+
+Ring payload per rank of n, for a whole tensor of V bytes: all_gather and reduce_scatter (n-1)/n V, all_reduce twice that,
+a message V. Activations have b x s x d elements for a micro-batch (s/tp of them between blocks with sequence parallelism).
+Per block and micro-batch tensor parallelism takes 2 + 2 all_reduces, or with sequence parallelism 4 + 4 gathers and
+scatters and 2 gathers again in backward (arXiv:2205.05198); the embedding one reduction, the head one, the loss three
+scalars a token. `tests/test_traffic.py` holds every layout's ledger against these numbers.
+
+Legend: b micro, s sequence, d dim, m micro-batches, n ranks of the data group, t tp, P padded elements of a flat unit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_llm.config.layout import Layout
+from dist_llm.config.schema import ModelConfig
+from dist_llm.model.cost import forward_flops
+from dist_llm.model.table import table, unit_names, uses
+from dist_llm.parallel.flat import FlatPlan, pack
+from dist_llm.schedule.actions import SENDS, Action, Kind
+from dist_llm.schedule.cut import cut
+from dist_llm.schedule.generate import generate, stages_of
+from dist_llm.schedule.lower import lower
+
+KEPT_UNITS = 2  # units at the end of a stage that keep their weights between a forward and the backward that follows at once
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of an element: weights and activations, gradients, softmax statistics."""
+
+    weight: int
+    gradient: int
+    statistic: int
+
+
+WIDTHS = {"bfloat16": Widths(2, 4, 4), "float32": Widths(4, 4, 4), "float64": Widths(8, 8, 8)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a run that traffic and memory depend on."""
+
+    model: ModelConfig
+    layout: Layout
+    sequence: int
+    micro: int
+    micro_batches: int
+    dtype: str
+    smoothing: bool = False
+
+    @property
+    def widths(self) -> Widths:
+        """Bytes per element."""
+        return WIDTHS[self.dtype]
+
+    @property
+    def data(self) -> int:
+        """Ranks that share gradients."""
+        return self.layout.dp * self.layout.cp
+
+    def stage_units(self) -> list[list[str]]:
+        """Walk units of each stage."""
+        names, costs = unit_names(self.model), forward_flops(self.model, self.sequence)
+        return [[names[at] for at in part] for part in cut([costs[name] for name in names], self.layout.stages)]
+
+    def rank_stages(self, pp: int) -> dict[int, list[str]]:
+        """Stage -> walk units, of one pipeline rank."""
+        parts = self.stage_units()
+        return {stage: parts[stage] for stage in stages_of(pp, self.layout.pp, self.layout.chunks, self.layout.schedule)}
+
+    def flat_plans(self, pp: int, tp: int) -> dict[str, tuple[FlatPlan, int]]:
+        """Parameter unit -> (flat plan, uses of it on this rank)."""
+        walk = [name for units in self.rank_stages(pp).values() for name in units]
+        found: dict[str, tuple[FlatPlan, int]] = {}
+        for name in walk:
+            for unit in uses(self.model, name):
+                rows = [row for row in table(self.model) if row.unit == unit]
+                plan = pack(rows, unit=unit, tp=self.layout.tp, sp=self.layout.sp, coordinate=tp, shards=self.data)
+                found[unit] = (plan, found[unit][1] + 1 if unit in found else 1)
+        return found
+
+    def lists(self) -> list[list[Action]]:
+        """The lowered schedule, one list per pipeline rank."""
+        layout = self.layout
+        compute = generate(layout.schedule, ranks=layout.pp, micro_batches=self.micro_batches, chunks=layout.chunks)
+        return lower(compute, reduce=layout.reduce)
+
+
+def sent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, float]:
+    """Bytes per axis that a rank at pipeline and tensor coordinates (pp, tp) sends in one step; axes with none are left out."""
+    actions = shape.lists()[pp]
+    total: Counter[str] = Counter()
+    _data(total, shape, actions, pp, tp)
+    _tensor(total, shape, actions, pp, tp)
+    _pipeline(total, shape, actions, pp, tp)
+    _control(total, shape)
+    return {axis: sent for axis, sent in sorted(total.items()) if sent}
+
+
+def _data(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
+    """Gradient reductions, and the weights that ZeRO moves."""
+    layout, wide, part = shape.layout, shape.widths, (shape.data - 1) / shape.data
+    for plan, num_uses in shape.flat_plans(pp, tp).values():
+        reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
+        total["dp"] += reductions * part * plan.padded * wide.gradient
+        if layout.zero == 0:
+            total["dp"] += part * plan.padded * wide.gradient
+        elif layout.zero < 3:
+            total["dp"] += part * plan.padded * wide.weight
+    if layout.zero == 3 and shape.data > 1:
+        total["dp"] += part * wide.weight * _gathered(shape, actions, pp, tp)
+
+
+def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
+    """Stage 3: elements of flat units gathered in a step."""
+    padded = {unit: plan.padded for unit, (plan, _) in shape.flat_plans(pp, tp).items()}
+    if shape.layout.unshard == "step":
+        return sum(padded.values())
+    elements = 0
+    compute = [action for action in actions if action.kind in (Kind.F, Kind.B)]
+    kept = {a.stage: set() for a in compute}  # type: ignore[var-annotated]
+    stages = shape.rank_stages(pp)
+    for at, action in enumerate(compute):
+        units = stages[action.stage]
+        here = kept[action.stage]
+        if action.kind == Kind.F:
+            elements += sum(padded[unit] for name in units for unit in uses(shape.model, name))
+            follows = compute[at + 1] if at + 1 < len(compute) else None
+            kept[action.stage] = set(units[-KEPT_UNITS:]) if follows == Action(action.stage, Kind.B, action.micro) else set()
+        else:
+            again = [name for name in units if name != "embedding" and name not in here]
+            elements += sum(padded[unit] for name in again for unit in uses(shape.model, name))
+    return elements
+
+
+def _tensor(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
+    """Activations over the tensor-parallel axis, and gradients that are partial over it."""
+    layout, wide, t = shape.layout, shape.widths, shape.layout.tp
+    if t == 1:
+        return
+    tokens = shape.micro * shape.sequence
+    moved = (t - 1) / t * tokens * shape.model.dim * wide.weight  # one gather or scatter; an all_reduce is two
+    scalars = 2 * (t - 1) / t * tokens * wide.statistic * (4 if shape.smoothing else 3)
+    again = 1 if layout.recompute == "full" else 0
+    per_block, per_embedding, per_head = (10 + 4 * again, 2, 3) if layout.sp else (8 + 4 * again, 2, 2)
+    for units in shape.rank_stages(pp).values():
+        for name in units:
+            each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
+            total["tp"] += shape.micro_batches * (each * moved + (scalars if name == "head" else 0))
+    for plan, num_uses in shape.flat_plans(pp, tp).values():
+        reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
+        for slot in plan.slots:
+            if slot.sharding.partial:
+                sharing = len(slot.sharding.replicas(tp))
+                total["tp"] += reductions * 2 * (sharing - 1) / sharing * slot.numel * wide.gradient
+
+
+def _pipeline(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
+    """Activations and their gradients between stages, and a tied weight's gradient between the first and the last."""
+    layout, wide = shape.layout, shape.widths
+    length = shape.sequence // (layout.tp if layout.sp else 1)
+    message = shape.micro * length * shape.model.dim * wide.weight
+    total["pp"] += message * sum(action.kind in SENDS for action in actions)
+    plans = shape.flat_plans(pp, tp)
+    if layout.pp > 1 and "tied" in plans:
+        total["pp"] += plans["tied"][0].shard_size * wide.gradient
+
+
+def _control(total: Counter, shape: Shape) -> None:
+    """The norm with the loss (float64 each, one number per unit), and the count of target tokens (int64)."""
+    world, numbers = shape.layout.world, len({row.unit for row in table(shape.model)}) + 1
+    total["control"] += 2 * (world - 1) / world * numbers * 8 + 2 * (shape.data - 1) / shape.data * 8
+
+
+def persistent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0, moments: int = 2) -> dict[str, int]:
+    """Bytes that live between steps on a rank: weights, gradients, optimizer (masters and moments), padding included.
+
+    moments: 2 for AdamW, 1 for SGD with momentum, 0 without. The optimizer's float32 count of updates is 4 bytes.
+    """
+    layout, wide = shape.layout, shape.widths
+    found = {"weights": 0, "gradients": 0, "optimizer": 4}
+    for plan, num_uses in shape.flat_plans(pp, tp).values():
+        sharded = layout.zero == 3 and shape.data > 1
+        owned = plan.shard_size if layout.zero else plan.padded
+        found["weights"] += (plan.shard_size if sharded else plan.padded) * wide.weight
+        found["gradients"] += num_uses * (plan.padded if layout.reduce == "step" else plan.shard_size) * wide.gradient
+        masters = wide.gradient if wide.gradient != wide.weight else 0
+        found["optimizer"] += owned * (masters + moments * wide.gradient)
+    return found
