@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dist_llm.config.layout import Layout
@@ -180,6 +179,6 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def default_backend(device: torch.device) -> str:
-    """The backend for a kind of device: NCCL on CUDA, gloo elsewhere."""
-    return "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+def default_backend(device_type: str) -> str:
+    """The backend for a type of device: NCCL for "cuda" where this torch has it, gloo elsewhere."""
+    return "nccl" if device_type == "cuda" and dist.is_nccl_available() else "gloo"

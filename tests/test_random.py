@@ -51,7 +51,6 @@ def test_keys_name_seed_purpose_name_and_step() -> None:
     names = [(1, "init", "x", 0), (2, "init", "x", 0), (1, "dropout", "x", 0), (1, "init", "y", 0), (1, "init", "x", 1), (11, "init", "x", 0)]
     assert len({key_of(*name) for name in names}) == len(names)
     assert key_of(1, "ab", "c") != key_of(1, "a", "bc")  # parts do not run into each other
-    assert all(key_of(1, "init", "x") >> 120 or key_of(1, "init", "x") >> shift for shift in (0, 64))
 
 
 # --- against plain integers ------------------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ def test_permutations_of_huge_sizes_stay_inside_and_apart(size: int) -> None:
 
 def test_permutations_move_everything_everywhere() -> None:
     """Over many keys each element visits each place about equally often."""
-    size, keys = 12, 3000
+    size, keys = 12, 1000
     counts = np.zeros((size, size))
     for key in range(keys):
         counts[np.arange(size), permute(torch.arange(size), size, key_of(key, "shuffle")).numpy()] += 1

@@ -45,7 +45,6 @@ NOT_AVAILABLE = (
     ("layout.schedule", lambda layout: layout.schedule == "auto", "schedule=auto"),
     ("layout.engine", lambda layout: layout.engine == "ddp", "engine=ddp"),
     ("layout.engine", lambda layout: layout.engine == "fsdp2", "engine=fsdp2"),
-    ("layout.engine", lambda layout: layout.engine == "deepspeed", "engine=deepspeed"),
 )
 
 

@@ -26,7 +26,7 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.live: dict[int, int] = {}  # storage -> bytes
         self.now = 0
-        self.changing = [flat.weights.untyped_storage() for flat in engine.flats if flat.sharded]
+        self.changing = [flat.weights.untyped_storage() for flat in getattr(engine, "flats", ()) if flat.sharded]
         self._skip = {storage._cdata for storage in self.changing}
         for tensors in engine.persistent().values():
             for tensor in tensors:

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 
 from dist_llm import comm
 from dist_llm.config.layout import Layout
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, changed
 from dist_llm.data.batches import IGNORED, MicroBatch
+from dist_llm.mesh import Mesh
 from dist_llm.random import bits, key_of, uniform
 from dist_llm.train.setup import DTYPES, choose_device, make_engine, make_mesh
 from dist_llm.train.trainer import Trainer
@@ -73,37 +74,55 @@ class Record:
     sent: list[dict[str, float]] = field(default_factory=list)
 
 
-def proof_rank(rank: int, world: int, say: Callable, config: dict, layout: dict, steps: int, folder: str, dtype: str) -> dict[str, Any]:
-    """One rank of a proof run: trains `steps` steps and leaves its part of every tensor in `folder`. Returns a Record as a dict."""
-    settings, shape = Config.model_validate(config), Layout(**layout)
+def proof_rank(rank: int, world: int, say: Callable, job: dict[str, Any], layout: dict[str, Any], folder: str) -> dict[str, Any]:
+    """One rank of a proof run: trains `job["steps"]` steps and leaves its part of every tensor in `folder`.
+
+    job: {"config", "steps", "dtype"} and perhaps "optimizers", optimizer sections that each get a run of their own from the
+    initial weights (default: the config's own); their steps are counted on. Returns a Record as a dict.
+    """
+    settings, shape = Config.model_validate(job["config"]), Layout(**layout)
     device = choose_device(settings.runtime, local_rank=rank)
     mesh = make_mesh(settings, shape, rank)
-    engine = make_engine(settings, mesh, device=device, dtype=DTYPES[dtype])
-    order = MadeUp(settings.model.vocab, settings.data.sequence, settings.batch.global_, settings.runtime.seed)
-    trainer = Trainer(settings, mesh, engine, order)
-    record = Record([], [])
-    tensors: dict[str, torch.Tensor] = {}
-    boxes: dict[str, dict[str, Any]] = {}
+    kept = _Kept(record=Record([], []))
+    for at, optimizer in enumerate(job.get("optimizers") or [None]):
+        config = changed(settings, {"optimizer": optimizer}) if optimizer else settings
+        _train(config, mesh, device, DTYPES[job["dtype"]], job["steps"], kept, first=at * job["steps"])
+    save_file(kept.tensors, Path(folder) / f"rank-{rank}.safetensors")
+    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps({"record": asdict(kept.record), "boxes": kept.boxes}))
+    return asdict(kept.record)
 
-    def keep(step: int, kinds: set[str]) -> None:
+
+@dataclass
+class _Kept:
+    """What a rank leaves behind."""
+
+    record: Record
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    boxes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def take(self, engine: Any, step: int, kinds: set[str]) -> None:
+        """Copies the runs of these kinds that the rank answers for."""
         for item in engine.state():
             if item.kind in kinds:
                 key = f"{step}/{item.kind}/{item.piece.slot.name}/{item.piece.start}"
-                tensors[key] = item.values.detach().to("cpu", copy=True)
-                boxes[key] = {"shape": item.piece.slot.row.shape, "box": item.piece.slot.box}
+                self.tensors[key] = item.values.detach().to("cpu", copy=True)
+                self.boxes[key] = {"shape": item.piece.slot.row.shape, "box": item.piece.slot.box}
 
+
+def _train(config: Config, mesh: Mesh, device: torch.device, dtype: torch.dtype, steps: int, kept: _Kept, *, first: int) -> None:
+    """A run of `steps` steps from the initial weights; its tensors are kept from step number `first` on."""
+    engine = make_engine(config, mesh, device=device, dtype=dtype)
+    order = MadeUp(config.model.vocab, config.data.sequence, config.batch.global_, config.runtime.seed)
+    trainer = Trainer(config, mesh, engine, order)
     comm.ledger.take()
     for step in range(steps):
         taken = trainer.gradients(step)
-        keep(step, {"gradient"})
+        kept.take(engine, first + step, {"gradient"})
         engine.step(taken.learning_rate)
-        keep(step, {"weight", "first_moment", "second_moment"})
-        record.losses.append(taken.loss)
-        record.norms.append(taken.norm)
-        record.sent.append(comm.ledger.take())
-    save_file(tensors, Path(folder) / f"rank-{rank}.safetensors")
-    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps({"record": asdict(record), "boxes": boxes}))
-    return asdict(record)
+        kept.take(engine, first + step, {"weight", "first_moment", "second_moment"})
+        kept.record.losses.append(taken.loss)
+        kept.record.norms.append(taken.norm)
+        kept.record.sent.append(comm.ledger.take())
 
 
 @dataclass

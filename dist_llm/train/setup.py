@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ def choose_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
     return DTYPES[runtime.dtype]
 
 
-def choose_backend(runtime: RuntimeConfig, device: torch.device) -> str:
-    """NCCL for CUDA, gloo for CPU, unless `runtime.backend` says otherwise."""
-    return default_backend(device) if runtime.backend == "auto" else runtime.backend
+def backend_name(runtime: RuntimeConfig) -> str:
+    """NCCL where ranks get CUDA devices, gloo on CPU, unless `runtime.backend` says otherwise; touches no device."""
+    cuda = runtime.device != "cpu" and torch.cuda.is_available()
+    return default_backend("cuda" if cuda else "cpu") if runtime.backend == "auto" else runtime.backend
 
 
 def num_micro_batches(config: Config, layout: Layout) -> int:
@@ -52,8 +54,16 @@ def make_mesh(config: Config, layout: Layout, rank: int) -> Mesh:
     return build_mesh(layout, rank, tied=config.model.tied, kv_heads=config.model.kv_heads)
 
 
+ENGINES = {  # imported when asked for: each brings its library
+    "native": "dist_llm.engines.native:NativeEngine",
+    "ddp": "dist_llm.engines.ddp:DdpEngine",
+    "fsdp2": "dist_llm.engines.fsdp2:Fsdp2Engine",
+    "deepspeed": "dist_llm.engines.deepspeed:DeepSpeedEngine",
+}
+
+
 def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype) -> NativeEngine:
-    """The engine that `layout.engine` names, with initial weights."""
+    """The engine that `layout.engine` names, with initial weights; the others have the native one's calls."""
     options: dict[str, Any] = {
         "sequence": config.data.sequence,
         "micro": config.batch.micro,
@@ -65,4 +75,5 @@ def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torc
         "smoothing": config.optimizer.label_smoothing,
         "compiled": config.runtime.compile,
     }
-    return NativeEngine(config.model, config.optimizer, mesh, **options)
+    module, name = ENGINES[mesh.layout.engine].split(":")
+    return getattr(import_module(module), name)(config.model, config.optimizer, mesh, **options)

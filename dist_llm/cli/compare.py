@@ -1,0 +1,145 @@
+"""`dist-llm compare CONFIG LAYOUT...`: the same run under several layouts, proved equal and measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dist_llm.config.load import Loaded, load_config
+from dist_llm.errors import NumericError, UsageError
+
+
+def compare(
+    config_path: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run; or a finished run's folder.")],
+    words: Annotated[list[str], typer.Argument(metavar="LAYOUT...", help="Layouts (dp=2,tp=2), overrides (a.b=v); or a second run's folder.")],
+    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks for layouts that do not name dp.")] = None,
+    reference: Annotated[str, typer.Option("--reference", help="The layout that the others are held against.")] = "dp=1",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the speed pass (the proof takes 3).")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the speed pass: float32, bfloat16, float64.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Text to train on, instead of data.source.")] = None,
+    run_dir: Annotated[str | None, typer.Option("--run-dir", help="Where comparison.json and report.html go.")] = None,
+    baseline: Annotated[Path | None, typer.Option("--baseline", help="An earlier comparison.json; exit 6 if this one is worse.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
+) -> None:
+    """Prove layouts equal to one process and measure them; exit 6 if one is not equal."""
+    if Path(config_path).is_dir():
+        _compare_runs(Path(config_path), words, as_json)
+        return
+    overrides = [word for word in words if "." in word.split("=")[0]]
+    texts = [word for word in words if word not in overrides]
+    named = [("runtime.dtype", dtype), ("data.source", data), ("save.dir", run_dir)]
+    loaded = load_config(config_path, [*overrides, *(f"{key}={value}" for key, value in named if value is not None)])
+    folder = Path(run_dir or Path(loaded.config.save.dir) / "compare")
+    found = _compare(loaded, texts, nproc=nproc, reference=reference, steps=steps or 5, folder=folder, quiet=as_json)
+    worse, notes = _held_against(found, baseline)
+    _show(found, folder, notes, as_json)
+    _judge(found, worse, folder)
+
+
+def _compare(loaded: Loaded, texts: list[str], *, nproc: int | None, reference: str, steps: int, folder: Path, quiet: bool) -> dict[str, Any]:
+    from dist_llm.compare.run import Comparison, read_layouts, write
+
+    if not texts:
+        raise UsageError("no layout to compare", expected="at least one, such as dp=2", next="dist-llm compare CONFIG dp=2 tp=2")
+    entries = read_layouts(loaded.config, texts, nproc=nproc)
+    (held,) = read_layouts(loaded.config, [reference], nproc=None)
+    with _progress(quiet) as say:
+        found = Comparison(loaded.config, entries, held, steps=steps, run_dir=folder, say=say).run(command=" ".join(["dist-llm", *sys.argv[1:]]))
+    write(found, folder)
+    return found
+
+
+class _progress:
+    """What is going on: a spinner on a terminal, plain lines on stderr elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.status = self.console.status("starting") if self.console.is_terminal and not quiet else None
+
+    def __enter__(self):
+        if self.status:
+            self.status.start()
+        return self.say
+
+    def __exit__(self, *_) -> None:
+        if self.status:
+            self.status.stop()
+
+    def say(self, text: str) -> None:
+        """Shows a line; on a terminal what is under way stays in the spinner."""
+        if self.status and ("proving" in text or text.startswith("data:")):
+            self.status.update(text)
+        else:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _held_against(found: dict[str, Any], baseline: Path | None) -> tuple[list[str], list[str]]:
+    if baseline is None:
+        return [], []
+    from dist_llm.compare.run import against_baseline
+
+    try:
+        earlier = json.loads(baseline.read_text())
+        return against_baseline(found, earlier)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError("the baseline cannot be read", where=str(baseline), expected="a comparison.json", found=str(error)) from error
+
+
+def _show(found: dict[str, Any], folder: Path, notes: list[str], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from rich.console import Console
+
+    from dist_llm.report.text import plain_table, table, verdict
+
+    console = Console()
+    if console.is_terminal:
+        console.print(table(found))
+    else:
+        typer.echo(plain_table(found))
+    typer.echo(verdict(found).sentence)
+    for note in notes:
+        typer.echo(f"  baseline: {note}")
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _judge(found: dict[str, Any], worse: list[str], folder: Path) -> None:
+    """Exit 6 with the first tensor that differs, or with what is worse than the baseline."""
+    wrong = [row for row in found["layouts"] if not row["equal"]]
+    if wrong:
+        lines = []
+        for row in wrong:
+            first = row.get("first_difference")
+            place = f"{first['kind']} of {first['name']}, step {first['step']}, rank {first['rank']}, by {first['difference']:.2e}: {first['hint']}" if first else ""
+            lines.append(f"{row['given']}: {row['error'] or place}")
+        raise NumericError(
+            "layouts that are not equal" if any(not row["error"] for row in wrong) else "layouts that could not run",
+            expected=f"equal to {found['reference']}",
+            details=lines,
+            safe=f"the other rows are in {folder / 'comparison.json'}",
+        )
+    if worse:
+        raise NumericError("worse than the baseline", details=worse, safe=f"this comparison is in {folder / 'comparison.json'}")
+
+
+def _compare_runs(first: Path, words: list[str], as_json: bool) -> None:
+    from dist_llm.compare.runs import compare_runs
+
+    if len(words) != 1:
+        raise UsageError("two runs to compare", expected="dist-llm compare RUN_A RUN_B", found=f"{1 + len(words)} names")
+    found = compare_runs(first, Path(words[0]))
+    if as_json:
+        typer.echo(json.dumps(found))
+    elif found["first_step"] is None:
+        typer.echo(f"{found['steps']} steps, every loss equal to the bit")
+    else:
+        a, b = found["loss"]
+        typer.echo(f"first difference at step {found['first_step']}: loss {a!r} and {b!r}, relative {found['relative']:.2e}")
+        typer.echo(f"largest relative difference over {found['steps']} steps: {found['max_relative']:.2e}")

@@ -1,0 +1,159 @@
+"""The `dist-llm` command: its verbs, and what every failure of theirs looks like.
+
+A verb's module is imported when the verb is used, so that `--help` and `check` import neither torch nor deepspeed.
+Each failure ends in one block on stderr and a documented exit code (errors.py); with `--json` also in {"error": ...} on stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from dist_llm import __version__
+from dist_llm.errors import Code, Failure, UsageError, render
+
+VERBS = {  # name -> (module, what it holds, one line of help)
+    "train": ("train", "train", "Train a model from a config."),
+    "compare": ("compare", "compare", "Run one config under several layouts; prove them equal and measure them."),
+    "check": ("check", "check", "Check a config and its layout on one process."),
+    "doctor": ("doctor", "doctor", "Say what this machine has."),
+    "data": ("data", "app", "Text to token shards, and a look at them."),
+    "tokenizer": ("tokenizer", "app", "Make a tokenizer, and see how it fits a text."),
+    "sample": ("sample", "sample", "Continue a text with a checkpoint of any layout."),
+    "verify": ("verify", "verify", "Check every byte of a checkpoint."),
+    "report": ("report", "report", "Write report.html beside a finished run or comparison."),
+}
+COMMAND_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base class, wherever this typer keeps it
+
+
+class Verbs(typer.core.TyperGroup):
+    """The verbs by name; help lists them without importing one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: typer.core.TyperCommand(name, help=line) for name, (_, _, line) in VERBS.items()}
+        self._listing = False
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Help from the one-line descriptions alone."""
+        self._listing = True
+        super().format_help(ctx, formatter)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The verb's own command, its module imported now."""
+        if self._listing or cmd_name not in VERBS:
+            return self.commands.get(cmd_name)
+        module, name, _ = VERBS[cmd_name]
+        held = getattr(importlib.import_module(f"dist_llm.cli.{module}"), name)
+        if isinstance(held, typer.Typer):
+            return typer.main.get_group(held)
+        single = typer.Typer(add_completion=False)
+        single.command(cmd_name)(held)
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dist-llm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit codes: 0 done, 1 our bug, 2 usage, 3 data, 4 checkpoint, 5 peer, 6 numeric, 7 space, 8 memory, 130 interrupted.")
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="With any verb: the full traceback of a failure.")] = False,
+) -> None:
+    """Train language models under any layout of ranks, and prove that the layout does not change the run."""
+
+
+def main() -> None:
+    """Runs the command line and ends the process with a documented exit code."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's ranks die at once, also while they wait inside a collective
+        end_on_termination()
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    code = run(arguments, debug=len(arguments) < len(sys.argv) - 1)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone: nothing more to say to it, and nothing to complain about
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Runs one command line; returns the exit code. All failures end here."""
+    try:
+        command: Any = typer.main.get_command(app)
+        with command.make_context("dist-llm", arguments) as context:
+            command.invoke(context)
+        return Code.DONE
+    except typer.Exit as leave:
+        return leave.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
+        return Code.INTERRUPTED
+    except BrokenPipeError:
+        return Code.DONE
+    except Failure as failure:
+        return _end(failure, arguments, debug=debug)
+    except COMMAND_ERROR as error:
+        if error.__class__.__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return Code.USAGE
+        return _end(_usage(error), arguments, debug=debug)
+    except Exception as error:
+        return _end(bug(error), arguments, debug=debug)
+
+
+def end_on_termination() -> None:
+    """SIGTERM ends this process as Ctrl-C does, with what it holds put away; a rank forked from it simply dies."""
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() == owner:
+            print("terminated: nothing was saved after the last checkpoint", file=sys.stderr)
+            raise SystemExit(Code.TERMINATED)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def bug(error: Exception) -> Failure:
+    """An unknown exception as a failure; its traceback is kept in a file that the message names."""
+    handle, path = tempfile.mkstemp(prefix="dist-llm-", suffix=".log")
+    with os.fdopen(handle, "w") as file:
+        file.write("".join(traceback.format_exception(error)))
+    found = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    failure = Failure("a bug in dist-llm, or a fault it does not know", found=found, details=[f"the traceback is in {path}"])
+    failure.__cause__ = error
+    return failure
+
+
+def _usage(error: Any) -> UsageError:
+    """What click found wrong with the words of the command; it names the nearest ones."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "dist-llm"
+    lines = error.format_message().split("\n")
+    return UsageError(lines[0], where=where, details=lines[1:], next=f"{where} --help")
+
+
+def _end(failure: Failure, arguments: list[str], *, debug: bool) -> int:
+    """Shows a failure once, and returns its exit code."""
+    if debug:
+        traceback.print_exception(failure)
+    if "--json" in arguments:
+        print(json.dumps({"version": 1, "error": failure.as_dict()}))
+    if not getattr(failure, "told_elsewhere", False):
+        print(render(failure), file=sys.stderr, flush=True)
+    return int(failure.code)

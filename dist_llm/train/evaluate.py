@@ -1,0 +1,77 @@
+"""Validation: mean loss, perplexity and bits per byte over the held-out text, the same batches every time."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+from torch import Tensor
+
+from dist_llm.data.batches import IGNORED, validation_batches
+from dist_llm.data.prepare import Prepared
+from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.train.trainer import Trainer
+
+
+class Validation:
+    """The first `track.validate_batches` global batches of the held-out text."""
+
+    def __init__(self, trainer: Trainer, prepared: Prepared) -> None:
+        config, self.trainer = trainer.config, trainer
+        self.batches = validation_batches(prepared, config.data, global_batch=config.batch.global_)
+        self.count = min(config.track.validate_batches, self.batches.num_batches) if self.batches else 0
+        self.targets = sum(self.batches.targets(number) for number in range(self.count)) if self.batches else 0
+        self.text_bytes = self._text_bytes(prepared) if self.targets and trainer.mesh.rank == 0 else 0.0
+
+    def measure(self) -> dict[str, float | None]:
+        """`validation_loss` in nats per target token, `validation_perplexity`, `validation_bits_per_byte`; every rank calls it.
+
+        Null where nothing is held out, and on other ranks than 0 for the bits per byte.
+        """
+        if self.batches is None or not self.targets:
+            return {"validation_loss": None, "validation_perplexity": None, "validation_bits_per_byte": None}
+        trainer, place = self.trainer, self.trainer.mesh.at
+        where = {"dp_rank": place.dp, "dp_size": trainer.mesh.layout.dp, "micro": trainer.config.batch.micro}
+        total = 0.0
+        for number in range(self.count):
+            batches = self.batches.micro_batches(number, **where)
+            total += trainer.engine.evaluate([trainer.context(batch, step=0, training=False) for batch in batches])
+        loss = total / self.targets
+        return {
+            "validation_loss": loss,
+            "validation_perplexity": math.exp(loss) if loss < 700 else None,
+            "validation_bits_per_byte": total / math.log(2) / self.text_bytes if self.text_bytes else None,
+        }
+
+    def _text_bytes(self, prepared: Prepared) -> float:
+        """Bytes of text that the target tokens stand for; the end of a document costs bits and stands for none.
+
+        Exact for byte-level tokenizers; for others the average of the held-out text.
+        """
+        assert self.batches is not None
+        widths = token_bytes(prepared.tokenizer)
+        if widths is None:
+            manifests = [store.manifest for store in prepared.validation]
+            return self.targets * sum(m.text_bytes for m in manifests) / sum(m.tokens for m in manifests)
+        total, size = 0, self.batches.global_batch
+        for number in range(self.count):
+            (batch,) = self.batches.micro_batches(number, dp_rank=0, dp_size=1, micro=size)
+            total += int(widths[batch.labels[batch.labels != IGNORED]].sum())
+        return float(total)
+
+
+def token_bytes(tokenizer: Tokenizer) -> Tensor | None:
+    """How many bytes of text each id stands for, int64 (V,), 0 for special tokens; None where ids are not made of bytes.
+
+    In a byte-level vocabulary every letter of an entry is one byte.
+    """
+    decoder = json.loads(tokenizer.canonical).get("decoder") or {}
+    if "ByteLevel" not in (decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))):
+        return None
+    widths = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for piece, number in tokenizer.inner.get_vocab(with_added_tokens=False).items():
+        widths[number] = len(piece)
+    for number, added in tokenizer.inner.get_added_tokens_decoder().items():
+        widths[number] = 0 if added.special else len(added.content.encode())
+    return widths

@@ -1,0 +1,58 @@
+"""The run around the steps: metrics, validation, samples and checkpoints are visible lines of `fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_llm.data.prepare import Prepared
+from dist_llm.train import checkpoint
+from dist_llm.train.evaluate import Validation
+from dist_llm.train.metrics import Lines, Meter
+from dist_llm.train.sample import Samples
+from dist_llm.train.trainer import Trainer
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def fit(trainer: Trainer, prepared: Prepared, *, folder: Path, start: int, tell: Tell) -> dict[str, Any]:
+    """Trains from step `start` (updates already made) to `schedule.steps`; every rank calls it, rank 0 writes and tells.
+
+    tell: gets {"step": metrics}, {"sample": ...}, {"checkpoint": path}. Returns the last step's metrics and checkpoint.
+    """
+    config, engine, writes = trainer.config, trainer.engine, trainer.mesh.rank == 0
+    steps, save, track = config.schedule.steps, config.save, config.track
+    meter = Meter(trainer, start=start, steps=steps)
+    validation = Validation(trainer, prepared)
+    samples = Samples(engine, config, prepared, folder)
+    metrics = Lines(folder / "metrics.jsonl", start=start, writes=writes)
+    texts = Lines(folder / "samples.jsonl", start=start, writes=writes)
+
+    def take_samples(step: int) -> None:
+        for sample in samples.take():
+            texts.write({"step": step, **sample})
+            tell({"sample": {"step": step, **sample}})
+
+    record, saved = {}, None
+    if track.sample_every and start == 0:
+        take_samples(0)
+    for done in range(start + 1, steps + 1):
+        record = meter.step(done - 1)
+        if done == steps or _due(done, track.validate_every):
+            record |= validation.measure()
+        metrics.write(record)
+        tell({"step": record})
+        if track.sample_every and (done == steps or _due(done, track.sample_every)):
+            take_samples(done)
+        if done == steps or _due(done, save.every):
+            saved = checkpoint.save(folder, engine, config=config, prepared=prepared, step=done, keep=save.keep)
+            tell({"checkpoint": str(saved)})
+    metrics.close()
+    texts.close()
+    return {"last": record, "checkpoint": saved and str(saved)}
+
+
+def _due(done: int, every: int) -> bool:
+    """Whether something done every so many steps is due after step `done`; 0: only at the end."""
+    return bool(every) and done % every == 0

@@ -1,0 +1,132 @@
+"""What is kept of every step: one JSON object a line in RUN/metrics.jsonl, and samples in RUN/samples.jsonl.
+
+step                 optimizer updates made, so the first line is step 1
+loss, loss_hex       mean training loss in nats per target token, and the same number to the bit (float.hex)
+grad_norm            global, before clipping            learning_rate   of this update
+tokens               trained on since the run began     target_tokens   of this step's global batch
+step_seconds         of this step                       tokens_per_second   of all ranks
+mfu, mfu_causal      part of the devices' peak, attention counted in full or causally; null where the peak is not known
+peak_memory_bytes    of rank 0: on CUDA so far; on CPU the live tensors of the second step, measured once
+sent_bytes           by rank 0 in this step, per axis   data_wait_seconds   for this step's batch
+validation_loss, validation_perplexity, validation_bits_per_byte   in steps that end in a validation
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from dist_llm import comm
+from dist_llm.config.schema import Config
+from dist_llm.model.cost import step_flops_per_token
+from dist_llm.train.hardware import mfu, peak_flops
+from dist_llm.train.memory import LiveMemory
+from dist_llm.train.storage import storing
+from dist_llm.train.trainer import Step, Trainer
+
+
+class Lines:
+    """A JSON-lines file that is written line by line; one that stays empty on other ranks than 0.
+
+    Lines after step `start` are dropped first: a resumed run makes those steps again.
+    """
+
+    def __init__(self, path: Path, *, start: int, writes: bool) -> None:
+        self.file: TextIO | None = None
+        if writes:
+            with storing(path):
+                keep_until(path, start)
+                self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one line."""
+        if self.file is not None:
+            with storing(self.file.name):
+                self.file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.file is not None:
+            self.file.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Rewrites a JSON-lines file without what comes after `step`, and without a line that was cut; no file, no change."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("step", 0) <= step and step:
+            kept.append(line + "\n")
+    spare = path.with_name(f".{path.name}.kept")
+    spare.write_text("".join(kept), encoding="utf-8")
+    os.replace(spare, path)
+
+
+class Meter:
+    """Takes the trainer's steps and measures them."""
+
+    def __init__(self, trainer: Trainer, *, start: int, steps: int) -> None:
+        config, engine = trainer.config, trainer.engine
+        self.trainer, self.world = trainer, trainer.mesh.layout.world
+        self.on_cuda = engine.device.type == "cuda"
+        watched = trainer.mesh.rank == 0 and not self.on_cuda and hasattr(engine, "persistent")
+        self.memory_step = min(start + 1, steps - 1) if watched else None  # the second: the first one makes what then stays
+        self.peak_memory: int | None = None
+        self.peak = device_peak(config, engine.device, engine.dtype)
+        model, sequence = config.model, config.data.sequence
+        self.flops = step_flops_per_token(model, sequence)
+        self.flops_causal = step_flops_per_token(model, sequence, convention="causal")
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Takes one step (0-based) and returns its line of metrics, on every rank."""
+        comm.ledger.take()
+        start = time.perf_counter()
+        taken = self._measured_step(step) if step == self.memory_step else self.trainer.step(step)
+        seconds = time.perf_counter() - start
+        if self.on_cuda:
+            self.peak_memory = torch.cuda.max_memory_allocated()
+        return self._record(taken, seconds)
+
+    def _measured_step(self, step: int) -> Step:
+        with LiveMemory(self.trainer.engine) as live:
+            taken = self.trainer.step(step)
+        self.peak_memory = live.peak
+        return taken
+
+    def _record(self, taken: Step, seconds: float) -> dict[str, Any]:
+        rate = taken.tokens / seconds
+        return {
+            "step": taken.step + 1,
+            "loss": taken.loss,
+            "loss_hex": taken.loss.hex(),
+            "grad_norm": taken.norm,
+            "learning_rate": taken.learning_rate,
+            "tokens": taken.tokens * (taken.step + 1),
+            "target_tokens": taken.targets,
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": mfu(rate, flops_per_token=self.flops, peak=self.peak, devices=self.world),
+            "mfu_causal": mfu(rate, flops_per_token=self.flops_causal, peak=self.peak, devices=self.world),
+            "peak_memory_bytes": self.peak_memory,
+            "sent_bytes": comm.ledger.take(),
+            "data_wait_seconds": taken.data_wait,
+        }
+
+
+def device_peak(config: Config, device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of one device: what `runtime.peak_tflops` says, else by the name of the GPU; None on a CPU."""
+    if config.runtime.peak_tflops is not None:
+        return config.runtime.peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))

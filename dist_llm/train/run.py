@@ -1,0 +1,181 @@
+"""A training run from a config: its data, its ranks, and where it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_llm import comm
+from dist_llm.config.layout import Layout
+from dist_llm.config.load import config_tree
+from dist_llm.config.schema import Config
+from dist_llm.data.batches import training_batches, validation_batches
+from dist_llm.data.prepare import Prepared, prepare
+from dist_llm.errors import UsageError
+from dist_llm.mesh import Mesh
+from dist_llm.model.table import table
+from dist_llm.ranks import run_ranks
+from dist_llm.train import checkpoint
+from dist_llm.train.checkpoint import Checkpoint, newest, step_folders, together
+from dist_llm.train.fit import fit
+from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh
+from dist_llm.train.trainer import Trainer
+
+# What the order of samples and the meaning of the state depend on: a resumed run may not change it.
+FIXED = ("runtime.seed", "batch.global", "data.sequence", "data.document_mask", "optimizer.kind")
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def candidates(run: Path, resume: str | None) -> list[Path]:
+    """The checkpoints that a run in folder `run` may start from, best first; none for a new run.
+
+    resume: `auto` (the folder's own, newest first), or a step or run folder. Raises UsageError when a new run would mix
+    with an old one, CheckpointError when a resume was asked for and there is nothing.
+    """
+    own = step_folders(run)
+    if resume == "auto":
+        return own or [newest(run)]
+    given = [newest(Path(resume))] if resume is not None else []
+    if own and not (given and given[0].resolve().parent == (run / "checkpoints").resolve()):
+        found = f"{len(own)} checkpoints, the newest {own[0].name}" if len(own) > 1 else own[0].name
+        go_on = "--resume auto goes on with it; --run-dir DIR starts another"
+        what, expected = "the run folder already holds a run", "a folder without checkpoints"
+        raise UsageError(what, where=str(run), expected=expected, found=found, next=go_on)
+    return given
+
+
+def run_local(config: Config, layout: Layout, folder: Path, *, candidates: list[Path], tell: Tell) -> dict[str, Any]:
+    """Prepares the data and trains on forked local ranks; returns what `fit` does on rank 0.
+
+    tell: gets what `fit` tells, and before that {"progress": [message, fraction]}, {"note": ...}, {"data": ...}, {"stage": ...}.
+    Nothing but torch's import may have happened in this process: ranks are forked from it.
+    """
+    tree, logs = config_tree(config), folder / "logs"
+
+    def hear(rank: int, message: dict[str, Any]) -> None:
+        tell(message)
+
+    (ready,) = run_ranks(1, prepare_rank, tree, layout.world, log_dir=logs, on_message=hear)
+    tell({"data": ready})
+    where: dict[str, Any] = {"backend": ready["backend"], "timeout_seconds": config.runtime.timeout_seconds, "log_dir": logs}
+    arguments = (tree, asdict(layout), str(folder), [str(path) for path in candidates])
+    return run_ranks(layout.world, train_rank, *arguments, on_message=hear, **where)[0]
+
+
+def prepare_rank(rank: int, world: int, say: Tell, config: dict, ranks: int) -> dict[str, Any]:
+    """`prepare_here` in a process of its own, so that the parent stays fit to fork ranks."""
+    return prepare_here(Config.model_validate(config), local_ranks=ranks, tell=say)
+
+
+def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, Any]:
+    """Builds the data, or finds it again, and looks at the devices; refuses what cannot run. Returns what a user wants to know.
+
+    local_ranks: at least so many ranks run on this machine.
+    """
+    device = choose_device(config.runtime, local_rank=local_ranks - 1)
+    backend, on_cuda = backend_name(config.runtime), device.type == "cuda"
+    if backend == "nccl" and local_ranks > (count := torch.cuda.device_count()):
+        expected, found = "a GPU for each rank, or runtime.device=cpu", f"{local_ranks} ranks, {count} GPUs"
+        raise UsageError("there are more ranks than GPUs on this machine", where="--nproc", expected=expected, found=found)
+    prepared = prepare_data(config, tell=tell)
+    return {
+        "backend": backend,
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "dtype": str(choose_dtype(config.runtime, device)).removeprefix("torch."),
+        "tokens": sum(len(store) for store in prepared.train),
+        "held_out": sum(len(store) for store in prepared.validation),
+        "vocab": prepared.tokenizer.vocab_size,
+    }
+
+
+def prepare_data(config: Config, *, tell: Tell) -> Prepared:
+    """The data of a run, built or found again; raises DataError or UsageError where it cannot feed it."""
+    prepared = prepare(config.data, seed=config.runtime.seed, progress=lambda message, fraction: tell({"progress": [message, fraction]}))
+    prepared.require_vocab(config.model.vocab)
+    training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
+    validation_batches(prepared, config.data, global_batch=config.batch.global_)
+    for note in prepared.notes:
+        tell({"note": note})
+    return prepared
+
+
+def train_rank(
+    rank: int, world: int, say: Tell, config: dict, layout: dict, folder: str, candidates: list[str], local_rank: int | None = None
+) -> dict[str, Any]:
+    """One rank of a run: builds its part, takes up a checkpoint if there is one to, and trains. Rank 0 tells."""
+    settings, shape = Config.model_validate(config), Layout(**layout)
+    tell: Tell = say if rank == 0 else lambda message: None
+    device = choose_device(settings.runtime, local_rank=rank if local_rank is None else local_rank)
+    mesh = make_mesh(settings, shape, rank)
+    prepared = prepare(settings.data, seed=settings.runtime.seed)
+    require_equal(mesh, device, config=config, prepared=prepared)
+    tell({"stage": "building the model"})
+    engine = make_engine(settings, mesh, device=device, dtype=choose_dtype(settings.runtime, device))
+    order = training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
+    trainer = Trainer(settings, mesh, engine, order)
+    start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell) if candidates else 0
+    return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell)
+
+
+def resume(trainer: Trainer, prepared: Prepared, candidates: list[Path], *, run: Path, tell: Tell) -> int:
+    """Takes weights, moments and the step from the first sound checkpoint, under any layout; returns the number of steps done.
+
+    Every byte is hashed by some rank before any weight changes. Raises CheckpointError or UsageError on all ranks alike.
+    """
+    mesh, engine = trainer.mesh, trainer.engine
+    if not hasattr(engine, "load_state"):
+        name = f"engine={mesh.layout.engine}"
+        raise UsageError("this engine cannot take up a checkpoint", where="layout.engine", expected="engine=native", found=name)
+    found, passed = checkpoint.choose(candidates, mesh, engine)
+    for line in passed:
+        tell({"note": f"passed over: {line}"})
+    require_same_run(found, trainer.config, prepared)
+    engine.load_state(found.parts.read, count=found.step)
+    found.parts.close()
+    comm.barrier(mesh.world)
+    (aside, *_) = together(mesh, engine.device, lambda: [str(p) for p in checkpoint.set_aside(run, found.step)] if mesh.rank == 0 else [])
+    for path in aside:
+        tell({"note": f"a later checkpoint was set aside: {path}"})
+    tell({"resumed": {"step": found.step, "path": str(found.path)}})
+    return found.step
+
+
+def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> None:
+    """Raises UsageError when the checkpoint is of another model, tokenizer, text or order of samples: each difference is listed."""
+    before, differences = found.config, []
+    rows = {row.name: row.shape for row in table(config.model)}
+    if rows != found.shapes:
+        name = next(name for name in (*rows, *found.shapes) if rows.get(name) != found.shapes.get(name))
+        differences.append(f"model: {name} has shape {found.shapes.get(name)} in the checkpoint, {rows.get(name)} here")
+    for key in FIXED:
+        section, name = key.split(".")
+        old, new = (config_tree(one)[section][name] for one in (before, config))
+        if old != new:
+            differences.append(f"{key}: {old} in the checkpoint, {new} here")
+    if prepared.tokenizer.hash != found.manifest["tokenizer"]:
+        differences.append(f"tokenizer: {found.manifest['tokenizer'][:16]} in the checkpoint, {prepared.tokenizer.hash[:16]} here")
+    if prepared.fingerprint != found.manifest["data"]:
+        differences.append(f"text: {found.manifest['data'][:16]} in the checkpoint, {prepared.fingerprint[:16]} here")
+    if differences:
+        again = "give the run's own config and data, or start another run with --run-dir"
+        raise UsageError("the checkpoint is of another run", where=str(found.path), details=differences, next=again)
+
+
+def require_equal(mesh: Mesh, device: torch.device, *, config: dict, prepared: Prepared) -> None:
+    """Raises UsageError on all ranks when one of them has another config, data, Python or torch."""
+    text = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    mine = {"config": text, "data": prepared.fingerprint[:16], "torch": torch.__version__, "python": sys.version.split()[0]}
+    facts = comm.gather_json(mine, mesh.world, device=device)
+    for rank, other in enumerate(facts):
+        for field, value in other.items():
+            if value != facts[0][field]:
+                found = f"{value} on rank {rank}, {facts[0][field]} on rank 0"
+                raise UsageError(f"the ranks differ in {field}", where=f"rank {rank}", expected="the same on all ranks", found=found)

@@ -1,0 +1,377 @@
+"""What the ranks of the tests do: `case(rank, world, say, *arguments)`, run by the harness of tests/ranks.py.
+
+Nothing at import may run a torch operator: the ranks are forked from the process that imports this file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_llm import comm
+from dist_llm.config.layout import Layout
+from dist_llm.mesh import Group, build_mesh
+from dist_llm.model.roles import Roles
+from dist_llm.parallel.tensor import TensorRoles
+from dist_llm.sharding import split_parts
+
+Say = Callable[..., None]
+CPU = torch.device("cpu")
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "int64", "uint8")}
+LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
+
+
+def line(rank: int, world: int) -> Group:
+    """All ranks as one data-parallel group."""
+    torch.set_num_threads(1)
+    return build_mesh(Layout(dp=world), rank).data
+
+
+def part_of(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a rank brings to a collective: the same numbers whoever asks."""
+    values = torch.randn(size, generator=torch.Generator().manual_seed(1000 + rank), dtype=torch.float64)
+    return (values * 8).to(dtype) if dtype.is_floating_point else (values * 8).long().abs().remainder(20).to(dtype)
+
+
+# --- mesh ------------------------------------------------------------------------------------------------------------
+
+
+def mesh_groups(rank: int, world: int, say: Say, layout: dict[str, Any], tied: bool, kv_heads: int | None) -> dict[str, Any]:
+    """The ranks of each group as a real reduction over it finds them, and the messages of each channel."""
+    torch.set_num_threads(1)
+    mesh = build_mesh(Layout(**layout), rank, tied=tied, kv_heads=kv_heads)
+    found: dict[str, Any] = {}
+    for name in ("tp", "pp", "data", "tied", "kv", "world"):
+        group: Group = getattr(mesh, name)
+        here = comm.all_reduce(torch.nn.functional.one_hot(torch.tensor(rank), world), group)
+        assert here.nonzero().flatten().tolist() == sorted(group.ranks), (name, here, group)
+        found[name] = [*group.ranks, group.index]
+    sends = [comm.start_send(torch.tensor([rank, target]), group) for (source, target, _), group in mesh.channels.items() if source == rank]
+    for (source, target, _), group in mesh.channels.items():
+        if target == rank:
+            assert comm.start_recv(torch.empty(2, dtype=torch.int64), group).finish().tolist() == [source, rank]
+    for pending in sends:
+        pending.finish()
+    found["channels"] = sorted(map(list, mesh.channels))
+    return found
+
+
+# --- comm ------------------------------------------------------------------------------------------------------------
+
+
+def near(summed: torch.Tensor, parts: list[torch.Tensor]) -> bool:
+    """Whether a sum in any order and in the dtype of the parts could have given `summed`."""
+    exact = torch.stack([part.double() for part in parts]).sum(0)
+    step = torch.finfo(summed.dtype).eps if summed.dtype.is_floating_point else 0.0
+    room = step * len(parts) * torch.stack([part.double().abs() for part in parts]).sum(0)
+    return bool(((summed.double() - exact).abs() <= room).all())
+
+
+def collectives(rank: int, world: int, say: Say, dtype_name: str) -> None:
+    """Every collective against the same thing worked out here, in any dtype."""
+    group, dtype, size = line(rank, world), DTYPES[dtype_name], 6 * world
+    parts = [part_of(other, size, dtype) for other in range(world)]
+    in_order = parts[0].clone()
+    for other in parts[1:]:
+        in_order.add_(other)
+
+    mine = parts[rank].clone()
+    summed = comm.all_reduce(mine, group)
+    assert summed is mine and near(summed, parts)
+    assert torch.equal(comm.all_reduce(parts[rank].clone(), group, op="max"), torch.stack(parts).amax(0))
+
+    gathered = comm.all_gather(parts[rank].view(-1, 3), group)
+    assert torch.equal(gathered, torch.cat([part.view(-1, 3) for part in parts]))
+    whole = torch.empty(size * world, dtype=dtype)
+    assert comm.start_all_gather(parts[rank], group, out=whole).finish() is whole and torch.equal(whole, torch.cat(parts))
+
+    here = slice(rank * 6, rank * 6 + 6)
+    scattered = comm.reduce_scatter(parts[rank].clone(), group)
+    assert torch.equal(scattered, in_order[here]), "rank order, to the bit"
+    buffer = parts[rank].clone()
+    comm.start_reduce_scatter(buffer, group, out=buffer[here]).finish()  # into its own place, as the flat buffers do
+    assert torch.equal(buffer[here], in_order[here])
+    if dtype != torch.uint8:
+        fast = comm.reduce_scatter(parts[rank].clone(), group, fixed=False)
+        assert near(fast, [part[here] for part in parts])
+
+    buffer = torch.zeros(size, dtype=dtype)
+    buffer[here] = parts[rank][here]
+    comm.start_all_gather(buffer[here], group, out=buffer).finish()  # out of its own place
+    assert torch.equal(buffer, torch.cat([parts[other][other * 6 : other * 6 + 6] for other in range(world)]))
+
+
+def group_of_one(rank: int, world: int, say: Say) -> None:
+    """trap 15: one rank reduces nothing into itself, and sends nothing."""
+    group = line(rank, world)
+    comm.ledger.take()
+    x = torch.arange(6.0)
+    for given in (
+        comm.all_reduce(x, group),
+        comm.all_reduce(x, group, op="max"),
+        comm.all_gather(x, group),
+        comm.reduce_scatter(x, group),
+        comm.reduce_scatter(x, group, fixed=False),
+        comm.start_reduce_scatter(x, group, out=x[0:6]).finish(),
+        comm.start_all_gather(x, group, out=x).finish(),
+    ):
+        assert torch.equal(given, torch.arange(6.0)) and given.data_ptr() == x.data_ptr()
+    other = torch.zeros(6)
+    assert comm.start_reduce_scatter(x, group, out=other).finish() is other and torch.equal(other, x)
+    assert comm.start_all_gather(x, group, out=other.zero_()).finish() is other and torch.equal(other, x)
+    assert comm.gather_json({"a": 1}, group, device=CPU) == [{"a": 1}]
+    comm.barrier(group)
+    assert comm.ledger.take() == {}
+
+
+def two_in_flight(rank: int, world: int, say: Say) -> None:
+    """Transfers that are begun together end with the right contents, in whatever order they are finished."""
+    group = line(rank, world)
+    buffers = [part_of(rank, 4000 * world, torch.float64) * (turn + 1) for turn in range(4)]
+    sums = [sum(part_of(other, 4000 * world, torch.float64) * (turn + 1) for other in range(world)) for turn in range(4)]
+    pending = [
+        comm.start_reduce_scatter(buffers[0], group),
+        comm.start_all_gather(buffers[1], group),
+        comm.start_all_reduce(buffers[2], group),
+        comm.start_reduce_scatter(buffers[3], group),
+    ]
+    here = slice(rank * 4000, rank * 4000 + 4000)
+    assert torch.allclose(pending[3].finish(), sums[3][here])
+    assert torch.equal(pending[1].finish(), torch.cat([part_of(other, 4000 * world, torch.float64) * 2 for other in range(world)]))
+    assert torch.allclose(pending[0].finish(), sums[0][here])
+    assert torch.allclose(pending[2].finish(), sums[2])
+
+
+def booked_bytes(rank: int, world: int, say: Say) -> None:
+    """The ledger holds the ring formulas: (n-1)/n of the whole, twice that for all_reduce, all of it point to point."""
+    mesh = build_mesh(Layout(dp=world), rank)
+    group, size = mesh.data, 12 * world
+    for dtype in (torch.float64, torch.bfloat16):
+        whole = size * dtype.itemsize
+        x = torch.zeros(size, dtype=dtype)
+        comm.ledger.take()
+        for expected, call in (
+            (2 * (world - 1) / world * whole, lambda x=x: comm.all_reduce(x, group)),
+            ((world - 1) / world * whole, lambda x=x: comm.reduce_scatter(x, group)),
+            ((world - 1) / world * whole, lambda x=x: comm.reduce_scatter(x, group, fixed=False)),
+            ((world - 1) * whole, lambda x=x: comm.all_gather(x, group)),
+        ):
+            call()
+            assert comm.ledger.take() == {"dp": expected}
+    with comm.booked_on("control"):
+        comm.all_reduce(torch.zeros(size), group)
+    comm.all_reduce(torch.zeros(size), group)
+    comm.barrier(group)
+    assert comm.ledger.take() == {"control": 8 * (world - 1) * 12, "dp": 8 * (world - 1) * 12}
+    comm.gather_json("x" * rank, group, device=CPU)
+    assert set(comm.ledger.take()) == {"control"}
+    assert comm.ledger.take() == {}
+    comm.ledger.recording = True
+    comm.all_gather(torch.zeros(4), group)
+    ((name, axis, start, end, sent),) = comm.ledger.calls
+    assert (name, axis, sent) == ("all_gather", "dp", (world - 1) * 16) and 0 < start <= end
+
+
+def loopback_bytes(rank: int, world: int, say: Say, tries: int) -> dict[str, list[float]]:
+    """Bytes that the loopback interface carried over bytes booked by all ranks, of 4 MB payloads, a list of tries per collective."""
+    group, size = line(rank, world), (1 << 20) // world * world
+    calls: dict[str, Callable[[torch.Tensor], Any]] = {
+        "all_reduce": lambda x: comm.all_reduce(x, group),
+        "all_gather": lambda x: comm.all_gather(x[: size // world], group),
+        "reduce_scatter": lambda x: comm.reduce_scatter(x, group),
+    }
+    if world == 2:
+        mesh = build_mesh(Layout(pp=2), rank)
+        forth, back = mesh.channels[0, 1, "F"], mesh.channels[1, 0, "B"]
+        calls["point_to_point"] = lambda x: exchange(rank, x, forth, back)
+    found: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        for _ in range(tries):
+            x, idle = torch.ones(size), idle_rate(group)
+            comm.ledger.take()
+            comm.barrier(group)
+            start, before = time.perf_counter(), int(LOOPBACK.read_text())
+            call(x)
+            comm.barrier(group)
+            moved = int(LOOPBACK.read_text()) - before - idle * (time.perf_counter() - start)
+            found.setdefault(name, []).append(moved / (sum(comm.ledger.take().values()) * world))
+    return found
+
+
+def idle_rate(group: Group) -> float:
+    """Bytes a second that others send over the loopback interface while these ranks are silent."""
+    comm.barrier(group)
+    start, before = time.perf_counter(), int(LOOPBACK.read_text())
+    time.sleep(0.02)
+    rate = (int(LOOPBACK.read_text()) - before) / (time.perf_counter() - start)
+    comm.barrier(group)
+    return rate
+
+
+def exchange(rank: int, x: torch.Tensor, forth: Group, back: Group) -> None:
+    """Rank 0 sends on one channel and receives on the other, rank 1 the other way round."""
+    out, into = (forth, back) if rank == 0 else (back, forth)
+    sending, receiving = comm.start_send(x, out), comm.start_recv(torch.empty_like(x), into)
+    receiving.finish()
+    sending.finish()
+
+
+def channels(rank: int, world: int, say: Say) -> None:
+    """Messages of a channel arrive in the order they were sent; the two directions do not wait for each other."""
+    mesh = build_mesh(Layout(pp=world), rank)
+    after, before = (rank + 1) % world, (rank - 1) % world
+    count = 20
+    waiting = []
+    for turn in range(count):
+        for kind, target in (("F", after), ("B", before)):
+            content = torch.full((300,), 100.0 * rank + turn + (0.5 if kind == "B" else 0.0))
+            waiting.append(comm.start_send(content, mesh.channels[rank, target, kind]))
+    for kind, source in (("B", after), ("F", before)):  # the other direction first
+        for turn in range(count):
+            got = comm.start_recv(torch.empty(300), mesh.channels[source, rank, kind]).finish()
+            assert got.unique().tolist() == [100.0 * source + turn + (0.5 if kind == "B" else 0.0)]
+    for pending in waiting:
+        pending.finish()
+
+
+def gathered_json(rank: int, world: int, say: Say) -> list[Any]:
+    """Values of unequal length, gathered on every rank."""
+    group = line(rank, world)
+    value = [None, {"a": [1, 2.5, True]}, "ä" * 3000, float("inf")][rank % 4]
+    return [comm.gather_json(value, group, device=CPU), comm.gather_json({"rank": rank}, group, device=CPU)]
+
+
+# --- tensor ----------------------------------------------------------------------------------------------------------
+
+BATCH, SEQUENCE, DIM = 2, 12, 6
+
+
+class Pair:
+    """The same tensors on one device and as this tensor-parallel rank holds them, with plain roles beside split ones."""
+
+    def __init__(self, rank: int, world: int, *, sp: bool, vocab: int, smoothing: float, batch: int = BATCH) -> None:
+        torch.set_num_threads(1)
+        self.mesh = build_mesh(Layout(tp=world, sp=sp), rank)
+        self.rank, self.world, self.sp, self.vocab, self.batch = rank, world, sp, vocab, batch
+        self.rows = split_parts(vocab, world)[rank]
+        self.plain = Roles(smoothing=smoothing)
+        self.split = TensorRoles(self.mesh.tp, sp=sp, vocab=vocab, first=self.rows[0], smoothing=smoothing)
+        self.source = torch.Generator().manual_seed(3)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """The same numbers on every rank."""
+        return torch.randn(*shape, generator=self.source, dtype=torch.float64)
+
+    def outside(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of (B, S, ...)."""
+        return x.chunk(self.world, dim=1)[self.rank] if self.sp else x
+
+    def same(self, whole: torch.Tensor, mine: torch.Tensor, what: str) -> None:
+        """Equal up to the order of sums in float64."""
+        assert whole.shape == mine.shape, (what, whole.shape, mine.shape)
+        error = (whole - mine).abs().max().item() / max(whole.abs().max().item(), 1.0)
+        assert error < 1e-13, f"{what}: {error:.2e} on rank {self.rank} of {self.world}, sp={self.sp}"
+
+
+def leaf(x: torch.Tensor) -> torch.Tensor:
+    """A copy that collects a gradient."""
+    return x.detach().clone().requires_grad_()
+
+
+def tensor_columns(rank: int, world: int, say: Say, sp: bool, biased: bool) -> None:
+    """Three projections of one input, uneven over ranks: outputs, and gradients by input, weights and biases."""
+    pair = Pair(rank, world, sp=sp, vocab=13, smoothing=0.0)
+    x, widths = pair.random(BATCH, SEQUENCE, DIM), (4 * world, world, 3 * world + 1)
+    weights, biases = [pair.random(width, DIM) for width in widths], [pair.random(width) for width in widths]
+    slopes = [pair.random(BATCH, SEQUENCE, width) for width in widths]
+    cuts = [slice(*split_parts(width, world)[rank]) for width in widths]
+
+    whole = [leaf(x), *map(leaf, weights), *(map(leaf, biases) if biased else ())]
+    mine = [leaf(pair.outside(x)), *(leaf(w[cut]) for w, cut in zip(weights, cuts, strict=True))]
+    mine += [leaf(b[cut]) for b, cut in zip(biases, cuts, strict=True)] if biased else []
+    expected = pair.plain.columns(whole[0], whole[1:4], whole[4:] or [None] * 3)
+    found = pair.split.columns(mine[0], mine[1:4], mine[4:] or [None] * 3)
+    for a, b, cut in zip(expected, found, cuts, strict=True):
+        pair.same(a[..., cut], b, "columns")
+    by_whole = torch.autograd.grad(expected, whole, slopes)
+    by_mine = torch.autograd.grad(found, mine, [slope[..., cut] for slope, cut in zip(slopes, cuts, strict=True)])
+    pair.same(pair.outside(by_whole[0]), by_mine[0], "columns by x")
+    for a, b, cut in zip(by_whole[1:], by_mine[1:], cuts * 2, strict=False):
+        pair.same(a[cut], b, "columns by weight or bias")
+
+
+def tensor_row(rank: int, world: int, say: Say, sp: bool, biased: bool) -> None:
+    """The way back: the bias is added once (trap 10), and with sp its gradient is a part of the sum (trap 8)."""
+    pair, width = Pair(rank, world, sp=sp, vocab=13, smoothing=0.0), 3 * world + 1
+    x, weight, bias = pair.random(BATCH, SEQUENCE, width), pair.random(DIM, width), pair.random(DIM)
+    slope, cut = pair.random(BATCH, SEQUENCE, DIM), slice(*split_parts(width, world)[rank])
+    whole, mine = [leaf(x), leaf(weight), leaf(bias)], [leaf(x[..., cut]), leaf(weight[:, cut]), leaf(bias)]
+    if not biased:
+        whole, mine = whole[:2], mine[:2]
+    expected, found = pair.plain.row(*whole, *(() if biased else [None])), pair.split.row(*mine, *(() if biased else [None]))
+    pair.same(pair.outside(expected), found, "row")
+    by_whole = torch.autograd.grad(expected, whole, slope)
+    by_mine = list(torch.autograd.grad(found, mine, pair.outside(slope)))
+    pair.same(by_whole[0][..., cut], by_mine[0], "row by x")
+    pair.same(by_whole[1][:, cut], by_mine[1], "row by weight")
+    if biased:
+        summed = comm.all_reduce(by_mine[2].clone(), pair.mesh.tp) if sp else by_mine[2]
+        pair.same(by_whole[2], summed, "row by bias")
+
+
+def tensor_embed(rank: int, world: int, say: Say, sp: bool, vocab: int) -> None:
+    """Rows of the table over ranks, unevenly; every token, the first and last of each slice among them."""
+    pair = Pair(rank, world, sp=sp, vocab=vocab, smoothing=0.0)
+    tokens = torch.arange(BATCH * SEQUENCE).remainder(vocab).view(BATCH, SEQUENCE)
+    weight, slope, rows = pair.random(vocab, DIM), pair.random(BATCH, SEQUENCE, DIM), slice(*pair.rows)
+    whole, mine = leaf(weight), leaf(weight[rows])
+    expected, found = pair.plain.embed(tokens, whole), pair.split.embed(tokens, mine)
+    pair.same(pair.outside(expected), found, "embed")
+    (by_whole,) = torch.autograd.grad(expected, whole, slope)
+    (by_mine,) = torch.autograd.grad(found, mine, pair.outside(slope))
+    pair.same(by_whole[rows], by_mine, "embed by weight")
+
+
+def tensor_loss(rank: int, world: int, say: Say, sp: bool, vocab: int, smoothing: float, all_ignored: bool = False) -> None:
+    """trap 19: the loss over a split vocabulary, ignored labels, smoothing over the global vocabulary, and its gradients."""
+    pair = Pair(rank, world, sp=sp, vocab=vocab, smoothing=smoothing)
+    x, weight, rows = pair.random(BATCH, SEQUENCE, DIM) * 3, pair.random(vocab, DIM), slice(*pair.rows)
+    labels = torch.arange(BATCH * SEQUENCE).remainder(vocab + 2).view(BATCH, SEQUENCE)
+    labels = labels.masked_fill((labels >= vocab) | torch.tensor(all_ignored), -100)
+    whole, mine = [leaf(x), leaf(weight)], [leaf(pair.outside(x)), leaf(weight[rows])]
+    expected, found = pair.plain.loss(*whole, labels), pair.split.loss(*mine, labels)
+    assert found.dtype == torch.float64 and abs(found - expected) <= 1e-13 * max(1.0, abs(expected.item()))
+    same_on_all = comm.all_gather(found.detach()[None], pair.mesh.tp)
+    assert len(same_on_all.unique()) == 1
+    by_whole, by_mine = torch.autograd.grad(expected * 0.7, whole), torch.autograd.grad(found * 0.7, mine)
+    pair.same(pair.outside(by_whole[0]), by_mine[0], "loss by x")
+    pair.same(by_whole[1][rows], by_mine[1], "loss by weight")
+    pair.same(pair.plain.logits(x, weight)[..., rows], pair.split.logits(pair.outside(x), weight[rows]), "logits")
+
+
+def tensor_memory(rank: int, world: int, say: Say) -> list[int]:
+    """Bytes behind the output of `row` under sequence parallelism with one sequence, and bytes that the output needs."""
+    pair = Pair(rank, world, sp=True, vocab=13, smoothing=0.0, batch=1)
+    y = pair.split.row(pair.random(1, SEQUENCE, 8), pair.random(DIM, 8), None)
+    return [y.untyped_storage().nbytes(), y.nbytes]
+
+
+def tensor_bytes(rank: int, world: int, say: Say, sp: bool) -> dict[str, Any]:
+    """One reduction per block input: what columns, row and their backwards send."""
+    pair = Pair(rank, world, sp=sp, vocab=13, smoothing=0.0)
+    x, weights = leaf(pair.outside(pair.random(BATCH, SEQUENCE, DIM))), [leaf(pair.random(4, DIM)) for _ in range(3)]
+    back, sent = leaf(pair.random(DIM, 4)), {}
+    comm.ledger.take()
+    outputs = pair.split.columns(x, weights, [None] * 3)
+    sent["columns"] = comm.ledger.take()
+    torch.autograd.grad(sum(y.sum() for y in outputs), [x, *weights])
+    sent["columns backward"] = comm.ledger.take()
+    y = pair.split.row(x := leaf(pair.random(BATCH, SEQUENCE, 4)), back, None)
+    sent["row"] = comm.ledger.take()
+    torch.autograd.grad(y.sum(), [x, back])
+    sent["row backward"] = comm.ledger.take()
+    return sent

@@ -1,0 +1,297 @@
+"""Runs of the engine on ranks, and how the tests ask for them. Nothing at import may run a torch operator."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_llm import comm
+from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
+from dist_llm.config.schema import Config
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import NumericError
+from dist_llm.model.init import initialise
+from dist_llm.parallel.zero import FlatUnit
+from dist_llm.train.proof import MadeUp, Run, proof_rank, read_run
+from dist_llm.train.setup import DTYPES, make_engine, make_mesh
+from dist_llm.train.trainer import Trainer
+from tests.ranks import Ranks
+
+Say = Callable[..., None]
+MODEL: dict[str, Any] = {"family": "llama", "layers": 4, "dim": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab": 31}
+
+
+def config(*, micro: int = 1, batch: int = 4, sequence: int = 8, optimizer: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+    """A small run as a dict: clipping, weight decay and accumulation are on."""
+    given = {
+        "model": {**MODEL, **model},
+        "data": {"source": "skills", "tokenizer": {"kind": "bpe", "vocab": 31}, "sequence": sequence},
+        "batch": {"global": batch, "micro": micro},
+        "optimizer": {"lr": 1e-2, "clip": 0.5, "weight_decay": 0.1, **(optimizer or {})},
+        "schedule": {"kind": "cosine", "warmup": 2, "steps": 6},
+    }
+    return Config.model_validate(given).model_dump(by_alias=True, mode="json")
+
+
+def layout_of(text: str) -> Layout:
+    """`dp=2,zero=1` as a concrete layout on its own product of ranks."""
+    given = parse_layout(text)
+    return resolve(given, world_of(given))
+
+
+def prove(ranks: Ranks, given: dict[str, Any], text: str, *, dtype: str = "float64", steps: int = 3, work: str = "", **options: Any) -> Run:
+    """A proof run of a layout: all losses, norms, gradients, weights and moments. work: another case with the same arguments."""
+    layout = layout_of(text)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        job = {"config": given, "steps": steps, "dtype": dtype, **options}
+        records = ranks.run(layout.world, work or "dist_llm.train.proof:proof_rank", job, vars(layout), folder)
+        assert all(record["losses"] == records[0]["losses"] for record in records), "trap 3: all ranks log the same loss"
+        assert all(record["norms"] == records[0]["norms"] for record in records)
+        return read_run(Path(folder))
+
+
+def different(a: Run, b: Run) -> list[str]:
+    """Everything in which two runs differ by a bit."""
+    found = [f"loss {step}" for step, (x, y) in enumerate(zip(a.record.losses, b.record.losses, strict=True)) if x.hex() != y.hex()]
+    found += [f"norm {step}" for step, (x, y) in enumerate(zip(a.record.norms, b.record.norms, strict=True)) if x.hex() != y.hex()]
+    assert a.tensors.keys() == b.tensors.keys()
+    return found + [str(where) for where in a.tensors if a.tensors[where].tobytes() != b.tensors[where].tobytes()]
+
+
+def build(given: dict[str, Any], layout: dict[str, Any], rank: int, dtype: str) -> tuple[Config, NativeEngine, Trainer]:
+    """One rank's engine and trainer over made-up batches."""
+    torch.set_num_threads(1)
+    settings = Config.model_validate(given)
+    mesh = make_mesh(settings, Layout(**layout), rank)
+    engine = make_engine(settings, mesh, device=torch.device("cpu"), dtype=DTYPES[dtype])
+    order = MadeUp(settings.model.vocab, settings.data.sequence, settings.batch.global_, settings.runtime.seed)
+    return settings, engine, Trainer(settings, mesh, engine, order)
+
+
+def snapshot(engine: NativeEngine) -> list[torch.Tensor]:
+    """Copies of this rank's weights (stage 3: of its shard) and optimizer state."""
+    return [tensor.clone() for name in ("weights", "optimizer") for tensor in engine.persistent()[name]]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def persistent_bytes(rank: int, world: int, say: Say, given: dict[str, Any], layouts: list[dict[str, Any]], dtype: str) -> list[dict[str, int]]:
+    """After a step under each layout: what the engine says it keeps, and the bytes of all tensors alive in the process."""
+    found = []
+    gc.freeze()  # what was there before is not ours, and costs seconds to look through
+    for layout in layouts:
+        _, engine, trainer = build(given, layout, rank, dtype)
+        trainer.step(0)
+        kept = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in engine.persistent().items()}
+        kept["alive"] = min(alive() for _ in range(4))  # a thread of the backend may hold a transfer's buffer a moment longer
+        found.append(kept)
+        del engine, trainer
+    return found
+
+
+def alive() -> int:
+    """Bytes of all tensor storages in this process, each counted once; scalars left out."""
+    time.sleep(0.002)
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.numel() > 1:
+            storage = thing.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def residency(rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+    """Which units' whole weights are in memory: at building, around each unit of the walk, and after each phase of a step."""
+    building: list[int] = []
+
+    def initialised(flat: FlatUnit, *, seed: int, body: Callable = FlatUnit.initialise) -> None:
+        building.append(sum(other.weights.untyped_storage().nbytes() for other in gc.get_objects() if type(other) is FlatUnit))
+        body(flat, seed=seed)
+
+    FlatUnit.initialise = initialised  # type: ignore[method-assign]
+    _, engine, trainer = build(given, layout, rank, "float32")
+    seen: list[tuple[str, str, list[str]]] = []
+
+    def here() -> list[str]:
+        return [flat.plan.unit for flat in engine.flats if flat.weights.untyped_storage().nbytes()]
+
+    def watch(stage_unit: Any) -> None:
+        body = stage_unit.module.forward
+        stage_unit.module.forward = lambda *args: (seen.append(("F", stage_unit.name, here())), body(*args))[1]
+        for flat, use in stage_unit.flats:
+            known = {"use": use, "body": flat.begin_backward}
+
+            def begin(use: int, flat: FlatUnit = flat, known: dict[str, Any] = known) -> None:
+                if use == known["use"]:
+                    seen.append(("B", stage_unit.name, here()))
+                known["body"](use)
+
+            flat.begin_backward = begin  # type: ignore[method-assign]
+
+    for stage in engine.stages:
+        for unit in stage.units:
+            watch(unit)
+    phases = {"built": here()}
+    taken = trainer.gradients(0)
+    phases["gradients"] = here()
+    engine.step(taken.learning_rate)
+    phases["step"] = here()
+    whole = [flat.weights.numel() * flat.weights.element_size() for flat in engine.flats]
+    return {"seen": seen, "phases": phases, "building": max(building), "largest two": sum(sorted(whole)[-2:]), "all": sum(whole)}
+
+
+def low_precision_sums(rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+    """trap 14: 300 micro-batches of gradient 1 in bfloat16 (which cannot count past 256), and the dtypes that are reduced."""
+    _, engine, trainer = build(given, layout, rank, "bfloat16")
+    reduced, start = set(), comm.start_reduce_scatter
+
+    def recorded(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        reduced.add(str(x.dtype))
+        return start(x, *args, **options)
+
+    comm.start_reduce_scatter = recorded
+    trainer.step(0)
+    flat = engine.flats[-1]
+    slot = flat.plan.slots[0]
+    for turn in range(300):
+        flat.begin_backward(0)
+        flat.parameters[0][slot.name].grad = torch.ones(slot.shape, dtype=torch.bfloat16)
+        flat.end_backward(0)
+        if not flat.by_step or turn == 299:
+            flat.start_reduce(0)
+            flat.collect()
+    gradient = flat.start_finish().finish()
+    piece = next((piece for piece in flat.plan.pieces(flat.group.index) if piece.slot.name == slot.name), None)
+    values = flat.own_run(gradient, piece).unique().tolist() if piece else []
+    return {"reduced": sorted(reduced), "values": values, "dtype": str(gradient.dtype), "master": str(flat.master.dtype)}
+
+
+# --- what a step does ------------------------------------------------------------------------------------------------
+
+
+def initial_weights(rank: int, world: int, say: Say, given: dict[str, Any], layouts: list[dict[str, Any]], dtype: str) -> int:
+    """trap 12: each rank's first weights are the slices of the global ones, to the bit. Returns the elements it answers for."""
+    count = 0
+    for layout in layouts:
+        settings, engine, _ = build(given, layout, rank, dtype)
+        for item in engine.state():
+            if item.kind != "weight":
+                continue
+            row, box = item.piece.slot.row, item.piece.slot.box
+            whole = torch.empty(row.numel, dtype=DTYPES[dtype])
+            initialise(whole, row, tuple((0, extent) for extent in row.shape), seed=settings.runtime.seed)
+            part = whole.view(row.shape)[tuple(slice(*side) for side in box)].flatten()[item.piece.start : item.piece.stop]
+            assert torch.equal(item.values, part.to(item.values.dtype)), (layout, row.name)
+            count += item.values.numel()
+    return count
+
+
+def poisoned_step(
+    rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any], where: dict[str, Any], value: str
+) -> dict[str, Any]:
+    """trap 28: one rank's gradient of one parameter gets a NaN or Inf before it is reduced; what each rank does about it."""
+    _, engine, trainer = build(given, layout, rank, "float32")
+    trainer.step(0)
+    before, count = snapshot(engine), float(engine.optimizer.count)
+    hit = False
+
+    def poison(flat: FlatUnit, use: int, body: Callable = FlatUnit.end_backward) -> None:
+        nonlocal hit
+        body(flat, use)
+        for slot in flat.plan.slots:
+            if slot.name == where["name"] and not hit:
+                flat.whole[use][slot.offset + slot.numel - 1] = float(value)
+                hit = True
+
+    if rank == where["rank"]:
+        FlatUnit.end_backward = poison  # type: ignore[method-assign]
+    failure: dict[str, Any] = {}
+    try:
+        trainer.step(1)
+    except NumericError as error:
+        failure = error.as_dict()
+    after = snapshot(engine)
+    untouched = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return {"failure": failure, "untouched": untouched, "hit": hit, "counted": float(engine.optimizer.count) - count}
+
+
+def evaluated(rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any], dtype: str) -> list[float]:
+    """The summed loss of two global batches without training, then a step, then the same again, and the step's own loss sum."""
+    settings, engine, trainer = build(given, layout, rank, dtype)
+    size, micro = settings.batch.global_, settings.batch.micro
+
+    def batches(step: int) -> list[Any]:
+        return trainer.order.micro_batches(step, dp_rank=engine.mesh.at.dp, dp_size=engine.mesh.layout.dp, micro=micro)
+
+    def losses() -> float:
+        contexts = [trainer.context(batch, step=0, training=False) for step in (0, 1) for batch in batches(step)]
+        return engine.evaluate(contexts)
+
+    before = losses()
+    assert size and losses() == before
+    taken = trainer.step(0)
+    return [before, losses(), taken.loss * taken.targets]
+
+
+# --- known bugs put in on purpose --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute replaced for the length of a block."""
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    yield
+    setattr(owner, name, old)
+
+
+def _mean_over_dp(body: Callable) -> Callable:
+    def reduce(x: torch.Tensor, group: Any, **options: Any) -> Any:
+        pending = body(x, group, **options)
+        result = pending.result
+        pending.result = lambda: result().div_(group.size)
+        return pending
+
+    return reduce
+
+
+def _counted_on_every_rank(flat: FlatUnit) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for piece in flat.plan.pieces(flat.group.index):
+        total += flat.own_run(flat.gradient, piece).double().square().sum()
+    return total
+
+
+def _without(flat: FlatUnit, name: str, body: Callable) -> Any:
+    kept = getattr(flat, name)
+    setattr(flat, name, None)
+    out = body(flat)
+    setattr(flat, name, kept)
+    return out
+
+
+def mutated_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A proof run with one known bug, `job["bug"]`, put in on purpose."""
+    start_finish, start_reduce, initial = FlatUnit.start_finish, FlatUnit.start_reduce, FlatUnit.initialise
+    bugs: dict[str, tuple[Any, str, Any]] = {
+        "no partial sum over tp": (FlatUnit, "_sum_partial", lambda flat, buffer: None),
+        "mean instead of sum over dp": (comm, "start_reduce_scatter", _mean_over_dp(comm.start_reduce_scatter)),
+        "norm counted on every tp rank": (FlatUnit, "square_sum", _counted_on_every_rank),
+        "tied gradients not exchanged": (FlatUnit, "start_finish", lambda flat: _without(flat, "tied", start_finish)),
+        "one micro-batch lost": (FlatUnit, "start_reduce", lambda flat, use: (flat.whole[use].mul_(7 / 8), start_reduce(flat, use))[1]),
+        "another seed on one rank": (FlatUnit, "initialise", lambda flat, *, seed: initial(flat, seed=seed + rank)),
+        "decay on everything": (FlatUnit, "segments", lambda flat: iter([(slice(0, flat.owned[1] - flat.owned[0]), True)])),
+        "a shard not published": (FlatUnit, "start_publish", lambda flat: None),
+        "": (FlatUnit, "__doc__", None),
+    }
+    with replaced(*bugs[job["bug"]]):
+        return proof_rank(rank, world, say, job, layout, folder)

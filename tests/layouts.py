@@ -1,0 +1,120 @@
+"""Models and layouts of the parity tests: named rows, and a seeded generator of legal layouts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
+from dist_llm.config.rules import problems
+from dist_llm.config.schema import Config
+
+BATCH = {"global": 8, "micro": 2}
+DATA = {"sequence": 24, "tokenizer": {"kind": "file", "path": "tokenizer.json"}}  # batches are made up: no text is read
+OPTIMIZER = {"kind": "adamw", "lr": 1e-2, "weight_decay": 0.1, "clip": 0.5, "betas": [0.9, 0.95]}
+
+# Small models with odd shapes; between them every switch of the table is on once and off once.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama", "layers": 4, "dim": 24, "heads": 8, "kv_heads": 4, "head_dim": 6, "ffn": 44, "vocab": 97},
+    "tied": {"family": "llama", "layers": 4, "dim": 24, "heads": 8, "kv_heads": 2, "head_dim": 4, "ffn": 36, "vocab": 83, "tied": True},
+    "one kv head": {"family": "llama", "layers": 4, "dim": 20, "heads": 8, "kv_heads": 1, "head_dim": 4, "ffn": 26, "vocab": 61},
+    "gpt2": {"family": "gpt2", "layers": 4, "dim": 24, "heads": 8, "ffn": 50, "vocab": 89, "dropout": 0.1},
+    "qwen3": {"family": "qwen3", "layers": 5, "dim": 28, "heads": 8, "kv_heads": 2, "head_dim": 6, "ffn": 40, "vocab": 101, "tied": True},
+    "seven layers": {"family": "llama", "layers": 7, "dim": 16, "heads": 8, "kv_heads": 8, "ffn": 22, "vocab": 67, "bias": True, "dropout": 0.05},
+}
+EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
+    "one kv head": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
+    "llama": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
+}
+
+# Layouts that had a bug here or elsewhere, and those that users type first.
+NAMED: list[tuple[str, str]] = [
+    ("llama", "dp=1,zero=3"),
+    ("llama", "dp=2"),
+    ("llama", "dp=2,reduce=micro_batch"),
+    ("llama", "dp=2,zero=1"),
+    ("llama", "dp=2,zero=1,reduce=micro_batch"),
+    ("llama", "dp=2,zero=2"),
+    ("llama", "dp=2,zero=2,reduce=step"),
+    ("llama", "dp=2,zero=3"),
+    ("llama", "dp=2,zero=3,reduce=step"),
+    ("llama", "dp=2,zero=3,unshard=step"),
+    ("llama", "dp=2,zero=3,recompute=full"),
+    ("llama", "dp=3,zero=0"),
+    ("llama", "dp=4,zero=2"),
+    ("llama", "tp=2"),
+    ("llama", "tp=2,sp=off"),
+    ("llama", "tp=2,recompute=full"),
+    ("llama", "tp=2,recompute=selective"),
+    ("llama", "tp=4"),
+    ("llama", "pp=2,schedule=gpipe"),
+    ("llama", "pp=2,schedule=1f1b"),
+    ("llama", "pp=2,schedule=interleaved,chunks=2"),
+    ("llama", "pp=4"),
+    ("llama", "pp=4,recompute=full"),
+    ("llama", "dp=2,tp=2,zero=1"),
+    ("llama", "dp=2,tp=2,zero=3"),
+    ("llama", "dp=2,pp=2,zero=2"),
+    ("llama", "tp=2,pp=2"),
+    ("llama", "dp=2,tp=2,pp=2,zero=1"),
+    ("tied", "dp=2,zero=3"),  # a tied weight: one accumulator per use (trap 13)
+    ("tied", "pp=2,schedule=gpipe"),
+    ("tied", "pp=4,schedule=1f1b"),
+    ("tied", "dp=2,pp=2,zero=3,unshard=micro_batch"),
+    ("tied", "tp=4,sp=off"),  # 2 kv heads on 4 ranks (trap 9)
+    ("one kv head", "tp=2"),
+    ("one kv head", "tp=4,sp=off"),
+    ("one kv head", "tp=8"),
+    ("gpt2", "dp=2,zero=2"),  # a key bias has no gradient; dropout under every split (trap 11)
+    ("gpt2", "tp=2"),
+    ("gpt2", "tp=2,sp=off"),
+    ("gpt2", "pp=2,schedule=interleaved"),
+    ("gpt2", "dp=2,tp=2,pp=2"),
+    ("qwen3", "tp=2"),  # q and k norms inside the split region (trap 9)
+    ("qwen3", "tp=4"),
+    ("qwen3", "dp=2,tp=2,zero=2"),
+    ("seven layers", "pp=4,schedule=1f1b"),  # uneven stages
+    ("seven layers", "pp=2,schedule=interleaved,chunks=3"),
+    ("seven layers", "dp=2,tp=4,zero=3"),
+]
+
+
+def config_of(model: str) -> Config:
+    """The config of one of the models."""
+    sections = {"data": DATA, "batch": BATCH, "optimizer": OPTIMIZER, "schedule": {"kind": "constant", "steps": 4}}
+    return Config.model_validate({"model": MODELS[model], **sections, **EXTRA.get(model, {})})
+
+
+def concrete(text: str) -> Layout:
+    """A layout text on its own number of ranks."""
+    given = parse_layout(text)
+    return resolve(given, world_of(given))
+
+
+def for_layout(config: Config, layout: Layout) -> Config:
+    """The same run with a batch that divides over dp=3 or 6."""
+    if config.batch.global_ % layout.dp == 0:
+        return config
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"global_": 6})})
+
+
+def drawn(seed: int, *, largest: int = 8) -> Iterator[tuple[str, str]]:
+    """A row of (model, layout) pairs that `check` accepts, each layout once per model; worlds up to `largest`."""
+    dice = random.Random(seed)
+    seen = set()
+    for _ in range(100_000):
+        model = dice.choice(list(MODELS))
+        axes = {"dp": dice.choice([1, 1, 2, 2, 3, 4]), "tp": dice.choice([1, 1, 2, 2, 4, 8]), "pp": dice.choice([1, 1, 2, 2, 3, 4])}
+        text = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1 or axis == "dp")
+        text += f",zero={dice.randrange(4)}" + dice.choice(["", ",reduce=step", ",reduce=micro_batch"])
+        text += dice.choice(["", ",unshard=step", ",unshard=micro_batch"]) if "zero=3" in text else ""
+        text += dice.choice(["", ",sp=off"]) if axes["tp"] > 1 else ""
+        if axes["pp"] > 1:
+            text += dice.choice(["", ",schedule=gpipe", ",schedule=interleaved", ",schedule=interleaved,chunks=3"])
+        text += dice.choice(["", "", ",recompute=full", ",recompute=selective"])
+        layout = concrete(text)
+        if layout.world > largest or (model, layout) in seen or problems(for_layout(config_of(model), layout), layout):
+            continue
+        seen.add((model, layout))
+        yield model, text

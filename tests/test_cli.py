@@ -1,0 +1,254 @@
+"""The command line: what it imports, its exit codes, and what every failure looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_llm.cli import main as cli
+from dist_llm.cli.train import short_overrides, told_by, torchrun_place
+from dist_llm.errors import CheckpointError, DataError, Failure, MemoryFailure, NumericError, PeerError, UsageError
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs/tiny.yaml")
+COMMAND = [sys.executable, "-m", "dist_llm"]
+QUIET = {**{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}, "OMP_NUM_THREADS": "1"}
+
+
+def start(*words: str, **settings: Any) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, *words], cwd=ROOT, env=QUIET, text=True, start_new_session=True, **{**pipes, **settings})
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end."""
+    return subprocess.run([*COMMAND, *words], cwd=ROOT, env=QUIET, text=True, capture_output=True, timeout=120, check=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
+    """Runs a command in this process that must fail; returns its one block."""
+    assert cli.run(list(words)) == code
+    out, err = capsys.readouterr()
+    assert err.count("error:") == 1 and err.startswith("error: ") and len(err.splitlines()) <= 12 and "Traceback" not in err
+    assert not out or "--json" in words
+    return err
+
+
+# --- no torch, no delay ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["check", TINY], ["doctor"], ["data", "--help"], ["trian"]]
+)
+def test_what_needs_no_torch_imports_none(words: list[str]) -> None:
+    code = f"""
+import sys, resource
+from dist_llm.cli.main import run
+run({words!r})
+heavy = [name for name in ("torch", "deepspeed", "tokenizers", "numpy") if name in sys.modules]
+assert not heavy, heavy
+print("seconds", resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=QUIET, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1.0, "of processor time; about a quarter on a quiet machine"
+
+
+def test_every_verb_is_there() -> None:
+    shown = call("--help").stdout
+    assert all(verb in shown for verb in cli.VERBS) and "Exit codes" in shown
+    assert call("--version").stdout.startswith("dist-llm ")
+
+
+# --- words that are wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_word_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'train'" in refused(capsys, "trian") and "--steps" in refused(capsys, "train", TINY, "--stpes", "3")
+    assert "'build'" in refused(capsys, "data", "buidl", TINY) and "dist-llm data --help" in refused(capsys, "data", "xyz")
+    assert "CONFIG" in refused(capsys, "train") and "--nproc" in refused(capsys, "train", TINY, "--nproc", "zero")
+    assert "--nproc" in refused(capsys, "train", TINY, "--nproc", "0")
+
+
+def test_a_wrong_config_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    for words, told in (
+        (["model.layerz=2"], "did you mean 'layers'"),
+        (["--dtype", "float16"], "runtime.dtype"),
+        (["--layout", "tp=3"], "4 heads over tp=3 leaves 1"),
+        (["--nproc", "3"], "8 sequences over dp 3"),
+        (["--layout", "dp=2,tq=2"], "did you mean 'tp'"),
+    ):
+        began = time.monotonic()
+        done = call("train", TINY, *words, "--run-dir", str(tmp_path / "run"))
+        assert done.returncode == 2 and told in done.stderr, done.stderr
+        assert not (tmp_path / "run").exists() and time.monotonic() - began < 20
+    assert call("train", str(tmp_path / "none.yaml")).returncode == 2
+
+
+def test_failures_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check", TINY, "--world", "3", "--json"]) == 2
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert answer["version"] == 1 and answer["error"]["code"] == 2 and "3 ranks" in answer["error"]["what"] and err.startswith("error: ")
+    assert cli.run(["sample", "/nowhere", "--json"]) == 4
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == 4
+    assert cli.run(["check", TINY, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "dp=1"
+
+
+def test_our_own_bug_is_one_message_and_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_llm.cli.check.check_rules", lambda *_: 1 / 0)
+    told = refused(capsys, "check", TINY, code=1)
+    assert "ZeroDivisionError: division by zero" in told
+    log = Path(told.split("the traceback is in ")[1].split()[0])
+    assert "Traceback" in log.read_text() and "check_rules" in log.read_text()
+    log.unlink()
+    assert cli.run(["check", TINY], debug=True) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "error: a bug" in shown
+    Path(shown.split("the traceback is in ")[1].split()[0]).unlink()
+
+
+def test_ctrl_c_and_a_reader_that_leaves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dist_llm.cli.check.check_rules", interrupt)
+    assert cli.run(["check", TINY]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    read, write = os.pipe()
+    os.close(read)
+    left = start("check", TINY, "--explain", stdout=write)
+    os.close(write)
+    assert left.stderr is not None and left.stderr.read() == "" and left.wait(timeout=60) == 0
+
+
+# --- train -----------------------------------------------------------------------------------------------------------------
+
+
+def test_short_flags_are_overrides() -> None:
+    given = {"layout": "dp=2,tp=2", "schedule.steps": 3, "save.dir": "a: b", "runtime.dtype": None}
+    assert short_overrides(given, None) == ["layout=dp=2,tp=2", "schedule.steps=3", 'save.dir="a: b"']
+    assert short_overrides({}, "my/*.txt") == ['data.source="my/*.txt"', "data.mix=null"]
+
+
+def test_under_torchrun_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tellers(failure: Failure) -> list[tuple[int, int]]:
+        return [(rank, rank % 2) for rank in range(4) if told_by(failure, rank=rank, local_rank=rank % 2)]
+
+    for kind in (UsageError, CheckpointError, NumericError, PeerError):
+        assert tellers(kind("x")) == [(0, 0)], "all ranks meet it alike"
+    assert tellers(DataError("x")) == [(0, 0), (2, 0)], "once a machine"
+    assert len(tellers(MemoryFailure("x"))) == 4, "each rank has its own"
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert torchrun_place() == (3, 4, 1)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert torchrun_place() is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of two ranks by the command, and what it showed."""
+    home = tmp_path_factory.mktemp("cli")
+    words = ["--steps", "3", "--run-dir", str(home / "run"), f"data.dir={home / 'data'}", "data.max_tokens=20_000", "--nproc", "2"]
+    done = call("train", TINY, *words, "track.sample_every=3", "--save-every", "2")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return home, done.stdout
+
+
+def test_train_shows_and_leaves(trained: tuple[Path, str]) -> None:
+    home, shown = trained
+    lines = shown.splitlines()
+    assert lines[0].startswith("llama: 31,424 parameters") and lines[1] == "2 ranks = dp 2 x pp 1 x cp 1 x tp 1"
+    for word in ("step 1/3", "step 3/3", "validation at step 3", "sample at step 0", "report ", "checkpoint ", "saved "):
+        assert word in shown, shown
+    assert lines[-1].startswith("next        dist-llm sample ")
+    run = home / "run"
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "checkpoints", "logs"}
+    assert "<html" in (run / "report.html").read_text()[:2000].lower() and not (run / ".weights").exists()
+    assert call("check", str(run / "config.yaml"), "--world", "2").returncode == 0, "the resolved config is a config"
+
+
+def test_a_second_run_needs_a_word(trained: tuple[Path, str]) -> None:
+    home, _ = trained
+    words = ["train", str(home / "run/config.yaml")]
+    again = call(*words)
+    assert again.returncode == 2 and "already holds a run" in again.stderr and "--resume auto" in again.stderr
+    on = call(*words, "--resume", "auto", "--steps", "4", "--layout", "tp=2")
+    assert on.returncode == 0 and "going on from step 3" in on.stdout and "step 4/4" in on.stdout, on.stderr
+    steps = [json.loads(line)["step"] for line in (home / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    nothing = call(*words, "--resume", "auto", "--run-dir", str(home / "empty"))
+    assert nothing.returncode == 4 and "there is no checkpoint here" in nothing.stderr
+
+
+def test_sample_and_verify(trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(trained[0] / "run")
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert cli.run(["sample", run, "--prompt", "Question: ", "--tokens", "20", "--seed", seed, "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["prompt"] == "Question: " and answer["checkpoint"].startswith(run) and 1 <= len(answer["tokens"]) <= 20
+        texts.append(answer["text"])
+    assert texts[0] == texts[1] != texts[2]
+    assert cli.run(["sample", run, "--prompt", "a\x1b[2J", "--tokens", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("a?[2J") and "\x1b" not in shown
+    assert cli.run(["verify", run, "--json"]) == 0 and json.loads(capsys.readouterr().out)["files"] == 6
+    newest = sorted((Path(run) / "checkpoints").glob("step-*"))[-1]
+    spoilt = newest / "rank-00000.safetensors"
+    content = spoilt.read_bytes()
+    try:
+        spoilt.write_bytes(content[:-1] + b"!")
+        for words in (["verify", run], ["sample", run]):
+            assert "sha256" in refused(capsys, *words, code=4)
+    finally:
+        spoilt.write_bytes(content)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_behind(trained: tuple[Path, str], tmp_path: Path, number: int, code: int) -> None:
+    words = ["--nproc", "2", "--steps", "100000", "--run-dir", str(tmp_path), f"data.dir={trained[0] / 'data'}", "data.max_tokens=20_000"]
+    process = start("train", TINY, *words)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code and len(err.splitlines()) == 1 and "Traceback" not in err, err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_failure_of_a_rank_is_told_once(trained: tuple[Path, str], tmp_path: Path) -> None:
+    words = [f"data.dir={trained[0] / 'data'}", "data.max_tokens=20_000", "--nproc", "2", "--run-dir", str(tmp_path)]
+    done = call("train", TINY, *words, "optimizer.lr=1e30", "optimizer.clip=null")
+    assert done.returncode == 6 and done.stderr.count("error:") == 1 and "not finite" in done.stderr and "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "logs/rank-0.log").read_text(), "the traceback is kept"
+    assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
+    few = call("train", TINY, *words[:1], "data.max_tokens=300", "--run-dir", str(tmp_path / "few"))
+    assert few.returncode == 3 and "too little text" in few.stderr
+
+
+def test_torchrun(trained: tuple[Path, str], tmp_path: Path) -> None:
+    """The same run as with --nproc, to the bit, and one failure block."""
+    home, _ = trained
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dist_llm", "train", TINY]
+    words = ["--steps", "3", "--run-dir", str(tmp_path / "run"), f"data.dir={home / 'data'}", "data.max_tokens=20_000"]
+    done = subprocess.run([*launch, *words], cwd=ROOT, env=QUIET, text=True, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout.count("step 3/3") == 1, done.stderr
+    losses = [
+        [json.loads(line)["loss_hex"] for line in (path / "metrics.jsonl").read_text().splitlines()][:3]
+        for path in (home / "run", tmp_path / "run")
+    ]
+    assert losses[0] == losses[1]

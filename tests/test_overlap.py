@@ -1,0 +1,41 @@
+"""Communication runs beside computation: shown by the order in which things are begun and waited for, not by the clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks import Ranks
+
+
+def test_gradients_travel_while_backward_goes_on(ranks: Ranks) -> None:
+    """A unit's reduction is begun before the backward of the unit below it, and waited for only after that."""
+    events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=2")[0]
+    for layer in (3, 2, 1):
+        begun = events.index(f"reduce blocks.{layer}")
+        below = events.index(f"backward blocks.{layer - 1}")
+        assert begun < below < events.index(f"collect blocks.{layer}"), (layer, events)
+
+
+def test_step_reduction_starts_in_the_last_backward_only(ranks: Ranks) -> None:
+    """With reduce=step a unit is reduced once a step, during the last micro-batch's backward."""
+    events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=1")[0]
+    assert events.count("reduce blocks.3") == 1 and events.count("backward blocks.3") > 1
+    last = len(events) - 1 - events[::-1].index("backward blocks.3")
+    assert last < events.index("reduce blocks.3") < len(events) - 1 - events[::-1].index("backward blocks.2")
+
+
+def test_weights_are_prefetched(ranks: Ranks) -> None:
+    """Stage 3 asks for the next unit's weights before the unit before it computes, forward and backward."""
+    events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=3")[0]
+    for layer in (1, 2, 3):
+        assert events.index(f"gather blocks.{layer}") < events.index(f"forward blocks.{layer - 1}"), events
+    backward = events[events.index("backward head") :]
+    for layer in (1, 2):  # the last two units keep their weights; the embedding's backward reads none
+        assert backward.index(f"gather blocks.{layer - 1}") < backward.index(f"backward blocks.{layer}"), backward
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_input_gradient_travels_while_weight_gradients_are_computed(ranks: Ranks, sp: bool) -> None:
+    """One reduction for three projections of an input, begun before the three weight gradients and waited for after them."""
+    events = ranks.run(2, "tests.overlap_cases:column_events", sp)[0]
+    assert events == ["product"] * 3 + ["start"] + ["product"] * 3 + ["finish"]

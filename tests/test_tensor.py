@@ -1,0 +1,146 @@
+"""The tensor-parallel operations against plain linear algebra in float64, their registration, and compiled blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.config.layout import Layout
+from dist_llm.config.schema import ModelConfig
+from dist_llm.mesh import build_mesh
+from dist_llm.model.table import table
+from dist_llm.model.transformer import build_unit, make_context
+from dist_llm.parallel import tensor
+from dist_llm.parallel.tensor import TensorRoles
+from tests.ranks import Ranks
+
+WORLDS = [(1, False), (2, False), (2, True), (3, False), (3, True), (4, False), (4, True)]
+over_ranks = pytest.mark.parametrize(("tp", "sp"), WORLDS, ids=[f"tp={tp},sp={sp}" for tp, sp in WORLDS])
+
+
+@over_ranks
+@pytest.mark.parametrize("biased", [False, True])
+def test_columns(ranks: Ranks, tp: int, sp: bool, biased: bool) -> None:
+    ranks.run(tp, "tests.cases:tensor_columns", sp, biased)
+
+
+@over_ranks
+@pytest.mark.parametrize("biased", [False, True])
+def test_row(ranks: Ranks, tp: int, sp: bool, biased: bool) -> None:
+    """traps 8 and 10"""
+    ranks.run(tp, "tests.cases:tensor_row", sp, biased)
+
+
+@over_ranks
+@pytest.mark.parametrize("vocab", [12, 13, 23])
+def test_embed(ranks: Ranks, tp: int, sp: bool, vocab: int) -> None:
+    ranks.run(tp, "tests.cases:tensor_embed", sp, vocab)
+
+
+@over_ranks
+@pytest.mark.parametrize(("vocab", "smoothing", "all_ignored"), [(12, 0.0, False), (13, 0.1, False), (23, 0.3, False), (13, 0.1, True)])
+def test_loss(ranks: Ranks, tp: int, sp: bool, vocab: int, smoothing: float, all_ignored: bool) -> None:
+    """trap 19"""
+    ranks.run(tp, "tests.cases:tensor_loss", sp, vocab, smoothing, all_ignored)
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_one_reduction_per_block_input(ranks: Ranks, sp: bool) -> None:
+    """tp=2: an all_reduce of V bytes sends V, a gather or a scatter V/2. Projections of one input share theirs."""
+    whole = 2 * 12 * 6 * 8  # (B, S, D) in float64
+    half = {"tp": whole // 2}
+    sent = ranks.run(2, "tests.cases:tensor_bytes", sp)[0]
+    if sp:
+        assert sent == {"columns": half, "columns backward": {"tp": whole}, "row": half, "row backward": half}
+    else:
+        assert sent == {"columns": {}, "columns backward": {"tp": whole}, "row": {"tp": whole}, "row backward": {}}
+
+
+def test_sequence_slices_do_not_hold_the_whole_sequence(ranks: Ranks) -> None:
+    """The result of a reduce-scatter with one sequence in the micro-batch: S/tp tokens in memory, not S."""
+    for behind, needed in ranks.run(2, "tests.cases:tensor_memory"):
+        assert behind == needed
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def single() -> str:
+    """The key of a group of one rank."""
+    return build_mesh(Layout(), 0).tp.key
+
+
+def operations(key: str) -> dict[str, tuple[Any, tuple]]:
+    """Every differentiable operation with arguments for one rank."""
+    x, weight = torch.randn(2, 4, 6).requires_grad_(), torch.randn(5, 6).requires_grad_()
+    back, labels = torch.randn(6, 4).requires_grad_(), torch.tensor([[0, 1, -100, 4], [2, -100, 3, 4]])
+    return {
+        "column": (tensor.column.default, (x, [weight, weight.detach().clone().requires_grad_()], [], key, False)),
+        "column, biased": (tensor.column.default, (x, [weight], [torch.randn(5).requires_grad_()], key, False)),
+        "row": (tensor.row.default, (torch.randn(2, 4, 4).requires_grad_(), back, key, False)),
+        "embed": (tensor.embed.default, (labels.clamp(min=0), weight, 0, key, False)),
+        "loss": (tensor.vocabulary_loss.default, (x, weight, labels, 0, 5, 0.1, key, False)),
+    }
+
+
+@pytest.mark.parametrize("name", ["column", "column, biased", "row", "embed", "loss"])
+def test_operations_are_registered_as_torch_wants_them(name: str) -> None:
+    operation, arguments = operations(single())[name]
+    torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("name", ["column", "column, biased", "row", "embed", "loss"])
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    operation, arguments = operations(single())[name]
+
+    def exact(value: Any) -> Any:
+        if isinstance(value, list):
+            return [exact(item) for item in value]
+        return value.detach().double().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    given = [exact(value) for value in arguments]
+    places = [(at, None) for at, value in enumerate(given) if isinstance(value, torch.Tensor) and value.requires_grad]
+    places += [(at, item) for at, value in enumerate(given) if isinstance(value, list) for item in range(len(value))]
+
+    def call(*leaves: torch.Tensor) -> Any:
+        filled = [list(value) if isinstance(value, list) else value for value in given]
+        for (at, item), tensor_here in zip(places, leaves, strict=True):
+            if item is None:
+                filled[at] = tensor_here
+            else:
+                filled[at][item] = tensor_here
+        out = operation(*filled)
+        return out[0] if name == "loss" else out
+
+    leaves = [given[at] if item is None else given[at][item] for at, item in places]
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("changes", [{}, {"family": "gpt2"}], ids=str)
+def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
+    """A block under torch.compile: one graph, and the same output and gradients."""
+    model = ModelConfig(**{"family": "llama", "layers": 1, "dim": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab": 11, **changes})
+    mesh = build_mesh(Layout(), 0)
+    rows = {row.name: row for row in table(model)}
+    source = torch.Generator().manual_seed(0)
+
+    def make(name: str) -> torch.nn.Parameter | None:
+        values = torch.randn(rows[name].shape, generator=source, dtype=torch.float64) if name in rows else None
+        return None if values is None else torch.nn.Parameter(values)
+
+    block = build_unit("blocks.0", model, make, TensorRoles(mesh.tp, sp=False, vocab=model.vocab, first=0))
+    tokens = torch.randint(0, 11, (2, 8), generator=source)
+    context = make_context(model, tokens, tokens, dtype=torch.float64)
+    x = torch.randn(2, 8, 16, generator=source, dtype=torch.float64)
+
+    def run(module: Any) -> list[torch.Tensor]:
+        entry = x.clone().requires_grad_()
+        out = module(entry, context)
+        return [out, *torch.autograd.grad(out.square().sum(), [entry, *block.parameters()])]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for a, b in zip(run(block), run(compiled), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
