@@ -11,7 +11,7 @@ to the transfer until then.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 class Ledger:
     """What this rank sent: bytes per axis, and calls as (name, axis, start, end, bytes) while `recording`."""
 
-    sent: Counter = field(default_factory=Counter)
+    sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     calls: list[tuple[str, str, float, float, float]] = field(default_factory=list)
     recording: bool = False
 
@@ -53,7 +53,7 @@ ledger = Ledger()
 @contextmanager
 def booked_on(axis: str):
     """Books the bytes of the block on `axis` (control: norms, counts and flags)."""
-    before = Counter(ledger.sent)
+    before = ledger.sent.copy()
     yield
     moved = sum(ledger.sent.values()) - sum(before.values())
     ledger.sent = before

@@ -160,7 +160,7 @@ class _GroupMaker:
 def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str | None = None) -> None:
     """Joins the job: through a file store on one machine, or by torchrun's environment when `store_path` is None."""
     store = dist.FileStore(store_path, world) if store_path else None
-    place = {"rank": rank, "world_size": world, "store": store} if store else {}
+    place: dict[str, Any] = {"rank": rank, "world_size": world, "store": store} if store else {}
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
     except (RuntimeError, ValueError) as error:

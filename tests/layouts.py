@@ -11,7 +11,8 @@ from dist_llm.config.rules import problems
 from dist_llm.config.schema import Config
 
 BATCH = {"global": 8, "micro": 2}
-DATA = {"sequence": 24, "tokenizer": {"kind": "file", "path": "tokenizer.json"}}  # batches are made up: no text is read
+# Batches are made up, no text is read: a tokenizer file that is not there may have any size.
+DATA = {"sequence": 24, "tokenizer": {"kind": "file", "path": "tokenizer.json"}}
 OPTIMIZER = {"kind": "adamw", "lr": 1e-2, "weight_decay": 0.1, "clip": 0.5, "betas": [0.9, 0.95]}
 
 # Small models with odd shapes; between them every switch of the table is on once and off once.

@@ -237,3 +237,18 @@ def test_plain_lines_are_few_and_safe(capsys: pytest.CaptureFixture[str]) -> Non
 def test_words() -> None:
     assert [duration(seconds) for seconds in (0.4, 59.6, 200, 3725)] == ["0s", "1m00s", "3m20s", "1h02m"]
     assert printable("a\tb\n\x1b[0m\x07é") == "a\tb\n?[0m?é" and one_line("a\n\tb") == "a⏎ b"
+
+
+def test_the_bar_of_a_terminal_goes_away(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    ready = {"tokens": 5, "held_out": 0, "vocab": 9, "device": "cpu", "dtype": "float32", "backend": "gloo"}
+    with Console(steps=3) as console:
+        for message in ({"progress": ["reading [bold]", 0.5]}, {"data": ready}, {"stage": "building"}, {"note": "a [red]note"}):
+            console.take(message)
+        for step in (1, 2, 3):
+            console.take({"step": {"step": step, **RECORD}})
+        console.take({"checkpoint": "runs/x/" + "y" * 100})
+        console.close()
+        console.line("the end")
+    shown = capsys.readouterr().out
+    assert "a [red]note" in shown and "runs/x/" + "y" * 100 in shown and shown.endswith("the end\n"), "markup is text, paths stay whole"

@@ -15,7 +15,7 @@ from dist_llm.errors import NumericError, UsageError
 
 def compare(
     config_path: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run; or a finished run's folder.")],
-    words: Annotated[list[str], typer.Argument(metavar="LAYOUT...", help="Layouts (dp=2,tp=2), overrides (a.b=v); or a second run's folder.")],
+    words: Annotated[list[str], typer.Argument(metavar="LAYOUT...", help="Layouts (dp=2,tp=2) and overrides (a.b=v); or a second run.")],
     nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks for layouts that do not name dp.")] = None,
     reference: Annotated[str, typer.Option("--reference", help="The layout that the others are held against.")] = "dp=1",
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the speed pass (the proof takes 3).")] = None,
@@ -40,20 +40,23 @@ def compare(
     _judge(found, worse, folder)
 
 
-def _compare(loaded: Loaded, texts: list[str], *, nproc: int | None, reference: str, steps: int, folder: Path, quiet: bool) -> dict[str, Any]:
+def _compare(
+    loaded: Loaded, texts: list[str], *, nproc: int | None, reference: str, steps: int, folder: Path, quiet: bool
+) -> dict[str, Any]:
     from dist_llm.compare.run import Comparison, read_layouts, write
 
     if not texts:
         raise UsageError("no layout to compare", expected="at least one, such as dp=2", next="dist-llm compare CONFIG dp=2 tp=2")
     entries = read_layouts(loaded.config, texts, nproc=nproc)
     (held,) = read_layouts(loaded.config, [reference], nproc=None)
-    with _progress(quiet) as say:
-        found = Comparison(loaded.config, entries, held, steps=steps, run_dir=folder, say=say).run(command=" ".join(["dist-llm", *sys.argv[1:]]))
+    command = " ".join(["dist-llm", *sys.argv[1:]])
+    with Progress(quiet) as say:
+        found = Comparison(loaded.config, entries, held, steps=steps, run_dir=folder, say=say).run(command=command)
     write(found, folder)
     return found
 
 
-class _progress:
+class Progress:
     """What is going on: a spinner on a terminal, plain lines on stderr elsewhere."""
 
     def __init__(self, quiet: bool) -> None:
@@ -102,9 +105,9 @@ def _show(found: dict[str, Any], folder: Path, notes: list[str], as_json: bool) 
     console = Console()
     if console.is_terminal:
         console.print(table(found))
+        typer.echo(verdict(found).sentence)
     else:
         typer.echo(plain_table(found))
-    typer.echo(verdict(found).sentence)
     for note in notes:
         typer.echo(f"  baseline: {note}")
     typer.echo(f"report: {folder / 'report.html'}")
@@ -117,8 +120,9 @@ def _judge(found: dict[str, Any], worse: list[str], folder: Path) -> None:
         lines = []
         for row in wrong:
             first = row.get("first_difference")
-            place = f"{first['kind']} of {first['name']}, step {first['step']}, rank {first['rank']}, by {first['difference']:.2e}: {first['hint']}" if first else ""
-            lines.append(f"{row['given']}: {row['error'] or place}")
+            place = first and f"{first['kind']} of {first['name']}, step {first['step']}, rank {first['rank']}"
+            size = first and f"by {first['difference']:.2e}: {first['hint']}"
+            lines.append(f"{row['given']}: {row['error'] or f'{place}, {size}'}")
         raise NumericError(
             "layouts that are not equal" if any(not row["error"] for row in wrong) else "layouts that could not run",
             expected=f"equal to {found['reference']}",
@@ -143,3 +147,6 @@ def _compare_runs(first: Path, words: list[str], as_json: bool) -> None:
         a, b = found["loss"]
         typer.echo(f"first difference at step {found['first_step']}: loss {a!r} and {b!r}, relative {found['relative']:.2e}")
         typer.echo(f"largest relative difference over {found['steps']} steps: {found['max_relative']:.2e}")
+    if not as_json and (tensor := found["tensor"]):
+        place = f"{tensor['kind']} of {tensor['name']} after step {tensor['step']}"
+        typer.echo(f"first tensor that differs: {place}, by {tensor['difference']:.2e}")

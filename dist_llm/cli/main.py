@@ -31,6 +31,7 @@ VERBS = {  # name -> (module, what it holds, one line of help)
     "verify": ("verify", "verify", "Check every byte of a checkpoint."),
     "report": ("report", "report", "Write report.html beside a finished run or comparison."),
 }
+EXIT_CODES = "Exit codes: 0 done, 1 our bug, 2 usage, 3 data, 4 checkpoint, 5 peer, 6 numeric, 7 space, 8 memory, 130 and 143 by a signal."
 COMMAND_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base class, wherever this typer keeps it
 
 
@@ -69,7 +70,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Exit codes: 0 done, 1 our bug, 2 usage, 3 data, 4 checkpoint, 5 peer, 6 numeric, 7 space, 8 memory, 130 interrupted.")
+@app.callback(epilog=EXIT_CODES)
 def root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="With any verb: the full traceback of a failure.")] = False,

@@ -151,6 +151,7 @@ def _conclude(loaded: Loaded, path: Path, result: dict[str, Any], console: Conso
     """Writes the page, and says where everything is and what to type next."""
     from dist_llm.report.page import write_run_page
 
+    console.close()
     if not result["last"]:
         console.line(f"nothing left to do: {loaded.config.schedule.steps} steps were made before; --steps asks for more")
     write_run_page(path, path / "report.html")

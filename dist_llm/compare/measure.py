@@ -33,7 +33,11 @@ WARMUP = 1  # steps before the clock starts
 def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any]) -> dict[str, Any]:
     """Builds corpus, tokenizer and token shards in a process of its own (threads must not exist where ranks are forked)."""
     settings = Config.model_validate(config)
-    prepared = prepare(settings.data, seed=settings.runtime.seed, progress=lambda message, part: say({"message": message, "fraction": part}))
+
+    def progress(message: str, part: float) -> None:
+        say({"message": message, "fraction": part})
+
+    prepared = prepare(settings.data, seed=settings.runtime.seed, progress=progress)
     prepared.require_vocab(settings.model.vocab)
     training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
     return {"fingerprint": prepared.fingerprint, "notes": list(prepared.notes)}
@@ -132,8 +136,8 @@ def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]]) -> di
     }
     if layout.engine == "native":
         shape = shape_of(config, layout, dtype=_dtype_name(config))
-        row |= {"predicted": predicted(shape), "spans": {"measured": [_shown(span) for span in spans], "simulated": _simulated(shape, spans)}}
-        row["bytes_exact"] = _bytes_exact(shape, ranks)
+        drawn = {"measured": [_shown(span) for span in spans], "simulated": _simulated(shape, spans)}
+        row |= {"predicted": predicted(shape), "spans": drawn, "bytes_exact": _bytes_exact(shape, ranks)}
     return row
 
 
@@ -187,17 +191,14 @@ def _simulated(shape: Shape, spans: list[Span]) -> list[list[Any]]:
     """The schedule run against a clock with the stage costs that were measured."""
     if not spans:
         return []
-    costs = {kind: [_mean([s.end - s.start for s in spans if s.action.kind == kind and s.action.stage == at]) for at in range(shape.layout.stages)]
-             for kind in (Kind.F, Kind.B)}  # fmt: skip
-    found = simulate(shape.lists(), forward=costs[Kind.F], backward=costs[Kind.B])
+
+    def cost(kind: Kind) -> list[float]:
+        taken = [[s.end - s.start for s in spans if (s.action.kind, s.action.stage) == (kind, at)] for at in range(shape.layout.stages)]
+        return [statistics.fmean(seconds) if seconds else 0.0 for seconds in taken]
+
+    found = simulate(shape.lists(), forward=cost(Kind.F), backward=cost(Kind.B))
     return [_shown(span) for span in found.spans]
-
-
-def _mean(values: list[float]) -> float:
-    return statistics.fmean(values) if values else 0.0
 
 
 def _shown(span: Span) -> list[Any]:
     return [span.rank, str(span.action), span.start, span.end, span.bytes]
-
-

@@ -71,7 +71,7 @@ class Prover:
 
     def __init__(self, subject: Subject, reference: Layout, *, backend: str, timeout_seconds: float, log_dir: Path) -> None:
         self.subject, self.reference = subject, reference
-        self.options = {"backend": backend, "timeout_seconds": timeout_seconds, "log_dir": log_dir}
+        self.options: dict[str, Any] = {"backend": backend, "timeout_seconds": timeout_seconds, "log_dir": log_dir}
         self.runs: dict[str, Run] = {}
 
     def run(self, layout: Layout, *, dtype: str) -> Run:

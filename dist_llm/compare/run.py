@@ -58,13 +58,18 @@ class Comparison:
     """One `compare`: proves and measures entry after entry, and keeps the rows."""
 
     def __init__(self, config: Config, entries: Sequence[Entry], reference: Entry, *, steps: int, run_dir: Path, say: Say) -> None:
+        """steps: of the speed pass; the proof takes three."""
         self.config, self.reference, self.run_dir, self.say = config, reference, run_dir, say
         typed = [entry.layout for entry in entries]
         self.entries = [*([] if reference.layout in typed else [reference]), *entries]
         self.steps = steps
         runtime = config.runtime
-        self.options: dict[str, Any] = {"backend": _backend(config), "timeout_seconds": runtime.timeout_seconds, "log_dir": run_dir / "logs"}
-        self.subject = subject(config, [entry.layout for entry in self.entries], steps=max(3, steps if steps < 3 else 3))
+        self.options: dict[str, Any] = {
+            "backend": _backend(config),
+            "timeout_seconds": runtime.timeout_seconds,
+            "log_dir": run_dir / "logs",
+        }
+        self.subject = subject(config, [entry.layout for entry in self.entries], steps=3)
         self.prover = Prover(self.subject, reference.layout, **self.options)
 
     def run(self, *, command: str | None = None) -> dict[str, Any]:
@@ -93,7 +98,8 @@ class Comparison:
 
     def _row(self, entry: Entry) -> dict[str, Any]:
         layout = entry.layout
-        row: dict[str, Any] = {"layout": str(layout), "given": entry.given, "engine": layout.engine, "world": layout.world, "equal": None, "error": None}
+        row: dict[str, Any] = {"layout": str(layout), "given": entry.given, "engine": layout.engine, "world": layout.world}
+        row |= {"equal": None, "error": None}
         try:
             verdict, about, losses = self.prover.prove(layout)
             row |= _proof_keys(verdict, about, losses)
@@ -102,7 +108,8 @@ class Comparison:
             row |= speed_row(self.config, layout, ranks)
         except Failure as failure:
             found = f" ({failure.found})" if failure.found else ""
-            row |= {"equal": False, "error": plain(f"{failure.what}{found}; {failure.where or ''}".rstrip("; ")), "error_code": int(failure.code)}
+            said = plain(f"{failure.what}{found}; {failure.where or ''}".rstrip("; "))
+            row |= {"equal": False, "error": said, "error_code": int(failure.code)}
         return row
 
 
@@ -125,7 +132,8 @@ def _outcome(row: dict[str, Any]) -> str:
         return f"could not run: {row['error']}"
     largest = max(row[f"max_{kind}_difference"] for kind in ("loss", "norm", "gradient", "parameter", "moment"))
     first = row["first_difference"]
-    said = f"equal, largest difference {largest:.1e}" if row["equal"] else f"NOT EQUAL: {first['kind']} of {first['name']} at step {first['step']}"
+    wrong = first and f"NOT EQUAL: {first['kind']} of {first['name']} at step {first['step']}"
+    said = f"equal, largest difference {largest:.1e}" if row["equal"] else wrong
     return f"{said}; step {row['step_seconds']:.3f} s"
 
 

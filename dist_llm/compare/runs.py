@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import DataError
+from dist_llm.train.checkpoint import KINDS, Checkpoint, open_checkpoint, step_folders
+
+FLOOR = 1e-3  # of the largest value of a kind; see train/proof.py
 
 
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
-    """{"steps", "first_step", "loss": [a, b], "relative", "max_relative"} of two run folders; first_step is None when all losses are equal.
+    """{"steps", "first_step", "loss": [a, b], "relative", "max_relative", "tensor"} of two run folders.
 
-    Losses are compared to the bit (`loss_hex`). Raises DataError where a folder has no metrics or no step in common.
+    Losses are compared to the bit (`loss_hex`); first_step is None when all are equal. tensor: the first one that differs in the
+    earliest checkpoint that both runs have, or null. Raises DataError where a folder has no metrics or no step in common.
     """
     ours, theirs = _losses(first), _losses(second)
     common = sorted(ours.keys() & theirs.keys())
@@ -25,7 +29,34 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         found["max_relative"] = max(found["max_relative"], relative)
         if found["first_step"] is None and ours[step] != theirs[step]:
             found |= {"first_step": step, "loss": [a, b], "relative": relative}
-    return found
+    return {**found, "tensor": _first_tensor(first, second)}
+
+
+def _first_tensor(first: Path, second: Path) -> dict[str, Any] | None:
+    """{"step", "kind", "name", "difference"} of the first tensor that differs in the earliest step both runs have saved."""
+    ours, theirs = ({path.name: path for path in step_folders(run)} for run in (first, second))
+    for name in sorted(ours.keys() & theirs.keys()):
+        pair = open_checkpoint(ours[name]), open_checkpoint(theirs[name])
+        for checkpoint in pair:
+            checkpoint.verify()
+        for kind in KINDS:
+            if (found := _first_of_kind(*pair, kind)) is not None:
+                return {"step": pair[0].step, "kind": kind, **found}
+    return None
+
+
+def _first_of_kind(a: Checkpoint, b: Checkpoint, kind: str) -> dict[str, Any] | None:
+    if a.shapes != b.shapes:
+        name = next(iter(sorted(set(a.shapes.items()) ^ set(b.shapes.items()))))[0]
+        raise DataError("these runs train different models", where=name, found=f"shape {a.shapes.get(name)} and {b.shapes.get(name)}")
+    names = [name for name in a.shapes if (kind, name) in a.parts.runs and (kind, name) in b.parts.runs]
+    largest = max((float(a.parts.whole(name, kind).abs().max()) for name in names), default=0.0)
+    for name in names:
+        ours, theirs = (checkpoint.parts.whole(name, kind).double() for checkpoint in (a, b))
+        gap = float((ours - theirs).abs().max())
+        if gap:
+            return {"name": name, "difference": gap / max(float(ours.abs().max()), FLOOR * largest)}
+    return None
 
 
 def _losses(run: Path) -> dict[int, str]:

@@ -9,7 +9,7 @@ Where it does not do what one would expect, and what is done about it here:
 - it links the optimizer state of the first parameter group only (zero 1 and 2): moments are made here, and read in place;
 - on CPU it compiles a shared-memory collective at the first start (80 s, needs a C++ compiler) that only its inference
   uses: switched off;
-- it logs to stdout, which belongs to the results: moved to stderr;
+- it logs and prints to stdout, which belongs to the results: moved to stderr;
 - it makes reduction buckets of half a billion elements for any model: cut to the model.
 """
 
@@ -67,7 +67,8 @@ class DeepSpeedEngine(WholeEngine):
         self.tools = deepspeed.utils
         self.stage = self.mesh.layout.zero
         self.optimizer = torch_optimizer(self.whole, self.config)
-        self.engine, *_ = deepspeed.initialize(model=self.whole, optimizer=self.optimizer, config=self._settings())
+        with contextlib.redirect_stdout(sys.stderr):
+            self.engine, *_ = deepspeed.initialize(model=self.whole, optimizer=self.optimizer, config=self._settings())
         self.parts = self._flat_parts()
         self._start_moments(self.parts or self.whole.by_name.values())
 

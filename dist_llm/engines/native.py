@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_llm import comm
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
-from dist_llm.engines.optim import Moments, Optimizer
+from dist_llm.engines.optim import Optimizer
 from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context
@@ -70,7 +71,7 @@ class NativeEngine:
         """Builds this rank's part. micro: sequences in a micro-batch; micro_batches: of one data-parallel rank a step."""
         layout = mesh.layout
         self.model, self.mesh, self.dtype, self.device = model, mesh, dtype, device
-        numbers = {"dtype": dtype, "device": device, "seed": seed, "fixed": fixed}
+        numbers: dict[str, Any] = {"dtype": dtype, "device": device, "seed": seed, "fixed": fixed}
         stages = compose(model, mesh, sequence=sequence, smoothing=smoothing, compiled=compiled, **numbers)
         self.stages = stages
         lists = lower(self._compute(micro_batches), reduce=layout.reduce)
@@ -133,19 +134,16 @@ class NativeEngine:
         factor = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.optimizer.count += 1
         for flat, moments in zip(self.flats, self.moments, strict=True):
+            assert flat.gradient is not None, "finish_gradients comes first"
             if factor < 1.0:
                 flat.gradient.mul_(factor)
-            self._update(flat, moments, lr)
+            for run, decay in flat.segments():
+                self.optimizer.update([flat.master[run]], [flat.gradient[run]], [moments.part(run)], lr=lr, decay=decay)
         for pending in [flat.start_publish() for flat in self.flats]:
             if pending is not None:
                 pending.finish()
         for flat in self.flats:
             flat.clear_gradients()
-
-    def _update(self, flat: FlatUnit, moments: Moments, lr: float) -> None:
-        for run, decay in flat.segments():
-            part = Moments(*(None if moment is None else moment[run] for moment in (moments.first, moments.second)))
-            self.optimizer.update([flat.master[run]], [flat.gradient[run]], [part], lr=lr, decay=decay)
 
     @torch.no_grad()
     def load_state(self, read: Read, *, count: int) -> None:
@@ -167,7 +165,7 @@ class NativeEngine:
         kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [self.optimizer.count]}
         for flat, moments in zip(self.flats, self.moments, strict=True):
             kept["weights"] += [flat.shard] if flat.sharded else [flat.weights]
-            kept["gradients"] += [buffer for buffer in (*flat.whole, *flat.sums) if buffer is not None]
+            kept["gradients"] += [*flat.whole.values(), *flat.sums]
             master = [flat.master] if flat.master is not flat.owned_weights else []
             kept["optimizer"] += [tensor for tensor in (*master, moments.first, moments.second) if tensor is not None]
         return kept

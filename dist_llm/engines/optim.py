@@ -8,6 +8,7 @@ equal to the bit, because vector loops start at the same elements.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ class Moments:
 
     first: Tensor | None
     second: Tensor | None
+
+    def part(self, run: slice) -> Moments:
+        """The state of a run of the weights."""
+        return Moments(*(None if moment is None else moment[run] for moment in (self.first, self.second)))
 
 
 class Optimizer:
@@ -47,14 +52,15 @@ class Optimizer:
             self._sgd(weights, gradients, moments, lr, weight_decay)
 
     def _adamw(self, weights: list[Tensor], gradients: list[Tensor], moments: list[Moments], lr: float, weight_decay: float) -> None:
-        first, second = [m.first for m in moments], [m.second for m in moments]
+        first = [m.first for m in moments if m.first is not None]
+        second = [m.second for m in moments if m.second is not None]
         beta1, beta2 = self.config.betas
         counts = [self.count] * len(weights)
-        rule = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": self.config.eps}
-        torch._fused_adamw_(weights, gradients, first, second, [], counts, **rule, amsgrad=False, maximize=False)
+        rule: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": self.config.eps}
+        torch._fused_adamw_(weights, gradients, first, second, [], counts, lr=lr, **rule, amsgrad=False, maximize=False)
 
     def _sgd(self, weights: list[Tensor], gradients: list[Tensor], moments: list[Moments], lr: float, weight_decay: float) -> None:
-        buffers = [m.first for m in moments] if self.config.momentum else []
-        rule = {"weight_decay": weight_decay, "momentum": self.config.momentum, "lr": lr, "nesterov": self.config.nesterov}
+        buffers = [m.first for m in moments if m.first is not None]
+        rule: dict[str, Any] = {"weight_decay": weight_decay, "momentum": self.config.momentum, "nesterov": self.config.nesterov}
         # The buffers start at zero: momentum x 0 + gradient is what torch does on the first step.
-        torch._fused_sgd_(weights, gradients, buffers, **rule, dampening=0.0, maximize=False, is_first_step=False)
+        torch._fused_sgd_(weights, gradients, buffers, lr=lr, **rule, dampening=0.0, maximize=False, is_first_step=False)

@@ -88,7 +88,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed loss of x (T, D) @ weight (V, D).T against labels (T,), as a float64 scalar."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         known = local_statistics(x, weight, labels, first=0)
         loss, log_sum = losses(known, labels, vocab=weight.shape[0], smoothing=smoothing)
         ctx.save_for_backward(x, weight, labels, log_sum)
@@ -96,7 +96,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss.sum(dtype=torch.float64)
 
     @staticmethod
-    def backward(ctx, scale: Tensor):  # type: ignore[override]
+    def backward(ctx, scale: Tensor):
         x, weight, labels, log_sum = ctx.saved_tensors
         scale = scale.to(log_sum.dtype)
         by_x, by_weight = gradients(x, weight, labels, log_sum, scale, first=0, vocab=weight.shape[0], smoothing=ctx.smoothing)

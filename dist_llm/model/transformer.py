@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.model.roles import Roles
 from dist_llm.random import keep_mask, key_of
 
-Make = Callable[[str], nn.Parameter | None]  # global name -> its parameter, None where the model has no such row
+Make = Callable[[str], Any]  # global name -> its nn.Parameter, None where the model has no such row
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Attention(nn.Module):
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (Projection(make, f"{name}.{part}") for part in "qkvo")
-        norm = {"kind": "rms", "eps": model.norm_eps}
+        norm: dict[str, Any] = {"kind": "rms", "eps": model.norm_eps}
         self.q_norm = Norm(make, f"{name}.q_norm", **norm) if model.qk_norm else None
         self.k_norm = Norm(make, f"{name}.k_norm", **norm) if model.qk_norm else None
         self.head_dim, self.roles, self.attend = model.head_dim, roles, attend
@@ -192,7 +193,8 @@ class Block(nn.Module):
 
     def __init__(self, make: Make, layer: int, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
-        name, norm = f"blocks.{layer}", {"kind": model.norm, "eps": model.norm_eps}
+        name = f"blocks.{layer}"
+        norm: dict[str, Any] = {"kind": model.norm, "eps": model.norm_eps}
         self.attention_norm, self.mlp_norm = Norm(make, f"{name}.attention_norm", **norm), Norm(make, f"{name}.mlp_norm", **norm)
         self.attention, self.mlp = Attention(make, f"{name}.attention", model, roles), Mlp(make, f"{name}.mlp", model, roles)
         self.drop_attention = Dropout(f"{name}.attention", model.dropout, roles)

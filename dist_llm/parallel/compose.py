@@ -5,13 +5,17 @@
 
 Strategies never import each other; only this page knows all. Which combinations are legal, and what changes in each:
 
-| with     | tp                                   | pp                                        | zero                          |
-|----------|--------------------------------------|-------------------------------------------|-------------------------------|
-| dp       | the data group is per tp coordinate  | per stage; reduce once a step by default  | shards over the data group    |
-| tp (sp)  |                                      | messages carry S/tp tokens                | shards of the local slices; partial gradients are summed over tp before the reduce-scatter |
-| pp       |                                      |                                           | `reduce` and `unshard` default to `step`, so that traffic does not grow with micro-batches |
-| tied     | vocabulary rows on every tp rank     | a copy on first and last stage, gradients added between the two after the reduce-scatter | one unit, an accumulator per use |
-| recompute| collectives of a block run again (full) or not (selective) | as without                | reuses the backward gather    |
+| with      | tp                            | pp                                 | zero                                    |
+|-----------|-------------------------------|------------------------------------|-----------------------------------------|
+| dp        | data group per tp coordinate  | per stage; reduced once a step (1) | shards over the data group              |
+| tp (sp)   |                               | messages carry S/tp tokens         | shards of local slices (2)              |
+| pp        |                               |                                    | `reduce`, `unshard` default to step (1) |
+| tied      | vocabulary rows on every rank | a copy on both end stages (3)      | one unit, one accumulator per use       |
+| recompute | full: collectives run again;  | as without                         | reuses the gather of the backward       |
+|           | selective: they do not        |                                    |                                         |
+
+(1) so that traffic does not grow with the number of micro-batches. (2) gradients that are partial over tp are summed
+there before the reduce-scatter. (3) their gradients are added between the two stages after the reduce-scatter.
 """
 
 from __future__ import annotations
@@ -67,10 +71,10 @@ def compose(
         units = []
         for name in parts[index]:
             own = [(flats[unit], _use(model, unit, name, flats)) for unit in uses(model, name)]
-            module = build_unit(name, model, _maker(own), roles)
+            module: nn.Module = build_unit(name, model, _maker(own), roles)
             block = name.startswith("blocks.")
             if compiled and block:
-                module = torch.compile(module)
+                module.compile()
             units.append(Unit(name, module, own, layout.recompute if block else "none"))
         stages.append(Stage(index, units, first=index == 0, last=index == layout.stages - 1))
     for flat in flats.values():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dist_llm import comm
 from dist_llm.mesh import Mesh
@@ -61,7 +61,7 @@ class Kept:
     """What F leaves for B of one unit: its detached input and where its graph ends (None: to be computed again)."""
 
     x: Tensor | None
-    edge: object | None
+    edge: GradientEdge | None
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Stage:
 
         reduce: the weight gradients are complete after this micro-batch, or every micro-batch is reduced.
         """
-        kept = self.kept.pop(micro)
+        kept, by_x = self.kept.pop(micro), None
         for at in reversed(range(len(self.units))):
             unit, (x, edge) = self.units[at], (kept[at].x, kept[at].edge)
             if x is not None:
@@ -117,8 +117,10 @@ class Stage:
             kept[at] = Kept(None, None)
             unit.release()
             self._after_backward(unit, reduce)
-            slope = x.grad if x is not None else None
-        return slope
+            if x is not None:
+                assert x.grad is not None
+                slope = by_x = x.grad
+        return by_x if not self.first else None
 
     def _after_backward(self, unit: Unit, reduce: bool) -> None:
         """Takes over the gradients; starts their reduction when it is time, and finishes the oldest one under way."""
@@ -220,10 +222,13 @@ class Pipeline:
             return scale
         if action in state.inputs:
             return state.inputs.pop(action)
-        return state.coming.pop(needs(action)).finish()
+        message = needs(action)
+        assert message is not None
+        return state.coming.pop(message).finish()
 
     def _output(self, action: Action, out: Tensor, state: InTransit) -> None:
         send = gives(action)
+        assert send is not None
         target = Action(partner(send).stage, action.kind, action.micro)
         if self.owners[target.stage] == self.mesh.at.pp:
             state.inputs[target] = out

@@ -50,7 +50,7 @@ class FlatUnit:
         self.sharded = self.stage == 3 and group.size > 1
         self.shard = self.weights[slice(*self.own)].clone() if self.sharded else self.weights[slice(*self.own)]
         self.parameters: list[dict[str, nn.Parameter]] = [{} for _ in range(num_uses)]
-        self.whole: list[Tensor | None] = [self._zeros(plan.padded) if self.by_step else None for _ in range(num_uses)]
+        self.whole: dict[int, Tensor] = {use: self._zeros(plan.padded) for use in range(num_uses)} if self.by_step else {}
         self.sums: list[Tensor] = [] if self.by_step else [self._zeros(plan.shard_size) for _ in range(num_uses)]
         self.reducing: dict[int, comm.Pending] = {}
         self.gathering: comm.Pending | None = None
@@ -134,7 +134,7 @@ class FlatUnit:
 
     def begin_backward(self, use: int) -> None:
         """Gives autograd the place to add this use's gradients."""
-        if self.whole[use] is None:
+        if use not in self.whole:
             self.whole[use] = self._zeros(self.plan.padded)
         if self.dtype == self.gradient_dtype:
             for slot in self.plan.slots:
@@ -169,7 +169,7 @@ class FlatUnit:
             reduced = pending.finish()
             if not self.by_step:
                 self.sums[use].add_(reduced)
-                self.whole[use] = None
+                del self.whole[use]
         self.reducing.clear()
 
     def start_finish(self) -> comm.Pending:
@@ -201,6 +201,7 @@ class FlatUnit:
     def square_sum(self) -> Tensor:
         """Sum of the squares of this rank's shard of the gradient, float64; elements held twice are counted once."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        assert self.gradient is not None
         if self.counted:
             for piece in self.plan.pieces(self.group.index):
                 if piece.slot.sharding.owner(self.mesh.at.tp):
@@ -227,9 +228,8 @@ class FlatUnit:
     def clear_gradients(self) -> None:
         """Zero accumulators for the next step; the last step's gradient is gone."""
         self.gradient = None
-        for buffer in (*self.whole, *self.sums):
-            if buffer is not None:
-                buffer.zero_()
+        for buffer in (*self.whole.values(), *self.sums):
+            buffer.zero_()
 
     # --- state -------------------------------------------------------------------------------------------------------
 

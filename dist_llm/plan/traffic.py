@@ -11,7 +11,7 @@ Legend: b micro, s sequence, d dim, m micro-batches, n ranks of the data group, 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,7 +93,7 @@ class Shape:
 def sent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, float]:
     """Bytes per axis that a rank at pipeline and tensor coordinates (pp, tp) sends in one step; axes with none are left out."""
     actions = shape.lists()[pp]
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     _data(total, shape, actions, pp, tp)
     _tensor(total, shape, actions, pp, tp)
     _pipeline(total, shape, actions, pp, tp)
@@ -101,7 +101,7 @@ def sent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, float]:
     return {axis: sent for axis, sent in sorted(total.items()) if sent}
 
 
-def _data(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
+def _data(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
     """Gradient reductions, and the weights that ZeRO moves."""
     layout, wide, part = shape.layout, shape.widths, (shape.data - 1) / shape.data
     for plan, num_uses in shape.flat_plans(pp, tp).values():
@@ -122,7 +122,7 @@ def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
         return sum(padded.values())
     elements = 0
     compute = [action for action in actions if action.kind in (Kind.F, Kind.B)]
-    kept = {a.stage: set() for a in compute}  # type: ignore[var-annotated]
+    kept: dict[int, set[str]] = defaultdict(set)
     stages = shape.rank_stages(pp)
     for at, action in enumerate(compute):
         units = stages[action.stage]
@@ -137,7 +137,7 @@ def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
     return elements
 
 
-def _tensor(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
+def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
     """Activations over the tensor-parallel axis, and gradients that are partial over it."""
     layout, wide, t = shape.layout, shape.widths, shape.layout.tp
     if t == 1:
@@ -159,7 +159,7 @@ def _tensor(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, tp
                 total["tp"] += reductions * 2 * (sharing - 1) / sharing * slot.numel * wide.gradient
 
 
-def _pipeline(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
+def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
     """Activations and their gradients between stages, and a tied weight's gradient between the first and the last."""
     layout, wide = shape.layout, shape.widths
     length = shape.sequence // (layout.tp if layout.sp else 1)
@@ -170,7 +170,7 @@ def _pipeline(total: Counter, shape: Shape, actions: Sequence[Action], pp: int, 
         total["pp"] += plans["tied"][0].shard_size * wide.gradient
 
 
-def _control(total: Counter, shape: Shape) -> None:
+def _control(total: defaultdict[str, float], shape: Shape) -> None:
     """The norm with the loss (float64 each, one number per unit), and the count of target tokens (int64)."""
     world, numbers = shape.layout.world, len({row.unit for row in table(shape.model)}) + 1
     total["control"] += 2 * (world - 1) / world * numbers * 8 + 2 * (shape.data - 1) / shape.data * 8

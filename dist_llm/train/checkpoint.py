@@ -17,23 +17,19 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dist_llm import comm
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.data.store import sync_folder, write_durably
-from dist_llm.errors import CheckpointError, Failure, from_dict
+from dist_llm.errors import CheckpointError, Failure
 from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
 from dist_llm.train.parts import Parts, write_part
-from dist_llm.train.storage import storing
+from dist_llm.train.storage import together
 
 if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
@@ -160,25 +156,6 @@ def set_aside(run: Path, step: int) -> list[Path]:
     """Renames the checkpoints after `step`: a run that goes on from there makes them anew. Returns their new paths."""
     later = [path for path in step_folders(run) if int(path.name.removeprefix("step-")) > step]
     return [path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.set-aside")) for path in later]
-
-
-def together(mesh: Mesh, device: torch.device, work: Callable[[], Any], *, safe: str | None = None) -> list[Any]:
-    """Runs `work` on every rank and gives all ranks all answers (JSON); raises the first rank's failure on all of them.
-
-    An error of the file system becomes a SpaceError.
-    """
-    failure: Failure | None = None
-    value = None
-    try:
-        with storing(f"rank {mesh.rank}", safe=safe):
-            value = work()
-    except Failure as known:
-        failure = known
-    answers = comm.gather_json({"value": value, "failure": failure and failure.as_dict()}, mesh.world, device=device)
-    for answer in answers:
-        if answer["failure"] is not None:
-            raise from_dict(answer["failure"])
-    return [answer["value"] for answer in answers]
 
 
 # --- find and open -------------------------------------------------------------------------------------------------------

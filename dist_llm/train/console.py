@@ -33,8 +33,13 @@ class Console:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar away; lines can still be shown."""
         if self.live is not None:
             self.live.close()
+            self.live = None
 
     def line(self, text: str, *, style: str = "") -> None:
         """Shows one line for good. A reader that has gone does not stop the run."""
@@ -131,7 +136,7 @@ class _LiveBar:
     def line(self, text: str, style: str) -> None:
         from rich.text import Text
 
-        self.bar.console.print(Text(text, style=style))
+        self.bar.console.print(Text(text, style=style), soft_wrap=True)
 
     def close(self) -> None:
         self.bar.stop()

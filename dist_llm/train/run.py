@@ -23,13 +23,14 @@ from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
 from dist_llm.ranks import run_ranks
 from dist_llm.train import checkpoint
-from dist_llm.train.checkpoint import Checkpoint, newest, step_folders, together
+from dist_llm.train.checkpoint import Checkpoint, newest, step_folders
 from dist_llm.train.fit import fit
 from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh
+from dist_llm.train.storage import together
 from dist_llm.train.trainer import Trainer
 
 # What the order of samples and the meaning of the state depend on: a resumed run may not change it.
-FIXED = ("runtime.seed", "batch.global", "data.sequence", "data.document_mask", "optimizer.kind")
+FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "optimizer.kind")
 
 Tell = Callable[[dict[str, Any]], None]
 

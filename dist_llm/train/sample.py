@@ -25,8 +25,8 @@ from dist_llm.model.roles import Roles
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Attention, attend, build_unit, make_context
 from dist_llm.random import key_of, uniform
-from dist_llm.train.checkpoint import together
 from dist_llm.train.parts import Parts, write_part
+from dist_llm.train.storage import together
 
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 96

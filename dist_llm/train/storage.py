@@ -1,18 +1,22 @@
-"""Faults of the file system as one failure, and the run folder that one job holds at a time."""
+"""The file system under a run: its faults as one failure that all ranks share, and the folder that one job holds at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from dist_llm import comm
 from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
-from dist_llm.errors import SpaceError
+from dist_llm.errors import Failure, SpaceError, from_dict
+from dist_llm.mesh import Mesh
 
 
 @contextmanager
@@ -25,6 +29,25 @@ def storing(where: object, *, safe: str | None = None) -> Iterator[None]:
         raise SpaceError("a file of the run cannot be read or written", where=str(place), found=found, safe=safe) from error
     except SafetensorError as error:  # its writer reports a full disk so
         raise SpaceError("a file of the run cannot be read or written", where=str(where), found=str(error), safe=safe) from error
+
+
+def together(mesh: Mesh, device: torch.device, work: Callable[[], Any], *, safe: str | None = None) -> list[Any]:
+    """Runs `work` on every rank and gives all ranks all answers (JSON); raises the first rank's failure on all of them.
+
+    An error of the file system becomes a SpaceError.
+    """
+    failure: Failure | None = None
+    value = None
+    try:
+        with storing(f"rank {mesh.rank}", safe=safe):
+            value = work()
+    except Failure as known:
+        failure = known
+    answers = comm.gather_json({"value": value, "failure": failure and failure.as_dict()}, mesh.world, device=device)
+    for answer in answers:
+        if answer["failure"] is not None:
+            raise from_dict(answer["failure"])
+    return [answer["value"] for answer in answers]
 
 
 class RunFolder:

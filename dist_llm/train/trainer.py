@@ -89,7 +89,7 @@ class Trainer:
             "documents": batch.documents.to(device) if data.document_mask else None,
             "rows": batch.rows.to(device),
         }
-        addressed = {"seed": self.config.runtime.seed, "step": step, "training": training, "dtype": self.engine.dtype}
+        addressed: dict[str, Any] = {"seed": self.config.runtime.seed, "step": step, "training": training, "dtype": self.engine.dtype}
         return make_context(self.config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)
 
     def _refuse_non_finite(self, totals: Totals, step: int) -> None:

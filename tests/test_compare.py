@@ -1,0 +1,131 @@
+"""`dist-llm compare`: the contract of comparison.json, exact bytes, what is refused, baselines, two runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_llm.cli.compare import _judge
+from dist_llm.compare.prove import LARGEST, subject
+from dist_llm.compare.run import against_baseline, read_layouts
+from dist_llm.config.load import load_config
+from dist_llm.config.schema import Config
+from dist_llm.errors import NumericError, UsageError
+from dist_llm.model.table import num_parameters
+from tests.layouts import concrete
+
+ROOT = Path(__file__).parent.parent
+LAYOUTS = ["dp=2", "tp=2", "pp=2,schedule=gpipe", "dp=2,tp=2,zero=3"]
+KEYS = {"layout", "given", "engine", "world", "equal", "error", "proof", "loss", "max_loss_difference", "max_gradient_difference",
+        "max_parameter_difference", "max_moment_difference", "first_difference", "step_seconds", "cpu_seconds", "tokens_per_second",
+        "peak_memory_bytes", "peak_rss_bytes", "sent_bytes_per_step", "bubble_fraction", "predicted"}  # fmt: skip
+
+
+def compare(*words: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command."""
+    command = [sys.executable, "-m", "dist_llm", "compare", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, subprocess.CompletedProcess[str]]:
+    """One comparison of the tiny config."""
+    folder = tmp_path_factory.mktemp("compare")
+    words = ["configs/tiny.yaml", *LAYOUTS, "--steps", "2", "--run-dir", str(folder), f"data.dir={folder}/data", "--json"]
+    done = compare(*words)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), folder, done
+
+
+def test_contract(finished) -> None:
+    """Every promised key is there, the reference comes first, and what was typed is kept."""
+    found, folder, done = finished
+    assert found["version"] == 1 and found["reference"] == "dp=1"
+    assert [row["given"] for row in found["layouts"]] == ["dp=1", *LAYOUTS]
+    assert [row["world"] for row in found["layouts"]] == [1, 2, 2, 2, 4]
+    for row in found["layouts"]:
+        assert KEYS - row.keys() == set(), row["given"]
+        assert row["equal"] is True and row["error"] is None and row["first_difference"] is None
+        assert row["proof"]["tolerance"] == 1e-10 and row["proof"]["steps"] == 3 and len(row["loss"]) == 3
+        assert len(row["peak_memory_bytes"]) == len(row["peak_rss_bytes"]) == row["world"]
+    assert json.loads((folder / "comparison.json").read_text()) == found
+    assert (folder / "report.html").stat().st_size > 100_000
+    assert "dp=2,tp=2,zero=3" in done.stderr  # live progress
+
+
+def test_bytes_are_the_closed_form(finished) -> None:
+    """On every axis of every layout, to the byte and on every rank."""
+    for row in finished[0]["layouts"]:
+        assert row["bytes_exact"], row["given"]
+        assert row["sent_bytes_per_step"] == pytest.approx(row["predicted"]["sent_bytes_per_step"], abs=0.5)
+
+
+def test_peak_memory_holds_what_lives_between_steps(finished) -> None:
+    """The tracker sees at least the weights, gradients and optimizer state that the closed form gives."""
+    for row in finished[0]["layouts"]:
+        assert max(row["peak_memory_bytes"]) > sum(row["predicted"]["memory_bytes"].values())
+
+
+def test_baseline(finished) -> None:
+    """Lost equality, more bytes and more memory are regressions; time is only noted."""
+    found = finished[0]
+    assert against_baseline(found, found)[0] == []
+    worse = copy.deepcopy(found)
+    worse["layouts"][1] |= {"equal": False, "step_seconds": 100.0}
+    worse["layouts"][2]["sent_bytes_per_step"]["tp"] += 4
+    worse["layouts"][3]["peak_memory_bytes"][0] *= 2
+    said, notes = against_baseline(worse, found)
+    assert [line.split(":")[0] for line in said] == LAYOUTS[:3]
+    assert any("step time" in note for note in notes)
+
+
+def test_all_bad_layouts_are_refused_at_once() -> None:
+    """Exit 2 before anything starts, each fault with its layout."""
+    done = compare("configs/tiny.yaml", "tq=2", "tp=3", "pp=64", "dp=2,engine=fastest")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in ("'tq'", "tp=3", "pp=64", "engine=fastest"):
+        assert word in done.stderr
+    with pytest.raises(UsageError, match="cannot run"):
+        read_layouts(load_config(ROOT / "configs/tiny.yaml").config, ["dp=4"], nproc=2)
+
+
+def test_a_difference_ends_in_exit_6(finished) -> None:
+    """The message names tensor, step, rank, size and likely cause."""
+    found = copy.deepcopy(finished[0])
+    first = {"kind": "gradient", "name": "blocks.0.mlp_norm.weight", "step": 1, "rank": 3, "difference": 0.5, "hint": "traps 8, 9"}
+    found["layouts"][2] |= {"equal": False, "first_difference": first}
+    with pytest.raises(NumericError) as caught:
+        _judge(found, [], Path("somewhere"))
+    said = " ".join(caught.value.details)
+    assert caught.value.code == 6
+    assert all(word in said for word in ("tp=2", "blocks.0.mlp_norm.weight", "step 1", "rank 3", "5.00e-01", "traps 8, 9"))
+
+
+def test_a_large_model_is_proved_by_a_twin() -> None:
+    """Same family, axes and switches; odd shapes; small."""
+    config = Config.model_validate({"model": {"preset": "qwen3-8b"}, "data": {"tokenizer": {"kind": "file", "path": "t.json"}}})
+    small = subject(config, [concrete("tp=4"), concrete("pp=2,schedule=interleaved")], steps=3)
+    model = small.config.model
+    assert small.model.startswith("twin") and num_parameters(model) < LARGEST / 10
+    assert (model.family, model.qk_norm, model.tied) == ("qwen3", True, False)
+    assert model.heads % 4 == 0 and model.layers >= 4 and model.vocab % 2 == 1 and model.kv_heads < model.heads
+
+
+def test_two_runs(tmp_path: Path) -> None:
+    """The first step whose loss differs, to the bit; folders without metrics are refused."""
+    for name, losses in (("a", [1.0, 0.5, 0.25]), ("b", [1.0, 0.5000000001, 0.25])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "loss": loss, "loss_hex": loss.hex()}) for step, loss in enumerate(losses, 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    done = compare(str(tmp_path / "a"), str(tmp_path / "b"), "--json")
+    found = json.loads(done.stdout)
+    assert (found["first_step"], found["steps"], found["tensor"]) == (2, 3, None)
+    assert found["max_relative"] == pytest.approx(2e-10)
+    assert "every loss equal to the bit" in compare(str(tmp_path / "a"), str(tmp_path / "a")).stdout
+    assert compare(str(tmp_path / "a"), str(tmp_path)).returncode == 3
