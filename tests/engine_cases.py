@@ -212,7 +212,14 @@ def poisoned_step(
                 flat.whole[use][slot.offset + slot.numel - 1] = float(value)
                 hit = True
 
-    if rank == where["rank"]:
+    def poisoned_loss(*args: Any, body: Callable = engine.pipeline.run, **options: Any) -> torch.Tensor:
+        nonlocal hit
+        hit = True
+        return body(*args, **options) + float(value)
+
+    if rank == where["rank"] and where["name"] == "loss":
+        engine.pipeline.run = poisoned_loss  # type: ignore[method-assign]
+    elif rank == where["rank"]:
         FlatUnit.end_backward = poison  # type: ignore[method-assign]
     failure: dict[str, Any] = {}
     try:
@@ -242,7 +249,54 @@ def evaluated(rank: int, world: int, say: Say, given: dict[str, Any], layout: di
     return [before, losses(), taken.loss * taken.targets]
 
 
-# --- known bugs put in on purpose --------------------------------------------------------------------------------------
+def padding_stays_zero(rank: int, world: int, say: Say, given: dict[str, Any], layouts: list[dict[str, Any]]) -> int:
+    """trap 25: between the parameters the buffers hold zeros, in weights, gradients and moments, after steps too. Returns their number."""
+    found = 0
+    for layout in layouts:
+        _, engine, trainer = build(given, layout, rank, "float32")
+        trainer.step(0)
+        taken = trainer.gradients(1)
+        gradients = [flat.gradient.clone() for flat in engine.flats]
+        engine.step(taken.learning_rate)
+        for flat, gradient, moments in zip(engine.flats, gradients, engine.moments, strict=True):
+            empty = torch.ones(flat.plan.padded, dtype=torch.bool)
+            for slot in flat.plan.slots:
+                empty[slot.offset : slot.offset + slot.numel] = False
+            mine = empty[slice(*flat.owned)]
+            for tensor in (gradient, flat.master, moments.first, moments.second):
+                assert not tensor[mine].any(), (layout, flat.plan.unit)
+            found += int(mine.sum())
+    return found
+
+
+# --- transfers as slow as they may be --------------------------------------------------------------------------------
+
+
+def slowest_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: dict[str, Any], folder: str) -> dict[str, Any]:
+    """trap 23: a proof run in which every collective reads its input as late, and clears its output as early, as it may.
+
+    Nothing is sent before `finish`, so a buffer changed in flight sends the change; what is to be gathered is NaN until then.
+    """
+
+    def late(start: Callable) -> Callable:
+        def begin(x: torch.Tensor, group: Any, **options: Any) -> comm.Pending:
+            out = options.get("out")
+            if group.size > 1 and start is gather and out is not None:
+                parts = out.view(group.size, -1)
+                for index in range(group.size):
+                    if index != group.index:
+                        parts[index].fill_(float("nan"))
+            return comm.Pending(None, lambda: start(x, group, **options).finish())
+
+        return begin
+
+    gather = comm.start_all_gather
+    comm.start_reduce_scatter, comm.start_all_reduce = late(comm.start_reduce_scatter), late(comm.start_all_reduce)
+    comm.start_all_gather = late(gather)
+    return proof_rank(rank, world, say, job, layout, folder)
+
+
+# --- known bugs put in on purpose ------------------------------------------------------------------------------------
 
 
 @contextmanager

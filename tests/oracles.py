@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dist_llm import comm
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import Config, ModelConfig
-from dist_llm.engines.native import NativeEngine
 from dist_llm.engines.whole import Whole
+from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, make_context
 from dist_llm.parallel.compose import stage_units
 from dist_llm.train.proof import FLOOR, MadeUp, proof_rank
 from dist_llm.train.setup import make_engine, make_mesh
+from dist_llm.train.trainer import Trainer
 
 Say = Callable[..., None]
 Tensors = dict[str, Tensor]
@@ -328,58 +330,68 @@ def torch_pipeline(rank: int, world: int, say: Say, job: dict[str, Any], folder:
 # --- torch's tensor parallelism --------------------------------------------------------------------------------------
 
 
-def torch_tensor_parallel(rank: int, world: int, say: Say, job: dict[str, Any], folder: str, sp: bool) -> float:
-    """One global batch of the proof through transformers' Llama cut by torch's DTensor; leaves the gradients, returns the loss.
+def torch_tensor_parallel(rank: int, world: int, say: Say, job: dict[str, Any], folder: str) -> list[float]:
+    """One global batch of the proof through transformers' Llama cut by torch's DTensor, without and with sequence parallelism.
 
-    sp: norms and residuals are split over the sequence (SequenceParallel).
+    Leaves the gradients, returns the two losses.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
+    from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
     config = Config.model_validate(job["config"])
-    model = config.model
-    theirs = theirs_of(model)
+    model, losses = config.model, []
     whole = Whole(model, dtype=WIDE, device=CPU, seed=config.runtime.seed)
-    with torch.no_grad():
-        for name, parameter in our_names(dict(theirs.named_parameters()), model).items():
-            parameter.copy_(whole.by_name[name])
-    plan: dict[str, Any] = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    for sp in (False, True):
+        theirs = theirs_of(model)
+        with torch.no_grad(), norms_in_float64():
+            for name, parameter in our_names(dict(theirs.named_parameters()), model).items():
+                parameter.copy_(whole.by_name[name])
+            _parallelize(theirs, world, sp=sp)
+            with torch.enable_grad():
+                losses.append(_one_batch(theirs, config))
+        held = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+        gradients = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in held.items()}
+        if rank == 0:
+            found = {name: tensor.contiguous() for name, tensor in our_names(gradients, model).items()}
+            save_file(found, Path(folder) / f"sp-{sp}.safetensors")
+    return losses
+
+
+def _parallelize(theirs: nn.Module, world: int, *, sp: bool) -> None:
+    """torch's plan for a Llama. sp: norms and residuals hold a slice of the sequence."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import parallel as torch_tp
+
+    outside, column, row = Shard(1) if sp else Replicate(), torch_tp.ColwiseParallel, torch_tp.RowwiseParallel
+    plan: dict[str, Any] = {
+        "model.embed_tokens": row(input_layouts=Replicate(), output_layouts=outside),
+        "lm_head": column(input_layouts=outside, output_layouts=Replicate()),
+    }
     if sp:
-        plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
-        plan["model.norm"] = SequenceParallel()
-        plan["lm_head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
-    outer = Shard(1) if sp else Replicate()
-    for at in range(model.layers):
-        block = f"model.layers.{at}"
-        if sp:
-            plan |= {f"{block}.{norm}": SequenceParallel() for norm in ("input_layernorm", "post_attention_layernorm")}
-            gather = {"hidden_states": outer}, {"hidden_states": Replicate()}
-            plan[f"{block}.self_attn"] = PrepareModuleInput(input_kwarg_layouts=gather[0], desired_input_kwarg_layouts=gather[1])
-            plan[f"{block}.mlp"] = PrepareModuleInput(input_layouts=(outer,), desired_input_layouts=(Replicate(),))
-        plan |= {f"{block}.self_attn.{part}_proj": ColwiseParallel() for part in "qkv"}
-        plan |= {f"{block}.mlp.{part}_proj": ColwiseParallel() for part in ("gate", "up")}
-        plan |= {f"{block}.{part}": RowwiseParallel(output_layouts=outer) for part in ("self_attn.o_proj", "mlp.down_proj")}
-    parallelize_module(theirs, init_device_mesh("cpu", (world,)), plan)
-    order = MadeUp(model.vocab, config.data.sequence, config.batch.global_, config.runtime.seed)
+        norms = ("norm", *(f"layers.*.{name}_layernorm" for name in ("input", "post_attention")))
+        plan |= {f"model.{name}": torch_tp.SequenceParallel() for name in norms}
+    block, kwargs = "model.layers.*", ({"hidden_states": outside}, {"hidden_states": Replicate()})
+    plan[f"{block}.self_attn"] = torch_tp.PrepareModuleInput(input_kwarg_layouts=kwargs[0], desired_input_kwarg_layouts=kwargs[1])
+    plan[f"{block}.mlp"] = torch_tp.PrepareModuleInput(input_layouts=(outside,), desired_input_layouts=(Replicate(),))
+    plan |= {f"{block}.self_attn.{part}_proj": column() for part in "qkv"}
+    plan |= {f"{block}.mlp.{part}_proj": column() for part in ("gate", "up")}
+    plan |= {f"{block}.{part}": row(output_layouts=outside) for part in ("self_attn.o_proj", "mlp.down_proj")}
+    torch_tp.parallelize_module(theirs, init_device_mesh("cpu", (world,)), plan)
+
+
+def _one_batch(theirs: nn.Module, config: Config) -> float:
+    """Forward and backward of the proof's first global batch; returns the loss per target."""
+    order = MadeUp(config.model.vocab, config.data.sequence, config.batch.global_, config.runtime.seed)
     micro = order.micro_batches(0, dp_rank=0, dp_size=1, micro=config.batch.micro)
-    targets, total = sum(part.targets for part in micro), 0.0
-    with norms_in_float64():
-        for part in micro:
-            logits = theirs(input_ids=part.tokens, use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), part.labels.flatten(), ignore_index=-100, reduction="sum") / targets
-            loss.backward()
-            total += float(loss)
-    grads = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in theirs.named_parameters()}
-    if rank == 0:
-        save_file({name: tensor.contiguous() for name, tensor in our_names(grads, model).items()}, Path(folder) / "theirs.safetensors")
+    targets, total, line = sum(part.targets for part in micro), 0.0, torch.arange(config.data.sequence)
+    # Given from outside: from its split input transformers would take the places within a slice.
+    places = {"position_ids": line[None], "attention_mask": (line[:, None] >= line)[None, None]}
+    for part in micro:
+        logits = theirs(input_ids=part.tokens, use_cache=False, **places).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), part.labels.flatten(), ignore_index=-100, reduction="sum") / targets
+        loss.backward()
+        total += float(loss.detach())
     return total
 
 
@@ -394,38 +406,38 @@ def proofs(rank: int, world: int, say: Say, job: dict[str, Any], rows: list[tupl
     return len(rows)
 
 
-def resumed(rank: int, world: int, say: Say, job: dict[str, Any], layouts: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """For each layout: the losses of steps 2 and 3 of a run, and again from another engine that took over its state before them.
-
-    Then the loss of a forward-only pass.
-    """
-    from dist_llm import comm
-    from dist_llm.train.trainer import Trainer
-
+def resumed(rank: int, world: int, say: Say, job: dict[str, Any], layouts: list[dict[str, Any]]) -> list[list[float]]:
+    """For each layout what `_go_on` returns of an engine after two steps, and of another that took over its state there."""
     torch.set_num_threads(1)
-    config, found = Config.model_validate(job["config"]), {}
+    config, found = Config.model_validate(job["config"]), []
     order = MadeUp(config.model.vocab, config.data.sequence, config.batch.global_, config.runtime.seed)
     for layout in layouts:
         mesh = make_mesh(config, Layout(**layout), rank)
-        dtype = getattr(torch, job["dtype"])
-        first, second = (Trainer(config, mesh, make_engine(config, mesh, device=CPU, dtype=dtype), order) for _ in range(2))
-        assert {item.kind for item in first.engine.state()} >= ({"weight", "first_moment"} if mesh.rank == 0 else set())
+        engines = [make_engine(config, mesh, device=CPU, dtype=getattr(torch, job["dtype"])) for _ in range(2)]
+        first, second = (Trainer(config, mesh, engine, order) for engine in engines)
         for step in (0, 1):
             first.step(step)
         kept = _gathered(first.engine, mesh)
-        second.engine.load_state(lambda kind, name, box, a, b: kept[kind, name][a:b], count=2)  # noqa: B023  used at once
-        losses = [float(trainer.step(step).loss) for trainer in (first, second) for step in (2, 3)]
-        batches = order.micro_batches(4, dp_rank=mesh.at.dp, dp_size=mesh.layout.dp, micro=config.batch.micro)
-        contexts = [first.context(batch, step=4, training=False) for batch in batches]
-        found[str(mesh.layout)] = [*losses, *(trainer.engine.evaluate(contexts) for trainer in (first, second))]
-        comm.barrier(mesh.world)
+        for trainer in (first, second):
+            if trainer is second:
+                trainer.engine.load_state(lambda kind, name, box, a, b, kept=kept: kept[kind, name][a:b], count=2)
+            found.append(_go_on(trainer, order))
     return found
 
 
-def _gathered(engine: NativeEngine, mesh: Any) -> dict[tuple[str, str], Tensor]:
-    """The whole tensors of an engine's state on every rank (no tensor-parallel slices)."""
-    from dist_llm import comm
+def _go_on(trainer: Trainer, order: MadeUp) -> list[float]:
+    """The losses of step 2, of a forward-only pass, of step 3 and of the pass again."""
+    place, micro = trainer.mesh.at, trainer.config.batch.micro
+    batches = order.micro_batches(9, dp_rank=place.dp, dp_size=trainer.mesh.layout.dp, micro=micro)
+    contexts = [trainer.context(batch, step=9, training=False) for batch in batches]
+    found = []
+    for step in (2, 3):
+        found += [trainer.step(step).loss, trainer.engine.evaluate(contexts)]
+    return found
 
+
+def _gathered(engine: Any, mesh: Mesh) -> dict[tuple[str, str], Tensor]:
+    """The whole tensors of an engine's state on every rank (no tensor-parallel slices)."""
     pieces = [
         (item.kind, item.piece.slot.name, item.piece.start, prod(item.piece.slot.shape), item.values.tolist())
         for item in engine.state()

@@ -173,10 +173,25 @@ def run(*words: str) -> str:
     return result.output
 
 
+def test_check_predicts_and_draws(tmp_path: Path) -> None:
+    """Persistent bytes are 16 per parameter in fp32 on one rank; the schedule drawn is the one that runs."""
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    said = run("check", str(path), "runtime.dtype=float32", "--layout", "pp=2,schedule=gpipe", "batch.global=8", "--draw")
+    assert "between steps a rank keeps" in said and "over pp a step" in said and "of the pipeline idle" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith("rank ")]
+    assert [[cell for cell in row if cell[0] in "FB"] for row in rows] == [["F0", "F1", "F2", "F3", "B0", "B1", "B2", "B3"]] * 2
+    for name, start in (("schedule.svg", "<svg"), ("schedule.json", "{")):
+        run("check", str(path), "--layout", "pp=2", "--draw-to", str(tmp_path / name))
+        assert (tmp_path / name).read_text().lstrip().startswith(start)
+    with pytest.raises(UsageError, match="no such kind of drawing"):
+        run("check", str(path), "--layout", "pp=2", "--draw-to", str(tmp_path / "schedule.gif"))
+
+
 def test_check_prints_the_equations(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
-    assert run("check", str(path), "batch.global=512", "model.layers=8", "--layout", "tp=4,pp=4", "--world", "64").splitlines()[1:] == [
+    assert run("check", str(path), "batch.global=512", "model.layers=8", "--layout", "tp=4,pp=4", "--world", "64").splitlines()[1:5] == [
         "  llama: 391,744 parameters; 8 layers, dim 64, 8 heads over 2 kv heads of 8, ffn 176, vocab 300",
         "  64 ranks = dp 4 x pp 4 x cp 1 x tp 4",
         "  512 sequences = 4 dp x 64 micro x 2",

@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 
 from dist_llm.config import explain as explained
-from dist_llm.config.layout import world_of
+from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.config.rules import check as check_rules
 from dist_llm.errors import Failure, UsageError, plain
 from dist_llm.model.table import num_parameters
+from dist_llm.plan.predict import predicted, shape_of, timeline
+from dist_llm.report.units import show_bytes
 
 CORPORA = ("python", "skills", "entropy")
 
@@ -25,6 +27,8 @@ def check(
     world: Annotated[int | None, typer.Option("--world", min=1, help="Number of ranks; else the layout's own.")] = None,
     layout: Annotated[str | None, typer.Option("--layout", help="Replaces the layout of the file: dp=2,tp=2,zero=1.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Every value and where it comes from.")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="The pipeline schedule as text: ranks down, time to the right.")] = False,
+    draw_to: Annotated[Path | None, typer.Option("--draw-to", help="The same as a picture (.svg) or a Perfetto trace (.json).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
 ) -> None:
     """Check a config and its layout on one process; say what it comes to, or every reason why it cannot run (exit 2)."""
@@ -38,12 +42,48 @@ def check(
         typer.echo(json.dumps(explained.as_data(loaded, concrete, parameters=parameters, explain=explain)))
         return
     typer.echo(f"{plain(loaded.path)} can run on {ranks} {'rank' if ranks == 1 else 'ranks'} as {concrete}")
-    for line in [explained.model_line(loaded.config, parameters), *explained.equations(loaded.config, concrete)]:
+    equations = explained.equations(loaded.config, concrete)
+    for line in [explained.model_line(loaded.config, parameters), *equations, *_predictions(loaded, concrete)]:
         typer.echo(f"  {line}")
     for line in _missing_here(loaded):
         typer.echo(f"  note: {plain(line)}")
+    if draw or draw_to is not None:
+        _draw(loaded, concrete, draw_to)
     if explain:
         _print_origins(loaded)
+
+
+def _predictions(loaded: Loaded, layout: Layout) -> list[str]:
+    """What the layout will send and keep, for the busiest rank, by closed forms (plan/traffic.py)."""
+    if layout.engine != "native":
+        return []
+    dtype = loaded.config.runtime.dtype if loaded.config.runtime.dtype != "auto" else "bfloat16"
+    found = predicted(shape_of(loaded.config, layout, dtype=dtype))
+    kept, sent = found["memory_bytes"], found["sent_bytes_per_step"]
+    parts = ", ".join(f"{name} {show_bytes(count)}" for name, count in kept.items())
+    lines = [f"in {dtype}, between steps a rank keeps {show_bytes(sum(kept.values()))} ({parts}); activations come on top"]
+    if sent:
+        lines.append(f"a rank sends at most {', '.join(f'{show_bytes(count)} over {axis}' for axis, count in sent.items())} a step")
+    if layout.pp > 1:
+        lines.append(f"{layout.schedule} leaves {found['bubble_fraction']:.1%} of the pipeline idle (stages weighed by their FLOP)")
+    return lines
+
+
+def _draw(loaded: Loaded, layout: Layout, target: Path | None) -> None:
+    """The schedule that would run, from the same lists."""
+    from dist_llm.schedule import draw
+
+    spans = timeline(shape_of(loaded.config, layout, dtype="bfloat16")).spans
+    if target is None:
+        typer.echo("\n".join(draw.grid(spans, ranks=layout.pp).splitlines()[:-1]))  # the last line is in seconds: these are units
+    elif target.suffix == ".svg":
+        target.write_text(draw.svg(spans, ranks=layout.pp, title=str(layout)))
+        typer.echo(f"drawn in {target}")
+    elif target.suffix == ".json":
+        target.write_text(json.dumps(draw.trace(spans)))
+        typer.echo(f"drawn in {target}; open it at https://ui.perfetto.dev")
+    else:
+        raise UsageError("no such kind of drawing", where="--draw-to", expected="a name that ends in .svg or .json", found=str(target))
 
 
 def _print_origins(loaded: Loaded) -> None:

@@ -19,12 +19,12 @@ from dist_llm.config.schema import Config
 from dist_llm.data.batches import training_batches
 from dist_llm.data.prepare import prepare
 from dist_llm.mesh import coordinate
-from dist_llm.model.cost import forward_flops
-from dist_llm.plan.traffic import Shape, persistent_bytes, sent_bytes
+from dist_llm.plan.predict import predicted, shape_of
+from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.schedule.actions import Kind, Span, parse
 from dist_llm.schedule.simulate import simulate, summary
 from dist_llm.train.memory import LiveMemory
-from dist_llm.train.setup import choose_device, choose_dtype, make_engine, make_mesh, num_micro_batches
+from dist_llm.train.setup import choose_device, choose_dtype, make_engine, make_mesh
 from dist_llm.train.trainer import Trainer
 
 WARMUP = 1  # steps before the clock starts
@@ -145,29 +145,6 @@ def _dtype_name(config: Config) -> str:
     if config.runtime.dtype != "auto":
         return config.runtime.dtype
     return "float32" if config.runtime.device == "cpu" or not torch.cuda.is_available() else "bfloat16"
-
-
-def shape_of(config: Config, layout: Layout, *, dtype: str) -> Shape:
-    """The numbers that traffic and memory depend on."""
-    batches = num_micro_batches(config, layout)
-    smoothed = config.optimizer.label_smoothing > 0
-    return Shape(config.model, layout, config.data.sequence, config.batch.micro, batches, dtype, smoothed)
-
-
-def predicted(shape: Shape) -> dict[str, Any]:
-    """Closed forms for the busiest rank: bytes, persistent memory, and the bubble of a schedule whose costs are FLOP."""
-    places = [(pp, tp) for pp in range(shape.layout.pp) for tp in range(shape.layout.tp)]
-    sent = [sent_bytes(shape, pp=pp, tp=tp) for pp, tp in places]
-    axes = sorted({axis for each in sent for axis in each})
-    memory = max((persistent_bytes(shape, pp=pp, tp=tp) for pp, tp in places), key=lambda found: sum(found.values()))
-    costs = forward_flops(shape.model, shape.sequence)
-    forward = [sum(costs[name] for name in units) for units in shape.stage_units()]
-    bubble = simulate(shape.lists(), forward=forward, backward=[2 * cost for cost in forward]).bubble_fraction
-    return {
-        "sent_bytes_per_step": {axis: max(each.get(axis, 0) for each in sent) for axis in axes},
-        "memory_bytes": memory,
-        "bubble_fraction": bubble if shape.layout.pp > 1 else 0.0,
-    }
 
 
 def _bytes_exact(shape: Shape, ranks: list[dict[str, Any]]) -> bool:

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import ModelConfig
 from dist_llm.model.cost import forward_flops
-from dist_llm.model.table import table, unit_names, uses
+from dist_llm.model.table import Row, table, unit_names, uses
 from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.schedule.actions import SENDS, Action, Kind
 from dist_llm.schedule.cut import cut
@@ -64,8 +65,7 @@ class Shape:
 
     def stage_units(self) -> list[list[str]]:
         """Walk units of each stage."""
-        names, costs = unit_names(self.model), forward_flops(self.model, self.sequence)
-        return [[names[at] for at in part] for part in cut([costs[name] for name in names], self.layout.stages)]
+        return _stage_units(self)
 
     def rank_stages(self, pp: int) -> dict[int, list[str]]:
         """Stage -> walk units, of one pipeline rank."""
@@ -74,20 +74,43 @@ class Shape:
 
     def flat_plans(self, pp: int, tp: int) -> dict[str, tuple[FlatPlan, int]]:
         """Parameter unit -> (flat plan, uses of it on this rank)."""
-        walk = [name for units in self.rank_stages(pp).values() for name in units]
-        found: dict[str, tuple[FlatPlan, int]] = {}
-        for name in walk:
-            for unit in uses(self.model, name):
-                rows = [row for row in table(self.model) if row.unit == unit]
-                plan = pack(rows, unit=unit, tp=self.layout.tp, sp=self.layout.sp, coordinate=tp, shards=self.data)
-                found[unit] = (plan, found[unit][1] + 1 if unit in found else 1)
-        return found
+        return _flat_plans(self, pp, tp)
 
     def lists(self) -> list[list[Action]]:
         """The lowered schedule, one list per pipeline rank."""
-        layout = self.layout
-        compute = generate(layout.schedule, ranks=layout.pp, micro_batches=self.micro_batches, chunks=layout.chunks)
-        return lower(compute, reduce=layout.reduce)
+        return _lists(self)
+
+
+@lru_cache(maxsize=8)
+def _lists(shape: Shape) -> list[list[Action]]:
+    layout = shape.layout
+    compute = generate(layout.schedule, ranks=layout.pp, micro_batches=shape.micro_batches, chunks=layout.chunks)
+    return lower(compute, reduce=layout.reduce)
+
+
+@lru_cache(maxsize=8)
+def _stage_units(shape: Shape) -> list[list[str]]:
+    names, costs = unit_names(shape.model), forward_flops(shape.model, shape.sequence)
+    return [[names[at] for at in part] for part in cut([costs[name] for name in names], shape.layout.stages)]
+
+
+@lru_cache(maxsize=8)
+def _rows(shape: Shape) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in table(shape.model):
+        found[row.unit].append(row)
+    return found
+
+
+@lru_cache(maxsize=512)
+def _flat_plans(shape: Shape, pp: int, tp: int) -> dict[str, tuple[FlatPlan, int]]:
+    found: dict[str, tuple[FlatPlan, int]] = {}
+    for name in (name for units in shape.rank_stages(pp).values() for name in units):
+        for unit in uses(shape.model, name):
+            options = {"tp": shape.layout.tp, "sp": shape.layout.sp, "coordinate": tp, "shards": shape.data}
+            plan = found[unit][0] if unit in found else pack(_rows(shape)[unit], unit=unit, **options)
+            found[unit] = (plan, found[unit][1] + 1 if unit in found else 1)
+    return found
 
 
 def sent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, float]:
@@ -172,7 +195,7 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
 
 def _control(total: defaultdict[str, float], shape: Shape) -> None:
     """The norm with the loss (float64 each, one number per unit), and the count of target tokens (int64)."""
-    world, numbers = shape.layout.world, len({row.unit for row in table(shape.model)}) + 1
+    world, numbers = shape.layout.world, len(_rows(shape)) + 1
     total["control"] += 2 * (world - 1) / world * numbers * 8 + 2 * (shape.data - 1) / shape.data * 8
 
 
