@@ -5,15 +5,21 @@ Nothing at import may run a torch operator: the ranks are forked from the proces
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_llm import comm
 from dist_llm.config.layout import Layout
+from dist_llm.errors import DataError
 from dist_llm.mesh import Group, build_mesh
 from dist_llm.model.roles import Roles
 from dist_llm.parallel.tensor import TensorRoles
@@ -375,3 +381,61 @@ def tensor_bytes(rank: int, world: int, say: Say, sp: bool) -> dict[str, Any]:
     torch.autograd.grad(y.sum(), [x, back])
     sent["row backward"] = comm.ledger.take()
     return sent
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def leave_traces(rank: int, world: int, folder: str) -> None:
+    """Writes this rank's process id and where the ranks meet, so that a test can see that both are gone."""
+    store = dist.distributed_c10d._get_default_store() if world > 1 else None
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    path = "" if store is None else store.path
+    place = Path(folder) / f"{rank}.part"
+    place.write_text(json.dumps({"pid": os.getpid(), "store": path}))
+    place.rename(Path(folder) / f"{rank}.json")
+
+
+def rank_dies(rank: int, world: int, say: Say, folder: str, how: str, who: int, others: str) -> Any:
+    """Rank `who` ends as `how` says; the others wait for it in a collective, or elsewhere."""
+    leave_traces(rank, world, folder)
+    group = line(rank, world)
+    comm.barrier(group)
+    if rank != who:
+        if others == "compute":
+            time.sleep(60)
+        comm.all_reduce(torch.ones(3), group)
+        time.sleep(60)
+    match how:
+        case "failure":
+            raise DataError("line 7 is no JSON", where="a.jsonl:7", found="{", next="look at it", details=["one", "two"])
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(3)
+        case "error":
+            raise ZeroDivisionError("seven over nothing\nsecond line")
+        case "memory":
+            raise MemoryError
+        case "sleep":
+            time.sleep(60)
+        case "not json":
+            return object()
+    return None
+
+
+def rank_returns(rank: int, world: int, say: Say, folder: str) -> dict[str, Any]:
+    """Results in rank order, though the last rank is done first; large ones too."""
+    leave_traces(rank, world, folder)
+    time.sleep(0.05 * (world - rank))
+    for turn in range(3):
+        say({"rank": rank, "turn": turn})
+    print(f"a word from rank {rank}", file=sys.stderr)
+    return {"rank": rank, "large": "x" * 300_000, "numbers": [rank / 3, float("inf")]}
+
+
+def rank_waits(rank: int, world: int, say: Say, folder: str) -> None:
+    """Waits to be stopped."""
+    leave_traces(rank, world, folder)
+    time.sleep(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import NumericError
 from dist_llm.model.init import initialise
 from dist_llm.parallel.zero import FlatUnit
+from dist_llm.train import trainer as trainer_module
 from dist_llm.train.proof import MadeUp, Run, proof_rank, read_run
 from dist_llm.train.setup import DTYPES, make_engine, make_mesh
 from dist_llm.train.trainer import Trainer
@@ -28,11 +30,13 @@ Say = Callable[..., None]
 MODEL: dict[str, Any] = {"family": "llama", "layers": 4, "dim": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab": 31}
 
 
-def config(*, micro: int = 1, batch: int = 4, sequence: int = 8, optimizer: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+def config(
+    *, micro: int = 1, batch: int = 4, sequence: int = 8, document_mask: bool = False, optimizer: dict[str, Any] | None = None, **model: Any
+) -> dict[str, Any]:
     """A small run as a dict: clipping, weight decay and accumulation are on."""
     given = {
         "model": {**MODEL, **model},
-        "data": {"source": "skills", "tokenizer": {"kind": "bpe", "vocab": 31}, "sequence": sequence},
+        "data": {"source": "skills", "tokenizer": {"kind": "bpe", "vocab": 31}, "sequence": sequence, "document_mask": document_mask},
         "batch": {"global": batch, "micro": micro},
         "optimizer": {"lr": 1e-2, "clip": 0.5, "weight_decay": 0.1, **(optimizer or {})},
         "schedule": {"kind": "cosine", "warmup": 2, "steps": 6},
@@ -83,7 +87,9 @@ def snapshot(engine: NativeEngine) -> list[torch.Tensor]:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def persistent_bytes(rank: int, world: int, say: Say, given: dict[str, Any], layouts: list[dict[str, Any]], dtype: str) -> list[dict[str, int]]:
+def persistent_bytes(
+    rank: int, world: int, say: Say, given: dict[str, Any], layouts: list[dict[str, Any]], dtype: str
+) -> list[dict[str, int]]:
     """After a step under each layout: what the engine says it keeps, and the bytes of all tensors alive in the process."""
     found = []
     gc.freeze()  # what was there before is not ours, and costs seconds to look through
@@ -117,7 +123,7 @@ def residency(rank: int, world: int, say: Say, given: dict[str, Any], layout: di
         building.append(sum(other.weights.untyped_storage().nbytes() for other in gc.get_objects() if type(other) is FlatUnit))
         body(flat, seed=seed)
 
-    FlatUnit.initialise = initialised  # type: ignore[method-assign]
+    FlatUnit.initialise = initialised
     _, engine, trainer = build(given, layout, rank, "float32")
     seen: list[tuple[str, str, list[str]]] = []
 
@@ -135,7 +141,7 @@ def residency(rank: int, world: int, say: Say, given: dict[str, Any], layout: di
                     seen.append(("B", stage_unit.name, here()))
                 known["body"](use)
 
-            flat.begin_backward = begin  # type: ignore[method-assign]
+            flat.begin_backward = begin
 
     for stage in engine.stages:
         for unit in stage.units:
@@ -147,6 +153,32 @@ def residency(rank: int, world: int, say: Say, given: dict[str, Any], layout: di
     phases["step"] = here()
     whole = [flat.weights.numel() * flat.weights.element_size() for flat in engine.flats]
     return {"seen": seen, "phases": phases, "building": max(building), "largest two": sum(sorted(whole)[-2:]), "all": sum(whole)}
+
+
+def alive_at_once(rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any]) -> dict[str, int]:
+    """The most document masks, and the most messages sent, that are in memory at any moment of a step."""
+    _, engine, trainer = build(given, layout, rank, "float32")
+    alive: dict[str, list[weakref.ref]] = {"masks": [], "messages": []}
+    most = {"masks": 0, "messages": 0}
+
+    def note(kind: str, tensor: torch.Tensor) -> None:
+        alive[kind] = [*(known for known in alive[kind] if known() is not None), weakref.ref(tensor)]
+        most[kind] = max(most[kind], len(alive[kind]))
+
+    context, send = trainer_module.make_context, comm.start_send
+
+    def made(*args: Any, **options: Any) -> Any:
+        found = context(*args, **options)
+        note("masks", found.mask)
+        return found
+
+    def sent(x: torch.Tensor, channel: Any) -> comm.Pending:
+        note("messages", x)
+        return send(x, channel)
+
+    trainer_module.make_context, comm.start_send = made, sent
+    trainer.step(0)
+    return most
 
 
 def low_precision_sums(rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
@@ -218,9 +250,9 @@ def poisoned_step(
         return body(*args, **options) + float(value)
 
     if rank == where["rank"] and where["name"] == "loss":
-        engine.pipeline.run = poisoned_loss  # type: ignore[method-assign]
+        engine.pipeline.run = poisoned_loss
     elif rank == where["rank"]:
-        FlatUnit.end_backward = poison  # type: ignore[method-assign]
+        FlatUnit.end_backward = poison
     failure: dict[str, Any] = {}
     try:
         trainer.step(1)

@@ -56,6 +56,7 @@ def test_contract(finished) -> None:
         assert len(row["peak_memory_bytes"]) == len(row["peak_rss_bytes"]) == row["world"]
     assert json.loads((folder / "comparison.json").read_text()) == found
     assert (folder / "report.html").stat().st_size > 100_000
+    assert json.loads((folder / "traces" / "dp=1,pp=2,schedule=gpipe.json").read_text())["traceEvents"]
     assert "dp=2,tp=2,zero=3" in done.stderr  # live progress
 
 

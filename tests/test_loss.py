@@ -15,7 +15,9 @@ from dist_llm.model.loss import CHUNK, IGNORED, ChunkedCrossEntropy, Statistics,
 from dist_llm.model.roles import Roles
 
 
-def case(tokens: int, *, dim: int = 8, vocab: int = 37, dtype: torch.dtype = torch.float64, ignore: float = 0.3) -> tuple[torch.Tensor, ...]:
+def case(
+    tokens: int, *, dim: int = 8, vocab: int = 37, dtype: torch.dtype = torch.float64, ignore: float = 0.3
+) -> tuple[torch.Tensor, ...]:
     """x (T, D), weight (V, D), labels (T,), a share of them ignored."""
     source = torch.Generator().manual_seed(tokens)
     x = (torch.randn(tokens, dim, generator=source, dtype=torch.float64) * 2).to(dtype).requires_grad_()

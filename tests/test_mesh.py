@@ -45,7 +45,9 @@ def meshes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Mesh], l
         found, asked = [], []
         for rank in range(layout.world):
             calls: list[Any] = []
-            fake = SimpleNamespace(group=SimpleNamespace(WORLD="world"), new_group=lambda ranks, calls=calls: calls.append(list(ranks)) or "g")
+            fake = SimpleNamespace(
+                group=SimpleNamespace(WORLD="world"), new_group=lambda ranks, calls=calls: calls.append(list(ranks)) or "g"
+            )
             monkeypatch.setattr(mesh_module, "dist", fake)
             found.append(build_mesh(layout, rank, **options))
             asked.append(calls)
@@ -106,7 +108,9 @@ def test_tied_groups_join_first_and_last_stage(meshes: Callable) -> None:
     assert all(mesh.tied.size == 1 for mesh in single)
 
 
-@pytest.mark.parametrize(("kv_heads", "sets"), [(1, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (8, [[0], [1], [2], [3]])])
+@pytest.mark.parametrize(
+    ("kv_heads", "sets"), [(1, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (8, [[0], [1], [2], [3]])]
+)
 def test_kv_groups_hold_the_ranks_of_the_same_heads(meshes: Callable, kv_heads: int, sets: list[list[int]]) -> None:
     found, _ = meshes(Layout(dp=2, tp=4), kv_heads=kv_heads)
     assert [list(mesh.kv.ranks) for mesh in found[:4]] == [group for group in sets for _ in group]

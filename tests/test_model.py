@@ -345,7 +345,9 @@ def test_dropout_masks_change_with_seed_step_place_and_layer() -> None:
     drop, other = Dropout("blocks.0.mlp", 0.4, Roles()), Dropout("blocks.1.mlp", 0.4, Roles())
     base = {"seed": 3, "step": 5, "rows": torch.tensor([0, 1])}
     first = drop(x, context(model, tokens, **base))
-    changes = [drop(x, context(model, tokens, **{**base, **change})) for change in ({"seed": 4}, {"step": 6}, {"rows": torch.tensor([2, 3])})]
+    changes = [
+        drop(x, context(model, tokens, **{**base, **change})) for change in ({"seed": 4}, {"step": 6}, {"rows": torch.tensor([2, 3])})
+    ]
     for mask in [*changes, other(x, context(model, tokens, **base))]:
         agree = (mask == first).double().mean().item()
         assert abs(agree - (0.4**2 + 0.6**2)) < 0.1

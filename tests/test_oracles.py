@@ -6,13 +6,16 @@ project's, 1e-10 in float64; what is measured lies near 1e-15 (docs/oracles.md).
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dist_llm.config.layout import Layout, concrete, parse_layout
+from dist_llm.engines.deepspeed import load_package
 from dist_llm.errors import UsageError
 from dist_llm.train.proof import Run, Verdict, judge, read_run
 from tests.oracles import MODELS, OPTIMIZERS, config_of, worst
@@ -126,8 +129,6 @@ def test_torch_pipelining_has_our_loss_and_gradients(ranks: Ranks, tmp_path: Pat
 
 def gradients(run: Run) -> dict[str, Any]:
     """The gradients of the first step as tensors."""
-    import torch
-
     return {name: torch.from_numpy(tensor) for (step, kind, name), tensor in run.tensors.items() if (step, kind) == (0, "gradient")}
 
 
@@ -187,3 +188,13 @@ def test_what_an_engine_cannot_do_is_refused(ranks: Ranks, tmp_path: Path, text:
     with pytest.raises(UsageError) as caught:
         run_all(ranks, job(dtype=dtype), [text], tmp_path)
     assert caught.value.found == found
+
+
+def test_a_missing_package_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(UsageError) as caught:
+        load_package(torch.device("cpu"))
+    assert caught.value.next == "pip install 'dist-llm[deepspeed]'"

@@ -48,7 +48,14 @@ def test_golden_order() -> None:
 
 
 def test_keys_name_seed_purpose_name_and_step() -> None:
-    names = [(1, "init", "x", 0), (2, "init", "x", 0), (1, "dropout", "x", 0), (1, "init", "y", 0), (1, "init", "x", 1), (11, "init", "x", 0)]
+    names = [
+        (1, "init", "x", 0),
+        (2, "init", "x", 0),
+        (1, "dropout", "x", 0),
+        (1, "init", "y", 0),
+        (1, "init", "x", 1),
+        (11, "init", "x", 0),
+    ]
     assert len({key_of(*name) for name in names}) == len(names)
     assert key_of(1, "ab", "c") != key_of(1, "a", "bc")  # parts do not run into each other
 

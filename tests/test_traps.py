@@ -61,34 +61,29 @@ def test_the_logged_loss_is_the_mean_over_all_target_tokens(run: Any, text: str)
 
 
 @pytest.mark.parametrize(
-    ("text", "model"),
+    ("text", "model", "dtype"),
     [
-        ("dp=2,zero=2", {"tied": True}),
-        ("tp=2", {"tied": True, "kv_heads": 1}),
-        ("tp=2,sp=off", {"family": "gpt2"}),
-        ("tp=4", {"family": "qwen3", "kv_heads": 2}),
-        ("pp=2", {"tied": True}),
-        ("tp=2,pp=2", {"tied": True, "kv_heads": 1}),
+        ("dp=2,zero=2", {"tied": True}, "float32"),
+        ("dp=2,zero=1", {"tied": True}, "bfloat16"),
+        ("tp=2", {"tied": True, "kv_heads": 1}, "float32"),
+        ("tp=2,sp=off", {"family": "gpt2"}, "float64"),
+        ("tp=4", {"family": "qwen3", "kv_heads": 2}, "float64"),
+        ("pp=2", {"tied": True}, "float64"),
+        ("tp=2,pp=2", {"tied": True, "kv_heads": 1}, "float32"),
     ],
     ids=str,
 )
-def test_the_norm_counts_every_element_once(run: Any, text: str, model: dict[str, Any]) -> None:
-    """The norm that a layout reports is that of its own gradients, gathered under global names and summed exactly."""
-    found = run(text, **model)
+def test_the_norm_counts_every_element_once(run: Any, text: str, model: dict[str, Any], dtype: str) -> None:
+    """The norm that a layout reports is that of its own gradients, gathered under global names and summed exactly.
+
+    trap 7: to 13 digits whatever the dtype, because the sums are float64.
+    """
+    found = run(text, {"dtype": dtype}, **model)
     for step, norm in enumerate(found.record.norms):
-        squares = [value * value for (at, kind, _), tensor in found.tensors.items() if (at, kind) == (step, "gradient") for value in tensor.ravel()]
+        gradients = [tensor.ravel().astype(float) for (at, kind, _), tensor in found.tensors.items() if (at, kind) == (step, "gradient")]
+        squares = np.square(np.concatenate(gradients))
         assert len(squares) == num_parameters(Config.model_validate(config(**model)).model)
         assert norm == pytest.approx(sqrt(fsum(squares)), rel=1e-13)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_norm_does_not_depend_on_the_number_of_shards(run: Any, dtype: str) -> None:
-    """trap 7: sums of squares in float64; float32 sums over other shards would differ in their last bits."""
-    norms = set()
-    for zero in (0, 1, 3):
-        found = run(f"dp=4,zero={zero},reduce=step", {"dtype": dtype})
-        norms.add(tuple(found.record.norms))
-    assert len(norms) == 1
 
 
 # --- trap 12: initial weights ----------------------------------------------------------------------------------------
@@ -105,7 +100,9 @@ def test_initial_weights_are_slices_of_the_same_tensors(ranks: Ranks, texts: lis
 # --- trap 23: transfers under way ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,unshard=step,reduce=step", "dp=2,tp=2,zero=3"])
+@pytest.mark.parametrize(
+    "text", ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,unshard=step,reduce=step", "dp=2,tp=2,zero=3"]
+)
 def test_no_buffer_is_read_or_written_while_its_transfer_is_under_way(run: Any, text: str) -> None:
     late = run(text, {"work": "tests.engine_cases:slowest_rank", "dtype": "float32"}, tied=True)
     assert different(run(text, {"dtype": "float32"}, tied=True), late) == []

@@ -36,7 +36,9 @@ def run(ranks: Ranks) -> Any:
 @pytest.mark.parametrize("model", [{"tied": True}, {"family": "gpt2", "tied": False}], ids=str)
 def test_stages_are_equal_to_the_bit(run: Any, model: dict[str, Any], zero: int, reduce: str) -> None:
     """At equal `reduce`: losses, norms, every gradient, weight and moment of three steps."""
-    assert different(run(f"dp=2,zero=0,reduce={reduce}", **model), run(f"dp=2,zero={zero},reduce={reduce},unshard=micro_batch", **model)) == []
+    assert (
+        different(run(f"dp=2,zero=0,reduce={reduce}", **model), run(f"dp=2,zero={zero},reduce={reduce},unshard=micro_batch", **model)) == []
+    )
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -177,6 +179,15 @@ def test_stage_3_keeps_weights_for_the_step_if_asked(ranks: Ranks) -> None:
         assert found["phases"] == {"built": [], "gradients": [], "step": []}
         last = [here for kind, unit, here in found["seen"] if (kind, unit) == ("B", "blocks.0")][-1]
         assert set(last) == {"embedding", "blocks.0", "blocks.1", "blocks.2", "head"}
+
+
+@pytest.mark.parametrize("text", ["dp=1", "pp=2"])
+@pytest.mark.parametrize("kind", ["masks", "messages"])
+def test_a_step_holds_what_is_in_flight_and_no_more(ranks: Ranks, text: str, kind: str) -> None:
+    """Of 16 micro-batches under 1f1b at most 2 are in flight: neither 16 masks of (S, S) nor 16 sent activations may be alive."""
+    layout = layout_of(text)
+    found = ranks.run(layout.world, "tests.engine_cases:alive_at_once", config(batch=16, document_mask=True), vars(layout))
+    assert all(one[kind] <= 6 for one in found), found
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

@@ -134,7 +134,9 @@ def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]]) -> di
         "sent_bytes_by_rank": {axis: [rank["sent"].get(axis, 0) for rank in ranks] for axis in axes},
         "bubble_fraction": summary(spans, ranks=layout.pp).bubble_fraction if spans and layout.pp > 1 else 0.0,
     }
-    if layout.engine == "native":
+    if layout.engine != "native":
+        row |= {"sent_bytes_per_step": {}, "sent_bytes_by_rank": {}}  # what other libraries send is not booked here
+    else:
         shape = shape_of(config, layout, dtype=_dtype_name(config))
         drawn = {"measured": [_shown(span) for span in spans], "simulated": _simulated(shape, spans)}
         row |= {"predicted": predicted(shape), "spans": drawn, "bytes_exact": _bytes_exact(shape, ranks)}

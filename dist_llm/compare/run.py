@@ -19,6 +19,8 @@ from dist_llm.config.rules import nearest_layouts, problems
 from dist_llm.config.schema import Config, changed
 from dist_llm.errors import Failure, UsageError, plain
 from dist_llm.ranks import run_ranks
+from dist_llm.schedule.actions import Span, parse
+from dist_llm.schedule.draw import trace
 from dist_llm.train.proof import Verdict
 
 VERSION = 1
@@ -181,9 +183,15 @@ def against_baseline(comparison: dict[str, Any], baseline: dict[str, Any]) -> tu
 
 
 def write(comparison: dict[str, Any], run_dir: Path) -> tuple[Path, Path]:
-    """Writes comparison.json and report.html; returns their paths."""
+    """Writes comparison.json, report.html and a Perfetto trace for each layout; returns the first two paths."""
     from dist_llm.report.page import write_comparison_page
 
+    for row in comparison["layouts"]:
+        measured = row.get("spans", {}).get("measured")
+        if measured:
+            spans = [Span(rank, parse(text), start, end, sent) for rank, text, start, end, sent in measured]
+            (run_dir / "traces").mkdir(exist_ok=True)
+            (run_dir / "traces" / f"{row['layout']}.json").write_text(json.dumps(trace(spans)))
     data, page = run_dir / "comparison.json", run_dir / "report.html"
     data.write_text(json.dumps(comparison, indent=1) + "\n")
     write_comparison_page(comparison, page)

@@ -43,8 +43,6 @@ NOT_AVAILABLE = (
     ("layout.schedule", lambda layout: layout.schedule == "zb-v", "schedule=zb-v"),
     ("layout.schedule", lambda layout: layout.schedule == "dualpipe-v", "schedule=dualpipe-v"),
     ("layout.schedule", lambda layout: layout.schedule == "auto", "schedule=auto"),
-    ("layout.engine", lambda layout: layout.engine == "ddp", "engine=ddp"),
-    ("layout.engine", lambda layout: layout.engine == "fsdp2", "engine=fsdp2"),
 )
 
 
@@ -114,9 +112,15 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
     for axis in ("tp", "cp", "pp", "ep"):
         if getattr(layout, axis) > 1:
             yield Problem("layout.engine", f"engine={layout.engine} runs {axis}=1 only, {axis}={getattr(layout, axis)}")
-    stages = {"ddp": (0,), "fsdp2": (3,), "deepspeed": (0, 1, 2, 3)}[layout.engine]
+    stages = {"ddp": (0,), "fsdp2": (2, 3), "deepspeed": (0, 1, 2, 3)}[layout.engine]
     if layout.zero not in stages:
         yield Problem("layout.zero", f"engine={layout.engine} has zero={' or '.join(map(str, stages))}, zero={layout.zero}")
+    if layout.recompute != "none":
+        yield Problem("layout.recompute", f"engine={layout.engine} recomputes nothing, recompute={layout.recompute}")
+    if config.runtime.compile:
+        yield Problem("runtime.compile", f"engine={layout.engine} compiles nothing; set it to false")
+    if config.runtime.dtype == "bfloat16" and layout.zero == 0:
+        yield Problem("runtime.dtype", f"engine={layout.engine} with zero=0 keeps no float32 masters beside bfloat16")
 
 
 def _numbers(config: Config, layout: Layout) -> Iterator[Problem]:

@@ -24,7 +24,6 @@ from dist_llm.model.roles import Roles
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Block, Context, Embedding, Head, build_unit
 from dist_llm.parallel.flat import Piece, Slot
-from dist_llm.parallel.zero import FlatUnit
 from dist_llm.sharding import shard
 
 
@@ -90,7 +89,6 @@ class WholeEngine:
     name: str  # as the layout calls it
     dtypes: tuple[torch.dtype, ...]
     optimizer: torch.optim.Optimizer
-    flats: list[FlatUnit] = []  # none: the library keeps its own buffers
 
     def __init__(
         self,

@@ -1,0 +1,157 @@
+"""Local ranks: results, the one failure that counts, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_llm.errors import Code, DataError, Failure, MemoryFailure, PeerError
+from tests.ranks import Ranks
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from dist_llm.errors import Failure
+from dist_llm.ranks import run_ranks
+from tests import cases
+work, folder, world, logs = sys.argv[1:5]
+heard = []
+try:
+    hear = lambda rank, value: heard.append([rank, value])
+    results = run_ranks(int(world), getattr(cases, work), folder, log_dir=Path(logs), on_message=hear)
+    print(json.dumps({"results": results, "heard": heard}))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def traces(folder: Path, world: int, seconds: float = 20.0) -> list[dict[str, Any]]:
+    """What `cases.leave_traces` wrote, once all ranks have."""
+    files = [folder / f"{rank}.json" for rank in range(world)]
+    end = time.monotonic() + seconds
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end, "the ranks did not start"
+        time.sleep(0.02)
+    return [json.loads(file.read_text()) for file in files]
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def nothing_left(folder: Path, world: int) -> None:
+    """No process of the ranks, and no meeting place."""
+    for trace in traces(folder, world):
+        assert not running(trace["pid"])
+        assert not trace["store"] or not Path(trace["store"]).parent.exists()
+
+
+def fail(
+    ranks: Ranks, folder: Path, how: str, *, world: int = 3, who: int = 1, others: str = "collective", timeout: float = 60.0
+) -> Failure:
+    """The failure of a world in which rank `who` ends as `how` says."""
+    start = time.monotonic()
+    with pytest.raises(Failure) as caught:
+        ranks.run(world, "tests.cases:rank_dies", str(folder), how, who, others, timeout_seconds=timeout)
+    assert time.monotonic() - start < 15, "the others were not stopped"
+    nothing_left(folder, world)
+    return caught.value
+
+
+@pytest.mark.parametrize("others", ["collective", "compute"])
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_failure_arrives_whole_and_stops_the_others(ranks: Ranks, tmp_path: Path, others: str, who: int) -> None:
+    failure = fail(ranks, tmp_path, "failure", who=who, others=others)
+    assert type(failure) is DataError and failure.code == Code.DATA
+    assert (failure.what, failure.where, failure.found, failure.next) == ("line 7 is no JSON", "a.jsonl:7", "{", "look at it")
+    assert failure.details[:2] == ["one", "two"]
+
+
+def test_a_killed_rank_is_named_with_its_signal(ranks: Ranks, tmp_path: Path) -> None:
+    """Not the peers, which only noticed that their connection closed."""
+    failure = fail(ranks, tmp_path, "kill", who=1)
+    assert type(failure) is PeerError and failure.code == Code.PEER
+    assert (failure.where, failure.found) == ("rank 1", "SIGKILL")
+
+
+def test_a_rank_that_leaves_without_a_word_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    failure = fail(ranks, tmp_path, "exit", who=0, others="compute")
+    assert type(failure) is PeerError and (failure.where, failure.found) == ("rank 0", "exit code 3")
+
+
+def test_an_unknown_error_is_our_bug_with_a_traceback(ranks: Ranks, tmp_path: Path) -> None:
+    failure = fail(ranks, tmp_path, "error")
+    assert type(failure) is Failure and failure.code == Code.BUG
+    assert failure.where == "rank 1" and failure.found == "ZeroDivisionError: seven over nothing"
+    assert "rank_dies" in "\n".join(failure.details)
+
+
+def test_a_result_that_is_no_json_is_our_bug(ranks: Ranks, tmp_path: Path) -> None:
+    failure = fail(ranks, tmp_path, "not json")
+    assert failure.code == Code.BUG and "not JSON serializable" in str(failure.found)
+
+
+def test_memory_that_is_short_has_its_own_code(ranks: Ranks, tmp_path: Path) -> None:
+    assert type(fail(ranks, tmp_path, "memory")) is MemoryFailure
+
+
+def test_a_rank_that_hangs_ends_in_the_timeout(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 1 never comes to the collective: its peers give up after the timeout, and rank 1 is stopped."""
+    start = time.monotonic()
+    failure = fail(ranks, tmp_path, "sleep", timeout=1.0)
+    assert type(failure) is PeerError and time.monotonic() - start < 1.0 + 5.0
+
+
+def test_the_harness_works_after_every_failure(ranks: Ranks) -> None:
+    assert ranks.run(2, "tests.cases:gathered_json")[0][1] == [{"rank": 0}, {"rank": 1}]
+
+
+def start(work: str, folder: Path, world: int) -> subprocess.Popen[str]:
+    """A launcher in a process of its own."""
+    arguments = [sys.executable, "-c", SCRIPT, work, str(folder), str(world), str(folder / "logs")]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_results_messages_and_logs(tmp_path: Path) -> None:
+    process = start("rank_returns", tmp_path, 3)
+    answer = json.loads(process.communicate(timeout=60)[0])
+    assert [result["rank"] for result in answer["results"]] == [0, 1, 2]
+    assert all(len(result["large"]) == 300_000 for result in answer["results"])
+    assert answer["results"][2]["numbers"] == [2 / 3, float("inf")]
+    for rank in range(3):
+        assert [value for sender, value in answer["heard"] if sender == rank] == [{"rank": rank, "turn": turn} for turn in range(3)]
+        assert f"a word from rank {rank}" in (tmp_path / "logs" / f"rank-{rank}.log").read_text()
+    nothing_left(tmp_path, 3)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_ranks_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> None:
+    process = start("rank_waits", tmp_path, 2)
+    known = traces(tmp_path, 2)
+    os.kill(process.pid, sign)
+    out, _ = process.communicate(timeout=20)
+    end = time.monotonic() + 5
+    while any(running(trace["pid"]) for trace in known):
+        assert time.monotonic() < end, "a rank outlived its parent"
+        time.sleep(0.02)
+    if sign == signal.SIGINT:
+        assert out.strip() == "interrupted"
+        nothing_left(tmp_path, 2)
+    else:  # nobody is left to tidy up
+        folder = Path(known[0]["store"]).parent
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
