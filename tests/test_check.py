@@ -87,7 +87,9 @@ def test_a_rule_and_its_arithmetic(layout: str, override: str, lines: list[str |
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
 def test_foreign_engines_split_the_batch_alone(engine: str) -> None:
     assert any("runs tp=1 only, tp=2" in line for line in broken(f"dp=2,tp=2,engine={engine}"))
-    assert any(line.startswith("layout.zero") for line in broken(f"dp=2,zero=2,engine={engine}")) == (engine != "deepspeed")
+    assert any(line.startswith("layout.zero") for line in broken(f"dp=2,zero=2,engine={engine}")) == (engine == "ddp")
+    assert any("recomputes nothing" in line for line in broken(f"dp=2,recompute=full,engine={engine}"))
+    assert any("compiles nothing" in line for line in broken(f"dp=2,engine={engine}", "runtime.compile=true"))
 
 
 def test_check_names_every_broken_rule_and_layouts_that_work() -> None:
