@@ -118,19 +118,18 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
 
 
 def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Tensor | None = None) -> Pending:
-    """Enters with a partial tensor (size * n, ...) on each rank, leaves with the sum of one shard (n, ...) on each.
+    """Enters with a partial tensor (size * n, ...) on each rank, leaves with the sum of one shard (n, ...) on each, in `out`.
 
     fixed: shards travel by all-to-all and are added here in rank order, so that the sum is the same to the bit on
     any backend (on gloo it also sends half of what its reduce_scatter does); otherwise the backend reduces.
     """
-    shard = x[: x.shape[0] // group.size] if out is None else out
     if group.size == 1:
         if out is not None and out.data_ptr() != x.data_ptr():
             out.copy_(x)
-        return _done(shard)
+        return _done(x if out is None else out)
+    shard = x.new_empty(x.shape[0] // group.size, *x.shape[1:]) if out is None else out
     sent = (group.size - 1) * x.nbytes / group.size
     if not fixed:
-        shard = torch.empty_like(shard) if out is None else out
         return _begin(
             "reduce_scatter", group, sent, lambda: _reduce_scatter_single(shard, x, group=group.handle, async_op=True), lambda: shard
         )

@@ -123,7 +123,7 @@ def _rebuild(kind: type[Failure], what: str, message: dict) -> Failure:
 
 def plain(text: object) -> str:
     """`text` with control and format characters made visible or dropped, cut to a line's width; safe for a terminal."""
-    shown = "".join(c if c == "\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else "?" for c in str(text))
+    shown = "".join(c if c == "\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else "?" for c in str(text))
     return shown if len(shown) <= MAX_WIDTH else shown[: MAX_WIDTH - 1] + "…"
 
 

@@ -120,7 +120,7 @@ def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int |
         data=make.one_of("dp", line(dp=range(dp), cp=range(cp))),
         tied=make.one_of("pp", line(pp=range(0, pp, pp - 1)) if tied and pp > 1 else []),
         kv=make.one_of("tp", [tuple(group[i] for i in held) for group in line(tp=range(tp)) for held in shared]),
-        channels=make.channels(line(pp=range(pp)) if pp > 1 else []),
+        channels=make.channels(line(pp=range(pp)) if pp > 1 else [], looped=layout.chunks > 1),
     )
 
 
@@ -140,7 +140,7 @@ class _GroupMaker:
         mine = next((ranks for ranks in groups if self.rank in ranks), (self.rank,))
         return Group(axis, mine, mine.index(self.rank), self.handles.get(mine))
 
-    def channels(self, lines: list[tuple[int, ...]]) -> dict[tuple[int, int, str], Group]:
+    def channels(self, lines: list[tuple[int, ...]], *, looped: bool) -> dict[tuple[int, int, str], Group]:
         """A group of its own for each direction between neighbouring stages, the ring closed for looped schedules.
 
         Point-to-point operations of one NCCL group run in issue order, so that a send forward could block a send
@@ -148,7 +148,7 @@ class _GroupMaker:
         """
         found = {}
         for ranks in lines:
-            for source, target in zip(ranks, (*ranks[1:], ranks[0]), strict=True):
+            for source, target in zip(ranks, (*ranks[1:], *(ranks[:1] if looped else ())), strict=looped):
                 for pair in ((source, target, "F"), (target, source, "B")):
                     handle = dist.new_group([source, target])
                     if self.rank in pair[:2]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20  # elements made at a time: bounds the int64 and float64 temporaries
-GOLDEN = 0x9E3779B97F4A7C15
-MIX_1 = 0xBF58476D1CE4E5B9
-MIX_2 = 0x94D049BB133111EB
+# As signed 64-bit integers: int64 arithmetic wraps.
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def key_of(seed: int, purpose: str, name: str = "", step: int = 0) -> int:
@@ -30,19 +31,25 @@ def key_of(seed: int, purpose: str, name: str = "", step: int = 0) -> int:
 
 def bits(index: Tensor, key: int) -> Tensor:
     """64 random bits for each global element: int64 of `index`'s shape."""
-    low, high = _signed(key), _signed(key >> 64)
-    return _mix(_mix(index * _signed(GOLDEN) + low) ^ high)
+    return _bits(index, *halves(key))
+
+
+def halves(key: int) -> tuple[int, int]:
+    """The low and the high 64 bits of a key, as signed integers."""
+    return _signed(key), _signed(key >> 64)
 
 
 def uniform(index: Tensor, key: int) -> Tensor:
     """Float64 uniforms in the open interval (0, 1), one for each element of `index`."""
-    top = (bits(index, key) >> 11) & ((1 << 53) - 1)
-    return (top.to(torch.float64) + 0.5) * 2.0**-53
+    return _uniform(bits(index, key))
 
 
-def keep_mask(index: Tensor, key: int, *, drop: float) -> Tensor:
-    """Boolean mask of `index`'s shape, False with probability `drop`."""
-    return uniform(index, key) >= drop
+def keep_mask(index: Tensor, base: Tensor, name: tuple[int, int], *, drop: float) -> Tensor:
+    """Boolean mask of `index`'s shape, False with probability `drop`; compiles, because what changes by step is a tensor.
+
+    base (2,) int64: the halves of a key of seed and step. name: the halves of a key of the place where it is used.
+    """
+    return _uniform(_bits(index, _mix(base[0] ^ name[0]), _mix(base[1] ^ name[1]))) >= drop
 
 
 def fill_normal(out: Tensor, key: int, *, std: float, shape: tuple[int, ...], box: tuple[tuple[int, int], ...], start: int = 0) -> Tensor:
@@ -87,9 +94,19 @@ def _global_index(local: Tensor, *, shape: tuple[int, ...], box: tuple[tuple[int
     return index
 
 
+def _bits(index: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    return _mix(_mix(index * GOLDEN + low) ^ high)
+
+
+def _uniform(random: Tensor) -> Tensor:
+    """52 of the bits and a half: with 53 the largest would round up to 1."""
+    top = (random >> 12) & ((1 << 52) - 1)
+    return (top.to(torch.float64) + 0.5) * 2.0**-52
+
+
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(MIX_1)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(MIX_2)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * MIX_1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 

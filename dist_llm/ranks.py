@@ -108,7 +108,7 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
 
 def _known(error: BaseException) -> Failure | None:
     """The failure behind an exception of torch or the system, where it is a known one."""
-    text = str(error)
+    text = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return MemoryFailure("out of memory", found=text.splitlines()[0], expected="a smaller batch.micro, zero=3, or recompute=full")
     lost = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Socket Timeout", "NCCL error", "Broken pipe")

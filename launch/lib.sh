@@ -39,7 +39,7 @@ make_venv() {
   [ ! -e "$VENV" ] || die "$VENV is there, but has no working Python 3.11 with pip" "remove it: rm -r $VENV"
   say "making $VENV with $("$PYTHON" --version 2>&1)"
   local flags=()
-  if has_torch "$PYTHON"; then
+  if has_torch "$PYTHON" && "$PYTHON" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)'; then
     say "this Python has torch already: $VENV will see its packages"
     flags=(--system-site-packages)
   fi
@@ -70,7 +70,7 @@ install_torch() {
   else
     say "no NVIDIA device here: installing a CPU build of torch (0.2 GB to download)"
     if pip_install --index-url "$CPU_INDEX" --timeout 5 --retries 0 "$torch" 2>"$VENV/torch.log"; then return; fi
-    say "$CPU_INDEX cannot be reached: installing $torch with CUDA, 2 to 3 GB to download. Ctrl-C stops it"
+    say "nothing within reach at $CPU_INDEX: installing $torch with CUDA, 2 to 3 GB to download. Ctrl-C stops it"
   fi
   pip_install "$torch" || die "pip found no $torch" "see pip's message above; an index or a folder of wheels is needed once"
 }

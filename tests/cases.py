@@ -228,7 +228,7 @@ def exchange(rank: int, x: torch.Tensor, forth: Group, back: Group) -> None:
 
 def channels(rank: int, world: int, say: Say) -> None:
     """Messages of a channel arrive in the order they were sent; the two directions do not wait for each other."""
-    mesh = build_mesh(Layout(pp=world), rank)
+    mesh = build_mesh(Layout(pp=world, schedule="interleaved", chunks=2), rank)  # looped: the ring of stages is closed
     after, before = (rank + 1) % world, (rank - 1) % world
     count = 20
     waiting = []

@@ -22,7 +22,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "one kv head": {"family": "llama", "layers": 4, "dim": 20, "heads": 8, "kv_heads": 1, "head_dim": 4, "ffn": 26, "vocab": 61},
     "gpt2": {"family": "gpt2", "layers": 4, "dim": 24, "heads": 8, "ffn": 50, "vocab": 89, "dropout": 0.1},
     "qwen3": {"family": "qwen3", "layers": 5, "dim": 28, "heads": 8, "kv_heads": 2, "head_dim": 6, "ffn": 40, "vocab": 101, "tied": True},
-    "seven layers": {"family": "llama", "layers": 7, "dim": 16, "heads": 8, "kv_heads": 8, "ffn": 22, "vocab": 67, "bias": True, "dropout": 0.05},
+    "seven layers": {
+        "family": "llama",
+        "layers": 7,
+        "dim": 16,
+        "heads": 8,
+        "kv_heads": 8,
+        "ffn": 22,
+        "vocab": 67,
+        "bias": True,
+        "dropout": 0.05,
+    },
 }
 EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
     "one kv head": {"data": {**DATA, "document_mask": True, "reset_positions": True}},

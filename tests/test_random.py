@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dist_llm import random as addressed
-from dist_llm.random import GOLDEN, MIX_1, MIX_2, bits, fill_normal, keep_mask, key_of, permute, uniform
+from dist_llm.random import GOLDEN, MIX_1, MIX_2, bits, fill_normal, halves, keep_mask, key_of, permute, uniform
 
 KEY = key_of(7, "init", "blocks.0.attention.q.weight")
 MANY = 1 << 18
@@ -198,7 +198,7 @@ def test_a_changed_bit_of_the_index_changes_half_of_the_bits() -> None:
 
 @pytest.mark.parametrize("drop", [0.0, 0.1, 0.5, 0.9])
 def test_masks_drop_their_share(drop: float) -> None:
-    kept = keep_mask(torch.arange(MANY), KEY, drop=drop).double().mean().item()
+    kept = keep_mask(torch.arange(MANY), torch.tensor(halves(KEY)), (1, 2), drop=drop).double().mean().item()
     assert abs(kept - (1 - drop)) <= 5 * math.sqrt(drop * (1 - drop) / MANY)
 
 

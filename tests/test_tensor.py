@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from dist_llm.config.layout import Layout
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.rules import problems
+from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.mesh import build_mesh
 from dist_llm.model.table import table
-from dist_llm.model.transformer import build_unit, make_context
+from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import tensor
 from dist_llm.parallel.tensor import TensorRoles
+from tests.engine_cases import build, config, layout_of
 from tests.ranks import Ranks
 
 WORLDS = [(1, False), (2, False), (2, True), (3, False), (3, True), (4, False), (4, True)]
@@ -118,9 +120,8 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(call, leaves)
 
 
-@pytest.mark.parametrize("changes", [{}, {"family": "gpt2"}], ids=str)
-def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
-    """A block under torch.compile: one graph, and the same output and gradients."""
+def block_of(changes: dict[str, Any]) -> tuple[ModelConfig, torch.nn.Module]:
+    """A block through the operations on one rank."""
     model = ModelConfig(**{"family": "llama", "layers": 1, "dim": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab": 11, **changes})
     mesh = build_mesh(Layout(), 0)
     rows = {row.name: row for row in table(model)}
@@ -130,17 +131,55 @@ def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
         values = torch.randn(rows[name].shape, generator=source, dtype=torch.float64) if name in rows else None
         return None if values is None else torch.nn.Parameter(values)
 
-    block = build_unit("blocks.0", model, make, TensorRoles(mesh.tp, sp=False, vocab=model.vocab, first=0))
-    tokens = torch.randint(0, 11, (2, 8), generator=source)
+    return model, build_unit("blocks.0", model, make, TensorRoles(mesh.tp, sp=False, vocab=model.vocab, first=0))
+
+
+def outputs(module: Any, block: torch.nn.Module, context: Context) -> list[torch.Tensor]:
+    """A block's output and all its gradients."""
+    entry = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    out = module(entry, context)
+    return [out, *torch.autograd.grad(out.square().sum(), [entry, *block.parameters()])]
+
+
+@pytest.mark.parametrize("changes", [{}, {"family": "gpt2"}], ids=str)
+def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
+    """A block under torch.compile: one graph, and the same output and gradients."""
+    model, block = block_of(changes)
+    tokens = torch.arange(16).view(2, 8) % 11
     context = make_context(model, tokens, tokens, dtype=torch.float64)
-    x = torch.randn(2, 8, 16, generator=source, dtype=torch.float64)
-
-    def run(module: Any) -> list[torch.Tensor]:
-        entry = x.clone().requires_grad_()
-        out = module(entry, context)
-        return [out, *torch.autograd.grad(out.square().sum(), [entry, *block.parameters()])]
-
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    for a, b in zip(run(block), run(compiled), strict=True):
+    for a, b in zip(outputs(block, block, context), outputs(compiled, block, context), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_with_dropout_compile_for_all_steps() -> None:
+    """The mask is another one at every step, and a changed step is no reason to compile again for ever."""
+    model, block = block_of({"dropout": 0.3})
+    tokens = torch.arange(16).view(2, 8) % 11
+    torch._dynamo.reset()
+    compiled, graphs = torch.compile(block, backend="aot_eager"), []
+    for step in range(5):
+        context = make_context(model, tokens, tokens, dtype=torch.float64, step=step)
+        for a, b in zip(outputs(block, block, context), outputs(compiled, block, context), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_compiled_training_has_the_same_gradients_whatever_is_recomputed(recompute: str) -> None:
+    """With torch's default compiler, for every way to recompute that a compiled run accepts."""
+    layout, gradients = layout_of(f"dp=1,recompute={recompute}"), []
+    for compiled in (False, True):
+        given = config(layers=1)
+        given["runtime"]["compile"] = compiled
+        if {"runtime.compile", "layout.recompute"} & {problem.key for problem in problems(Config.model_validate(given), layout)}:
+            return
+        torch._dynamo.reset()
+        _, engine, trainer = build(given, vars(layout), 0, "float64")
+        trainer.gradients(0)
+        gradients.append({item.piece.slot.name: item.values.clone() for item in engine.state() if item.kind == "gradient"})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-10, atol=1e-14, msg=name)

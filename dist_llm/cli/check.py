@@ -57,11 +57,12 @@ def _predictions(loaded: Loaded, layout: Layout) -> list[str]:
     """What the layout will send and keep, for the busiest rank, by closed forms (plan/traffic.py)."""
     if layout.engine != "native":
         return []
-    dtype = loaded.config.runtime.dtype if loaded.config.runtime.dtype != "auto" else "bfloat16"
+    given = loaded.config.runtime.dtype
+    dtype, where = (given, "") if given != "auto" else ("bfloat16", ", as on CUDA")
     found = predicted(shape_of(loaded.config, layout, dtype=dtype))
     kept, sent = found["memory_bytes"], found["sent_bytes_per_step"]
     parts = ", ".join(f"{name} {show_bytes(count)}" for name, count in kept.items())
-    lines = [f"in {dtype}, between steps a rank keeps {show_bytes(sum(kept.values()))} ({parts}); activations come on top"]
+    lines = [f"in {dtype}{where}, between steps a rank keeps {show_bytes(sum(kept.values()))} ({parts}); activations come on top"]
     if sent:
         lines.append(f"a rank sends at most {', '.join(f'{show_bytes(count)} over {axis}' for axis, count in sent.items())} a step")
     if layout.pp > 1:

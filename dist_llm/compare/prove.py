@@ -19,7 +19,7 @@ from dist_llm.config.layout import Layout
 from dist_llm.config.schema import Config, changed
 from dist_llm.model.table import num_parameters
 from dist_llm.ranks import run_ranks
-from dist_llm.train.proof import TOLERANCE, Run, Verdict, judge, proof_rank, read_run
+from dist_llm.train.proof import GROUPS, TOLERANCE, Run, Verdict, judge, proof_rank, read_run
 
 SEQUENCE = 48  # tokens of a proof sequence, about
 LARGEST = 8_000_000  # parameters of a model that is proved itself
@@ -94,10 +94,11 @@ class Prover:
 
     def prove(self, layout: Layout) -> tuple[Verdict, dict[str, Any], list[float]]:
         """(verdict, the row's `proof`, losses of the config's optimizer)."""
-        dtype, tolerance = "float64", TOLERANCE
+        dtype, tolerance = "float64", dict.fromkeys(GROUPS, TOLERANCE)
         if layout.engine == "deepspeed":  # it keeps float32 masters: judged against the rounding of float32 itself
             dtype = "float32"
-            tolerance = 10 * _distance(self.reference_run("float64"), self.reference_run("float32"))
+            distance = judge(self.reference_run("float64"), self.reference_run("float32"))
+            tolerance = {group: 10 * getattr(distance, group) for group in GROUPS}
         reference = self.reference_run(dtype)
         run = reference if layout == self.reference else self.run(layout, dtype=dtype)
         verdict = judge(reference, run, tolerance=tolerance, layout=layout)
@@ -106,14 +107,9 @@ class Prover:
             "dtype": dtype,
             "steps": self.subject.steps,
             "reference": str(self.reference),
-            "tolerance": tolerance,
+            "tolerance": max(tolerance.values()),
+            "tolerances": tolerance,
             "optimizers": [self.subject.config.optimizer.kind, "sgd"],
             "sequence": self.subject.config.data.sequence,
         }
         return verdict, about, run.record.losses[: self.subject.steps]
-
-
-def _distance(exact: Run, rounded: Run) -> float:
-    """The largest difference of any kind between two runs."""
-    verdict = judge(exact, rounded)
-    return max(verdict.loss, verdict.norm, verdict.gradient, verdict.parameter, verdict.moment)

@@ -106,7 +106,9 @@ def _schedule(config: Config, layout: Layout) -> Iterator[Problem]:
 
 
 def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
-    """Foreign engines split the batch alone."""
+    """Foreign engines split the batch alone. A compiled block reuses buffers that selective recompute has kept: wrong gradients."""
+    if config.runtime.compile and layout.recompute == "selective":
+        yield Problem("layout.recompute", "selective does not go with runtime.compile; full or none do")
     if layout.engine == "native":
         return
     for axis in ("tp", "cp", "pp", "ep"):
@@ -154,6 +156,9 @@ def _text(config: Config, layout: Layout) -> Iterator[Problem]:
 def _machine(config: Config, layout: Layout) -> Iterator[Problem]:
     if config.runtime.backend == "nccl" and config.runtime.device == "cpu":
         yield Problem("runtime.backend", "nccl moves device memory only, device is cpu; gloo serves the CPU")
+    for key in ("tensorboard", "wandb"):
+        if getattr(config.track, key):
+            yield Problem(f"track.{key}", "not available in this version; metrics.jsonl and report.html hold the numbers")
 
 
 def nearest_layouts(config: Config, layout: Layout, n: int = 3, *, world: int | None = None) -> list[Layout]:
@@ -208,5 +213,8 @@ def check(config: Config, world: int) -> Layout:
     if len(details) > 8:
         details = [*details[:7], f"... and {len(details) - 7} more"]
     near, ranks = nearest_layouts(config, layout, world=world), "1 rank" if world == 1 else f"{world} ranks"
-    details.append(f"these work on {ranks}: {'  '.join(map(canonical, near))}" if near else f"no layout of {ranks} works with this config")
+    if near:
+        details.append(f"these work on {ranks}: {'  '.join(map(canonical, near))}")
+    elif any(problem.key.startswith(("layout", "batch", "model")) for problem in broken):
+        details.append(f"no layout of {ranks} works with this config")
     raise UsageError(f"this config cannot run on {ranks}", found=f"layout {given}", details=details)

@@ -49,7 +49,7 @@ class MicroBatch:
     @property
     def targets(self) -> int:
         """How many labels count."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels >= 0).sum())
 
 
 class Batches:

@@ -62,7 +62,7 @@ def gradients(
     x: Tensor, weight: Tensor, labels: Tensor, log_sum: Tensor, scale: Tensor, *, first: int, vocab: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """d(scale * summed loss) by x (T, D), this slice's part of the sum, and by weight (v, D)."""
-    by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight)
+    by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide(weight.dtype))  # chunks add up in float32
     for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
         slope = (x[here] @ weight.T).to(log_sum.dtype).sub_(log_sum[here, None]).exp_()  # (chunk, v) softmax
@@ -73,8 +73,11 @@ def gradients(
         slope.mul_((labels[here, None] >= 0) * scale)
         slope = slope.to(x.dtype)
         torch.mm(slope, weight, out=by_x[here])
-        by_weight.addmm_(slope.T, x[here])
-    return by_x, by_weight
+        if by_weight.dtype == x.dtype:
+            by_weight.addmm_(slope.T, x[here])
+        else:
+            by_weight += slope.T @ x[here]
+    return by_x, by_weight.to(weight.dtype)
 
 
 def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -89,6 +92,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """Keeps the inputs and the log-sum-exp (T,)."""
         known = local_statistics(x, weight, labels, first=0)
         loss, log_sum = losses(known, labels, vocab=weight.shape[0], smoothing=smoothing)
         ctx.save_for_backward(x, weight, labels, log_sum)
@@ -97,6 +101,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale: Tensor):
+        """The slope of the summed loss -> by x (T, D) and by weight (V, D)."""
         x, weight, labels, log_sum = ctx.saved_tensors
         scale = scale.to(log_sum.dtype)
         by_x, by_weight = gradients(x, weight, labels, log_sum, scale, first=0, vocab=weight.shape[0], smoothing=ctx.smoothing)

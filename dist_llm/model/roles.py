@@ -36,9 +36,9 @@ class Roles:
         """Tokens (B, S) and weight (V, D) -> (B, S, D)."""
         return F.embedding(tokens, weight)
 
-    def loss(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """(B, S, D), weight (V, D) and labels (B, S) -> the summed cross-entropy, a float64 scalar."""
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, labels.flatten(), self.smoothing)
+    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
+        """(B, S, D), weight (V, D) and labels (B, S) -> the summed cross-entropy, a float64 scalar; smoothed in training."""
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, labels.flatten(), self.smoothing if smooth else 0.0)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, S, D) and weight (V, D) -> (B, S, V), whole: for sampling and for tests."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.model.roles import Roles
-from dist_llm.random import keep_mask, key_of
+from dist_llm.random import halves, keep_mask, key_of
 
 Make = Callable[[str], Any]  # global name -> its nn.Parameter, None where the model has no such row
 
@@ -35,8 +35,7 @@ class Context:
     mask: Tensor | None  # (B, 1, S, S), True where a query may look; None: plain causal
     places: Tensor  # (B, S) number of each token in the global batch: the address of its dropout masks
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, 1, S, E)
-    seed: int
-    step: int
+    dropout: Tensor | None  # (2,) the halves of the key of this step's masks; None: nothing is dropped
     training: bool
 
 
@@ -68,7 +67,9 @@ def make_context(
         mask = same & torch.ones(length, length, dtype=torch.bool, device=device).tril()
     rotary = model.positions == "rotary"
     table = rotary_table(positions, width=model.head_dim, theta=model.rope_theta, dtype=dtype) if rotary else None
-    return Context(tokens, labels, positions, mask, rows[:, None] * length + line, table, seed, step, training)
+    drops = bool(model.dropout) and training
+    key = torch.tensor(halves(key_of(seed, "dropout", step=step)), device=device) if drops else None
+    return Context(tokens, labels, positions, mask, rows[:, None] * length + line, table, key, training)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,14 +118,14 @@ class Dropout:
     """Dropout with an addressed mask: the same elements are dropped under every layout."""
 
     def __init__(self, name: str, rate: float, roles: Roles) -> None:
-        self.name, self.rate, self.roles = name, rate, roles
+        self.name, self.rate, self.roles = halves(key_of(0, "dropout", name)), rate, roles
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> (B, S, D), S the tokens kept outside split regions."""
-        if not (self.rate and context.training):
+        if context.dropout is None:
             return x
         place = self.roles.outside(context.places)[..., None] * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
-        keep = keep_mask(place, key_of(context.seed, "dropout", self.name, context.step), drop=self.rate)
+        keep = keep_mask(place, context.dropout, self.name, drop=self.rate)
         return x * keep / (1.0 - self.rate)
 
 
@@ -217,7 +218,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> the summed cross-entropy over the context's labels, a float64 scalar."""
-        return self.roles.loss(self.norm(x), self.head.weight, context.labels)
+        return self.roles.loss(self.norm(x), self.head.weight, context.labels, smooth=context.training)
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""

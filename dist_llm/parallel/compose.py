@@ -1,7 +1,7 @@
 """The one page with the order in which strategies are put together.
 
-    table -> cut into stages (pp) -> tensor-parallel roles (tp, sp) -> recompute -> flat units (zero) -> modules on
-    views of the flat buffers -> initial weights by name -> compile
+    table -> cut into stages (pp) -> tensor-parallel roles (tp, sp) -> flat units with initial weights by name (zero)
+    -> modules on views of the flat buffers -> compile -> recompute
 
 Strategies never import each other; only this page knows all. Which combinations are legal, and what changes in each:
 
@@ -65,7 +65,8 @@ def compose(
     roles = TensorRoles(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=smoothing)
     parts = stage_units(model, layout, sequence)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
-    flats = _flat_units(model, mesh, [name for index in mine for name in parts[index]], dtype=dtype, device=device, fixed=fixed)
+    walk = [name for index in mine for name in parts[index]]
+    flats = _flat_units(model, mesh, walk, dtype=dtype, device=device, fixed=fixed, seed=seed)
     stages = []
     for index in mine:
         units = []
@@ -77,15 +78,16 @@ def compose(
                 module.compile()
             units.append(Unit(name, module, own, layout.recompute if block else "none"))
         stages.append(Stage(index, units, first=index == 0, last=index == layout.stages - 1))
-    for flat in flats.values():
-        flat.initialise(seed=seed)
     return stages
 
 
 def _flat_units(
-    model: ModelConfig, mesh: Mesh, walk: Sequence[str], *, dtype: torch.dtype, device: torch.device, fixed: bool
+    model: ModelConfig, mesh: Mesh, walk: Sequence[str], *, dtype: torch.dtype, device: torch.device, fixed: bool, seed: int
 ) -> dict[str, FlatUnit]:
-    """A flat unit for each parameter unit that this rank's walk reads."""
+    """A flat unit for each parameter unit that this rank's walk reads, with initial weights.
+
+    One after the other: in stage 3 a unit is whole only while it is made.
+    """
     layout = mesh.layout
     flats: dict[str, FlatUnit] = {}
     for name in walk:
@@ -97,6 +99,7 @@ def _flat_units(
             num_uses = sum(unit in uses(model, other) for other in walk)
             shared = unit == "tied" and layout.pp > 1
             flats[unit] = FlatUnit(plan, mesh, dtype=dtype, device=device, num_uses=num_uses, fixed=fixed, shared=shared)
+            flats[unit].initialise(seed=seed)
     return flats
 
 

@@ -25,6 +25,7 @@ from dist_llm.parallel.zero import FlatUnit
 from dist_llm.schedule.actions import Action, Kind, Span, channel, gives, needs, owners, partner
 
 COMPUTE = (Kind.F, Kind.B)
+SENDS = 4  # messages on their way at once: each keeps its activations alive
 IN_FLIGHT = 2  # units whose gradients may be on the way at once: overlap with backward, without holding every buffer
 
 
@@ -154,6 +155,7 @@ class InTransit:
     coming: dict[Action, comm.Pending] = field(default_factory=dict)  # by RECV action
     going: list[comm.Pending] = field(default_factory=list)
     outputs: dict[Action, Tensor] = field(default_factory=dict)  # by SEND action
+    contexts: dict[int, Context] = field(default_factory=dict)  # of the micro-batches in flight
 
 
 class Pipeline:
@@ -166,30 +168,38 @@ class Pipeline:
         compute = [action for action in self.actions if action.kind in COMPUTE]
         self.following = dict(zip(compute, compute[1:], strict=False))
         self.reduced = _reduced(self.actions)
+        self.final = set({action.micro: action for action in compute}.values())  # the last use of each micro-batch here
         self.spans: list[Span] = []
         self.recording = False
 
     def run(self, contexts: Sequence[Context], *, scale: Tensor, boundary: Callable[[], Tensor]) -> Tensor:
         """One step: all micro-batches through this rank's stages; returns the summed loss (zero where the last stage is elsewhere).
 
+        contexts: each is taken when its micro-batch begins here and dropped when it ends.
         scale: the slope of the summed loss, 1 / target tokens of the global batch. boundary: an empty tensor (B, S', D).
         """
         state, self.spans = InTransit(), []
         loss = torch.zeros((), dtype=torch.float64, device=scale.device)
         for action in self.actions:
             taken = self._input(action, state, scale) if action.kind in COMPUTE else None
+            if action.kind in COMPUTE and action.micro not in state.contexts:
+                state.contexts[action.micro] = contexts[action.micro]
             start = time.perf_counter()  # waiting for the input is not work
             match action.kind:
                 case Kind.F:
-                    loss += self._forward(action, taken, contexts[action.micro], state)
+                    loss += self._forward(action, taken, state.contexts[action.micro], state)
                 case Kind.B:
-                    self._backward(action, taken, contexts[action.micro], state)
+                    self._backward(action, taken, state.contexts[action.micro], state)
                 case Kind.SEND_F | Kind.SEND_B:
+                    if len(state.going) == SENDS:  # validate() proves that even sends that wait for their receiver cannot lock
+                        state.going.pop(0).finish()
                     state.going.append(comm.start_send(state.outputs.pop(action), self._channel(action)))
                 case Kind.RECV_F | Kind.RECV_B:
                     state.coming[action] = comm.start_recv(boundary(), self._channel(action))
                 case Kind.REDUCE:
                     self.stages[action.stage].finish_reduce()
+            if action in self.final:
+                del state.contexts[action.micro]
             if self.recording:
                 self.spans.append(Span(self.mesh.at.pp, action, start, time.perf_counter()))
         for pending in state.going:

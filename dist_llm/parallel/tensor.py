@@ -47,9 +47,10 @@ class TensorRoles(Roles):
         """Enters with all tokens (B, S) and rows [first, first + v) of the table, leaves with (B, S', D)."""
         return embed(tokens, weight, self.first, self.group.key, self.sp)
 
-    def loss(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
         """Enters with (B, S', D) and v rows of the output table, leaves with the summed loss of all tokens on each rank."""
-        return vocabulary_loss(x, weight, labels, self.first, self.vocab, self.smoothing, self.group.key, self.sp)[0]
+        smoothing = self.smoothing if smooth else 0.0
+        return vocabulary_loss(x, weight, labels, self.first, self.vocab, smoothing, self.group.key, self.sp)[0]
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Enters with (B, S', D), leaves with this rank's logits (B, S, v)."""

@@ -49,7 +49,9 @@ class FlatUnit:
         self.weights = torch.zeros(plan.padded, dtype=dtype, device=device)
         self.sharded = self.stage == 3 and group.size > 1
         self.shard = self.weights[slice(*self.own)].clone() if self.sharded else self.weights[slice(*self.own)]
-        self.parameters: list[dict[str, nn.Parameter]] = [{} for _ in range(num_uses)]
+        # .data: in-place writes to the buffer are ours to order, autograd's version counter must not see them.
+        views = {slot.name: _view(self.weights, slot) for slot in plan.slots}
+        self.parameters = [{name: nn.Parameter(view.data) for name, view in views.items()} for _ in range(num_uses)]
         self.whole: dict[int, Tensor] = {use: self._zeros(plan.padded) for use in range(num_uses)} if self.by_step else {}
         self.sums: list[Tensor] = [] if self.by_step else [self._zeros(plan.shard_size) for _ in range(num_uses)]
         self.reducing: dict[int, comm.Pending] = {}
@@ -66,9 +68,6 @@ class FlatUnit:
 
     def parameter(self, name: str, use: int = 0) -> nn.Parameter:
         """The module's parameter: a view of the flat weights, one object per use so that gradients stay apart."""
-        slot = next(slot for slot in self.plan.slots if slot.name == name)
-        # .data: in-place writes to the buffer are ours to order, autograd's version counter must not see them.
-        self.parameters[use][name] = nn.Parameter(_view(self.weights, slot).data)
         return self.parameters[use][name]
 
     def initialise(self, *, seed: int) -> None:
@@ -199,13 +198,15 @@ class FlatUnit:
                     buffer[slot.offset : slot.offset + slot.numel].copy_(part)
 
     def square_sum(self) -> Tensor:
-        """Sum of the squares of this rank's shard of the gradient, float64; elements held twice are counted once."""
+        """Sum of the squares of this rank's shard of the gradient, float64; elements held twice are counted once.
+
+        A replica that is not finite makes the sum NaN, so that no rank takes the update.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         assert self.gradient is not None
-        if self.counted:
-            for piece in self.plan.pieces(self.group.index):
-                if piece.slot.sharding.owner(self.mesh.at.tp):
-                    total += torch.linalg.vector_norm(self._run(self._own_part(self.gradient), piece), dtype=torch.float64).square()
+        for piece in self.plan.pieces(self.group.index):
+            square = torch.linalg.vector_norm(self.own_run(self.gradient, piece), dtype=torch.float64).square()
+            total += square if self.counted and piece.slot.sharding.owner(self.mesh.at.tp) else 0.0 * square
         return total
 
     # --- update ------------------------------------------------------------------------------------------------------

@@ -107,9 +107,11 @@ def _flat_plans(shape: Shape, pp: int, tp: int) -> dict[str, tuple[FlatPlan, int
     found: dict[str, tuple[FlatPlan, int]] = {}
     for name in (name for units in shape.rank_stages(pp).values() for name in units):
         for unit in uses(shape.model, name):
-            options = {"tp": shape.layout.tp, "sp": shape.layout.sp, "coordinate": tp, "shards": shape.data}
-            plan = found[unit][0] if unit in found else pack(_rows(shape)[unit], unit=unit, **options)
-            found[unit] = (plan, found[unit][1] + 1 if unit in found else 1)
+            if unit in found:
+                found[unit] = (found[unit][0], found[unit][1] + 1)
+                continue
+            layout, rows = shape.layout, _rows(shape)[unit]
+            found[unit] = (pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=tp, shards=shape.data), 1)
     return found
 
 

@@ -28,6 +28,7 @@ class Bar(NamedTuple):
 
     @property
     def name(self) -> str:
+        """What the bar is, in words."""
         return NAMES.get(self.action.kind, MESSAGE) if self.action else MESSAGE
 
 

@@ -26,7 +26,8 @@ def learning_rate(step: int, schedule: ScheduleConfig, *, peak: float) -> float:
         case "cosine":
             return floor + (peak - floor) * 0.5 * (1.0 + cos(pi * progress))
         case "wsd":
-            fading = max(0.0, (progress - (1.0 - schedule.decay)) / schedule.decay) if schedule.decay else 0.0
-            return peak + (floor - peak) * fading
+            decay = min(length, max(1, round(schedule.decay * schedule.steps)))  # steps of the last phase
+            fading = min(1.0, max(0.0, (step + 1 - (schedule.steps - decay)) / decay)) if schedule.decay else 0.0
+            return peak * (1.0 - fading) + floor * fading
         case "inverse_sqrt":
             return max(floor, peak * sqrt(max(1, schedule.warmup) / (step + 1)))

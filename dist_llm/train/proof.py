@@ -32,6 +32,7 @@ from dist_llm.train.trainer import Trainer
 
 TOLERANCE = 1e-10  # float64
 FLOOR = 1e-3  # of the largest reference value of a kind: below it a tensor counts as zero (a key bias has no gradient)
+GROUPS = ("loss", "norm", "gradient", "parameter", "moment")
 KINDS = {"gradient": "gradient", "weight": "parameter", "first_moment": "moment", "second_moment": "moment"}
 
 
@@ -195,14 +196,18 @@ class Verdict:
         return self.first is None
 
 
-def judge(reference: Run, run: Run, *, tolerance: float = TOLERANCE, layout: Layout | None = None) -> Verdict:
-    """Compares a run with the reference, in the order in which training makes the numbers."""
-    worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "parameter": 0.0, "moment": 0.0}
+def judge(reference: Run, run: Run, *, tolerance: float | dict[str, float] = TOLERANCE, layout: Layout | None = None) -> Verdict:
+    """Compares a run with the reference, in the order in which training makes the numbers.
+
+    tolerance: one for all, or one for each of loss, norm, gradient, parameter and moment.
+    """
+    allowed = tolerance if isinstance(tolerance, dict) else dict.fromkeys(GROUPS, tolerance)
+    worst = dict.fromkeys(GROUPS, 0.0)
     first: First | None = None
     for kind, name, step, difference in _differences(reference, run):
         group = KINDS.get(kind, kind)
         worst[group] = max(worst[group], difference) if difference == difference else difference
-        if first is None and not difference < tolerance:
+        if first is None and not difference < allowed[group]:
             where = (step, kind, name)
             hint = likely_cause(kind, name, reference, run, step, layout)
             first = First(kind, name, step, _worst_rank(reference, run, where), difference, hint)
@@ -213,9 +218,10 @@ def _differences(reference: Run, run: Run) -> Iterator[tuple[str, str, int, floa
     assert reference.tensors.keys() == run.tensors.keys(), reference.tensors.keys() ^ run.tensors.keys()
     for step, (ours, theirs) in enumerate(zip(reference.record.losses, run.record.losses, strict=True)):
         yield "loss", "loss", step, abs(ours - theirs) / abs(ours)
-        norm = reference.record.norms[step]
-        yield "norm", "gradient norm", step, abs(norm - run.record.norms[step]) / norm
         for kind in KINDS:
+            if kind == "weight":  # after the gradients, before what follows from them
+                norm = reference.record.norms[step]
+                yield "norm", "gradient norm", step, abs(norm - run.record.norms[step]) / norm
             names = [name for at, which, name in reference.tensors if (at, which) == (step, kind)]
             largest = max((float(np.abs(reference.tensors[step, kind, name]).max()) for name in names), default=0.0)
             for name in names:
@@ -236,6 +242,8 @@ def _worst_rank(reference: Run, run: Run, where: tuple[int, str, str]) -> int | 
 
 def likely_cause(kind: str, name: str, reference: Run, run: Run, step: int, layout: Layout | None) -> str:
     """What a difference of this shape usually comes from (docs/traps.md), in a few words."""
+    if kind == "loss" and step:
+        return "the weights that this step used: not shared after the update before, or stale (traps 23, 25)"
     if kind == "loss":
         return "initial weights, data order or the count of target tokens (traps 1, 3, 12)"
     gradients = [name for at, which, name in reference.tensors if (at, which) == (step, "gradient")]

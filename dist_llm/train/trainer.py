@@ -40,6 +40,19 @@ class Step:
     data_wait: float  # seconds
 
 
+class Contexts(Sequence[Context]):
+    """The contexts of a step, each made when it is asked for: with masks they are large."""
+
+    def __init__(self, trainer: Trainer, batches: Sequence[MicroBatch], step: int) -> None:
+        self.trainer, self.batches, self.step = trainer, batches, step
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.trainer.context(self.batches[at], step=self.step, training=True)
+
+
 class Trainer:
     """Takes steps with an engine and an order of batches."""
 
@@ -58,7 +71,7 @@ class Trainer:
         batches = self._take(step)
         waited = time.perf_counter() - start
         targets = self._count_targets(batches)
-        self.engine.run(self._contexts(batches, step), targets=targets)
+        self.engine.run(Contexts(self, batches, step), targets=targets)
         totals = self.engine.finish_gradients()
         self._refuse_non_finite(totals, step)
         rate = learning_rate(step, self.config.schedule, peak=self.config.optimizer.lr)
@@ -77,9 +90,6 @@ class Trainer:
         if total == 0:
             raise NumericError("a batch without a single target token", expected="at least one label to learn from", where="labels")
         return total
-
-    def _contexts(self, batches: Sequence[MicroBatch], step: int) -> list[Context]:
-        return [self.context(batch, step=step, training=True) for batch in batches]
 
     def context(self, batch: MicroBatch, *, step: int, training: bool) -> Context:
         """A micro-batch on the engine's device, as the model takes it."""
