@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,11 @@ def ranks() -> Iterator[Ranks]:
     helper = Ranks()
     yield helper
     helper.close()
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """A case that plays a rank in this process must not leave the processor flushing denormals for the tests after it."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)

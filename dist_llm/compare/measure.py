@@ -24,7 +24,7 @@ from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.schedule.actions import Kind, Span, parse
 from dist_llm.schedule.simulate import simulate, summary
 from dist_llm.train.memory import LiveMemory
-from dist_llm.train.setup import choose_device, choose_dtype, make_engine, make_mesh
+from dist_llm.train.setup import choose_device, choose_dtype, make_engine, make_mesh, settle_rank
 from dist_llm.train.trainer import Trainer
 
 WARMUP = 1  # steps before the clock starts
@@ -47,6 +47,7 @@ def speed_rank(rank: int, world: int, say: Callable, config: dict[str, Any], lay
     """One rank of the speed pass: trains steps under the clock and returns what it measured."""
     resident = _resident()
     settings, shape = Config.model_validate(config), Layout(**layout)
+    settle_rank(settings.runtime)
     device = choose_device(settings.runtime, local_rank=rank)
     prepared = prepare(settings.data, seed=settings.runtime.seed)
     order = training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)

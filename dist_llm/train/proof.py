@@ -27,7 +27,7 @@ from dist_llm.config.schema import Config, changed
 from dist_llm.data.batches import IGNORED, MicroBatch
 from dist_llm.mesh import Mesh
 from dist_llm.random import bits, key_of, uniform
-from dist_llm.train.setup import DTYPES, choose_device, make_engine, make_mesh
+from dist_llm.train.setup import DTYPES, choose_device, make_engine, make_mesh, settle_rank
 from dist_llm.train.trainer import Trainer
 
 TOLERANCE = 1e-10  # float64
@@ -82,6 +82,7 @@ def proof_rank(rank: int, world: int, say: Callable, job: dict[str, Any], layout
     initial weights (default: the config's own); their steps are counted on. Returns a Record as a dict.
     """
     settings, shape = Config.model_validate(job["config"]), Layout(**layout)
+    settle_rank(settings.runtime)
     device = choose_device(settings.runtime, local_rank=rank)
     mesh = make_mesh(settings, shape, rank)
     kept = _Kept(record=Record([], []))

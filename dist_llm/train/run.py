@@ -25,7 +25,7 @@ from dist_llm.ranks import run_ranks
 from dist_llm.train import checkpoint
 from dist_llm.train.checkpoint import Checkpoint, newest, step_folders
 from dist_llm.train.fit import fit
-from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh
+from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, settle_rank
 from dist_llm.train.storage import together
 from dist_llm.train.trainer import Trainer
 
@@ -114,6 +114,7 @@ def train_rank(
     """One rank of a run: builds its part, takes up a checkpoint if there is one to, and trains. Rank 0 tells."""
     settings, shape = Config.model_validate(config), Layout(**layout)
     tell: Tell = say if rank == 0 else lambda message: None
+    settle_rank(settings.runtime)
     device = choose_device(settings.runtime, local_rank=rank if local_rank is None else local_rank)
     mesh = make_mesh(settings, shape, rank)
     prepared = prepare(settings.data, seed=settings.runtime.seed)

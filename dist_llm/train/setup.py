@@ -19,14 +19,18 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 def choose_device(runtime: RuntimeConfig, *, local_rank: int) -> torch.device:
     """The device of a rank: CUDA where there is one, unless `runtime.device` says otherwise."""
     if runtime.device == "cpu" or (runtime.device == "auto" and not torch.cuda.is_available()):
-        torch.set_num_threads(runtime.threads or 1)
-        torch.set_flush_denormal(True)
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UsageError("no CUDA device here", where="runtime.device", expected="a CUDA device", found="none", next="dist-llm doctor")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def settle_rank(runtime: RuntimeConfig) -> None:
+    """Sets what holds for the whole process of a rank: CPU threads, and denormals to zero (they make a step 30 times slower)."""
+    torch.set_num_threads(runtime.threads or 1)
+    torch.set_flush_denormal(True)
 
 
 def choose_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
