@@ -24,14 +24,17 @@ from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.schedule.actions import Kind, Span, parse
 from dist_llm.schedule.simulate import simulate, summary
 from dist_llm.train.memory import LiveMemory
-from dist_llm.train.setup import choose_device, choose_dtype, make_engine, make_mesh, settle_rank
+from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, settle_rank
 from dist_llm.train.trainer import Trainer
 
 WARMUP = 1  # steps before the clock starts
 
 
 def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any]) -> dict[str, Any]:
-    """Builds corpus, tokenizer and token shards in a process of its own (threads must not exist where ranks are forked)."""
+    """Builds corpus, tokenizer and token shards, and looks at the devices: returns backend and dtype of the ranks.
+
+    In a process of its own: where ranks are forked there must be no threads, and no CUDA may have been touched.
+    """
     settings = Config.model_validate(config)
 
     def progress(message: str, part: float) -> None:
@@ -40,7 +43,9 @@ def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any]) -
     prepared = prepare(settings.data, seed=settings.runtime.seed, progress=progress)
     prepared.require_vocab(settings.model.vocab)
     training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
-    return {"fingerprint": prepared.fingerprint, "notes": list(prepared.notes)}
+    device = choose_device(settings.runtime, local_rank=0)
+    dtype = str(choose_dtype(settings.runtime, device)).removeprefix("torch.")
+    return {"fingerprint": prepared.fingerprint, "notes": list(prepared.notes), "backend": backend_name(settings.runtime), "dtype": dtype}
 
 
 def speed_rank(rank: int, world: int, say: Callable, config: dict[str, Any], layout: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -117,8 +122,8 @@ def _peak_resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks measured and what was predicted, as keys of a row of comparison.json."""
+def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]], *, dtype: str) -> dict[str, Any]:
+    """What the ranks measured and what was predicted, as keys of a row of comparison.json. dtype: of the ranks' weights."""
     slowest = max(rank["step_seconds"] for rank in ranks)
     tokens = config.batch.global_ * config.data.sequence
     axes = sorted({axis for rank in ranks for axis in rank["sent"]})
@@ -138,16 +143,10 @@ def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]]) -> di
     if layout.engine != "native":
         row |= {"sent_bytes_per_step": {}, "sent_bytes_by_rank": {}}  # what other libraries send is not booked here
     else:
-        shape = shape_of(config, layout, dtype=_dtype_name(config))
+        shape = shape_of(config, layout, dtype=dtype)
         drawn = {"measured": [_shown(span) for span in spans], "simulated": _simulated(shape, spans)}
         row |= {"predicted": predicted(shape), "spans": drawn, "bytes_exact": _bytes_exact(shape, ranks)}
     return row
-
-
-def _dtype_name(config: Config) -> str:
-    if config.runtime.dtype != "auto":
-        return config.runtime.dtype
-    return "float32" if config.runtime.device == "cpu" or not torch.cuda.is_available() else "bfloat16"
 
 
 def _bytes_exact(shape: Shape, ranks: list[dict[str, Any]]) -> bool:

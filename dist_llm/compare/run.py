@@ -65,14 +65,8 @@ class Comparison:
         typed = [entry.layout for entry in entries]
         self.entries = [*([] if reference.layout in typed else [reference]), *entries]
         self.steps = steps
-        runtime = config.runtime
-        self.options: dict[str, Any] = {
-            "backend": _backend(config),
-            "timeout_seconds": runtime.timeout_seconds,
-            "log_dir": run_dir / "logs",
-        }
+        self.options: dict[str, Any] = {"timeout_seconds": config.runtime.timeout_seconds, "log_dir": run_dir / "logs"}
         self.subject = subject(config, [entry.layout for entry in self.entries], steps=3)
-        self.prover = Prover(self.subject, reference.layout, **self.options)
 
     def run(self, *, command: str | None = None) -> dict[str, Any]:
         """Everything; returns the content of comparison.json."""
@@ -82,7 +76,9 @@ class Comparison:
         def progress(rank: int, value: dict[str, Any]) -> None:
             self.say(f"data: {value['message']}")
 
-        run_ranks(1, prepare_rank, config, **self.options, on_message=progress)
+        (found,) = run_ranks(1, prepare_rank, config, **self.options, on_message=progress)
+        self.dtype, self.options["backend"] = found["dtype"], found["backend"]
+        self.prover = Prover(self.subject, self.reference.layout, **self.options)
         rows = []
         for at, entry in enumerate(self.entries):
             self.say(f"[{at + 1}/{len(self.entries)}] {entry.given}: proving and measuring on {entry.layout.world} rank(s)")
@@ -107,7 +103,7 @@ class Comparison:
             row |= _proof_keys(verdict, about, losses)
             config = changed(self.config, {"layout": parse_layout(entry.given)}).model_dump(by_alias=True)
             ranks = run_ranks(layout.world, speed_rank, config, asdict(layout), self.steps, **self.options)
-            row |= speed_row(self.config, layout, ranks)
+            row |= speed_row(self.config, layout, ranks, dtype=self.dtype)
         except Failure as failure:
             found = f" ({failure.found})" if failure.found else ""
             said = plain(f"{failure.what}{found}; {failure.where or ''}".rstrip("; "))
@@ -137,12 +133,6 @@ def _outcome(row: dict[str, Any]) -> str:
     wrong = first and f"NOT EQUAL: {first['kind']} of {first['name']} at step {first['step']}"
     said = f"equal, largest difference {largest:.1e}" if row["equal"] else wrong
     return f"{said}; step {row['step_seconds']:.3f} s"
-
-
-def _backend(config: Config) -> str:
-    from dist_llm.train.setup import backend_name
-
-    return backend_name(config.runtime)
 
 
 def environment() -> dict[str, str]:

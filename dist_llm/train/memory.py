@@ -33,6 +33,11 @@ class LiveMemory(TorchDispatchMode):
         self.kept = self.now
         self.peak = self.now
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing is compiled here, and asking would import torch._dynamo (1 s and 67 MB)."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the operation, then counts what is alive."""
         body = bodies.get(function._schema.name)
