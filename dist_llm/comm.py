@@ -52,12 +52,14 @@ ledger = Ledger()
 
 @contextmanager
 def booked_on(axis: str):
-    """Books the bytes of the block on `axis` (control: norms, counts and flags)."""
+    """Books the bytes of the block on `axis` (control: norms and flags)."""
     before = ledger.sent.copy()
-    yield
-    moved = sum(ledger.sent.values()) - sum(before.values())
-    ledger.sent = before
-    ledger.book(axis, moved)
+    try:
+        yield
+    finally:
+        moved = sum(ledger.sent.values()) - sum(before.values())
+        ledger.sent = before
+        ledger.book(axis, moved)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from dist_llm.config.layout import Layout
@@ -19,6 +20,7 @@ from dist_llm.sharding import split_parts
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
 _keys = itertools.count()
+_patience = timedelta(minutes=10)  # how long a group waits for its ranks: what `connect` was told
 groups_by_key: dict[str, Group] = {}  # custom operations name their group by a string
 
 
@@ -74,8 +76,10 @@ class Mesh:
     """This rank's coordinates and groups.
 
     tp, pp: the lines through this rank along one axis. data: the ranks with the same parameters (dp x cp), over which
-    gradients are summed. tied: first and last pipeline stage, where they share a weight. kv: the tp ranks that hold
-    the same key and value heads. world: everyone. channels: (source rank, destination rank, "F" or "B") -> group.
+    gradients are summed. shard: the neighbours in `data` that split what ZeRO splits; replica: the ranks of `data` with
+    the same part of it, one from each such group (arXiv:2304.11277, hybrid sharding). tied: first and last pipeline
+    stage, where they share a weight. kv: the tp ranks that hold the same key and value heads. world: everyone.
+    channels: (source rank, destination rank, "F" or "B") -> group.
     """
 
     layout: Layout
@@ -84,6 +88,8 @@ class Mesh:
     tp: Group
     pp: Group
     data: Group
+    shard: Group
+    replica: Group
     tied: Group
     kv: Group
     world: Group
@@ -93,7 +99,7 @@ class Mesh:
 def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int | None = None) -> Mesh:
     """Makes the groups of a layout; every rank of the job calls this with the same layout.
 
-    The process group is connected already (`connect`) if the world has more than one rank.
+    The process group is connected already (`connect`) if the world has more than one rank. Returns with every group in use.
     """
     tp, cp, dp, pp = layout.tp, layout.cp, layout.dp, layout.pp
 
@@ -108,20 +114,26 @@ def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int |
         return found
 
     make = _GroupMaker(layout.world, rank)
+    data, size = line(dp=range(dp), cp=range(cp)), layout.shard
+    assert dp * cp % size == 0, layout
     parts = min(kv_heads or tp, tp)
     shared = [[r for r, cut in enumerate(split_parts(parts, tp)) if cut == kept] for kept in sorted(set(split_parts(parts, tp)))]
-    return Mesh(
+    mesh = Mesh(
         layout=layout,
         rank=rank,
         at=coordinate(rank, layout),
         world=make.one_of("control", [tuple(range(layout.world))]),
         tp=make.one_of("tp", line(tp=range(tp))),
         pp=make.one_of("pp", line(pp=range(pp))),
-        data=make.one_of("dp", line(dp=range(dp), cp=range(cp))),
+        data=make.one_of("dp", data),
+        shard=make.one_of("dp", [ranks[at : at + size] for ranks in data for at in range(0, len(ranks), size)]),
+        replica=make.one_of("dp", [ranks[at::size] for ranks in data for at in range(size)]),
         tied=make.one_of("pp", line(pp=range(0, pp, pp - 1)) if tied and pp > 1 else []),
         kv=make.one_of("tp", [tuple(group[i] for i in held) for group in line(tp=range(tp)) for held in shared]),
         channels=make.channels(line(pp=range(pp)) if pp > 1 else [], looped=layout.chunks > 1),
     )
+    make.open(mesh.channels)
+    return mesh
 
 
 class _GroupMaker:
@@ -136,7 +148,7 @@ class _GroupMaker:
         for ranks in groups:
             if len(ranks) > 1 and ranks not in self.handles:
                 whole = ranks == tuple(range(self.world))
-                self.handles[ranks] = dist.group.WORLD if whole else dist.new_group(list(ranks))
+                self.handles[ranks] = dist.group.WORLD if whole else dist.new_group(list(ranks), timeout=_patience)
         mine = next((ranks for ranks in groups if self.rank in ranks), (self.rank,))
         return Group(axis, mine, mine.index(self.rank), self.handles.get(mine))
 
@@ -150,19 +162,42 @@ class _GroupMaker:
         for ranks in lines:
             for source, target in zip(ranks, (*ranks[1:], *(ranks[:1] if looped else ())), strict=looped):
                 for pair in ((source, target, "F"), (target, source, "B")):
-                    handle = dist.new_group([source, target])
+                    handle = dist.new_group([source, target], timeout=_patience)
                     if self.rank in pair[:2]:
                         ends = tuple(sorted(pair[:2]))
                         found[pair] = Group("pp", ends, ends.index(self.rank), handle)
         return found
 
+    def open(self, channels: dict[tuple[int, int, str], Group]) -> None:
+        """Uses each group and channel of this rank once, in the order in which all ranks have made them; booked nowhere.
+
+        NCCL connects the ranks of a group at its first use, and that holds up each of them until all are there. In a step it
+        would be a deadlock: a rank posts what it will receive while the sender waits for it elsewhere. So it happens here.
+        """
+        mine = [handle for ranks, handle in self.handles.items() if self.rank in ranks]
+        if not mine:
+            return
+        token = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        for handle in mine:
+            dist.all_reduce(token, group=handle)
+        for (source, target, _), channel in channels.items():
+            if self.rank == source:
+                dist.send(token, dst=target, group=channel.handle)
+            else:
+                dist.recv(token, src=source, group=channel.handle)
+
 
 def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str | None = None) -> None:
-    """Joins the job: through a file store on one machine, or by torchrun's environment when `store_path` is None."""
+    """Joins the job: through a file store on one machine, or by torchrun's environment when `store_path` is None.
+
+    timeout_seconds: how long a rank waits for the others, here and in every group that is made later.
+    """
+    global _patience
+    _patience = timedelta(seconds=timeout_seconds)
     store = dist.FileStore(store_path, world) if store_path else None
     place: dict[str, Any] = {"rank": rank, "world_size": world, "store": store} if store else {}
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
+        dist.init_process_group(backend, timeout=_patience, **place)
     except (RuntimeError, ValueError) as error:
         raise PeerError(
             "the ranks could not meet",

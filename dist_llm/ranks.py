@@ -1,9 +1,9 @@
 """Local ranks: starts them, listens to them, and ends them together.
 
 Ranks are forked from a process that has imported torch but run no operator (59 ms for two ranks; a spawn imports
-torch anew, about 2 s each). They meet through a file store in shared memory, so no port is opened. Each sends its
-result, or the failure that stopped it, as one JSON line; when one fails the others are stopped, and the parent raises
-that failure once. A rank dies with its parent.
+torch anew, about 2 s each). They meet through a file store in memory that has no name, so no port is opened and nothing
+is left of it, however they end. Each sends its result, or the failure that stopped it, as one JSON line; when one fails
+the others are stopped, and the parent raises that failure once. A rank dies with its parent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import selectors
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +24,11 @@ from dist_llm.errors import Code, Failure, MemoryFailure, PeerError, from_dict
 
 GRACE_SECONDS = 2.0  # between the first failure and the end of the other ranks
 PR_SET_PDEATHSIG = 1
+# What gloo and NCCL say of a rank that is gone or does not come.
+LOST = (
+    *("Connection closed by peer", "Connection closed by remote peer", "Connection reset", "Broken pipe"),
+    *("Timed out waiting", "Socket Timeout", "ncclRemoteError"),
+)
 
 
 def run_ranks(
@@ -46,25 +50,25 @@ def run_ranks(
 
     sys.stdout.flush()
     sys.stderr.flush()
-    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(prefix="dist-llm-", dir=shared) as folder:
-        place = {"world": world, "backend": backend, "timeout_seconds": timeout_seconds, "store_path": f"{folder}/store"}
-        children: dict[int, tuple[int, int]] = {}  # rank -> (pid, read end of its pipe)
-        kills = _memory_kills()
-        try:
-            for rank in range(world):
-                read, write = os.pipe()
-                pid = os.fork()
-                if pid == 0:
-                    os.close(read)
-                    _child(rank, write, place, log_dir, work, arguments)
-                os.close(write)
-                children[rank] = (pid, read)
-            return _Listener(children, log_dir, on_message, kills).listen()
-        finally:
-            for pid, read in children.values():
-                _end(pid)
+    meeting = os.memfd_create("dist-llm-store")  # every rank has inherited it, and opens it by its number
+    place = {"world": world, "backend": backend, "timeout_seconds": timeout_seconds, "store_path": f"/proc/self/fd/{meeting}"}
+    children: dict[int, tuple[int, int]] = {}  # rank -> (pid, read end of its pipe)
+    kills = _memory_kills()
+    try:
+        for rank in range(world):
+            read, write = os.pipe()
+            pid = os.fork()
+            if pid == 0:
                 os.close(read)
+                _child(rank, write, place, log_dir, work, arguments)
+            os.close(write)
+            children[rank] = (pid, read)
+        return _Listener(children, log_dir, on_message, kills).listen()
+    finally:
+        os.close(meeting)
+        for pid, read in children.values():
+            _end(pid)
+            os.close(read)
 
 
 def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, work: Callable, arguments: tuple) -> None:
@@ -97,7 +101,7 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
     except BaseException as error:
         traceback.print_exc()
         where = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-        bug = _known(error) or Failure("a bug in dist-llm, or a fault it does not know", where=f"rank {rank}", found=where)
+        bug = known_failure(error) or Failure("a bug in dist-llm, or a fault it does not know", where=f"rank {rank}", found=where)
         say({**bug.as_dict(), "traceback": traceback.format_exc()}, "failure")
         code = bug.code
     finally:
@@ -106,13 +110,15 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
         os._exit(code)
 
 
-def _known(error: BaseException) -> Failure | None:
-    """The failure behind an exception of torch or the system, where it is a known one."""
+def known_failure(error: BaseException) -> Failure | None:
+    """The failure behind an exception of torch or the system, where it is a known one.
+
+    Not every error of NCCL is a lost rank: only those that say so.
+    """
     text = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return MemoryFailure("out of memory", found=text.splitlines()[0], expected="a smaller batch.micro, zero=3, or recompute=full")
-    lost = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Socket Timeout", "NCCL error", "Broken pipe")
-    if isinstance(error, RuntimeError) and any(word in text for word in lost):
+    if isinstance(error, RuntimeError) and any(word in text for word in LOST):
         return PeerError("another rank was lost", found=text.splitlines()[0])
     return None
 

@@ -21,6 +21,7 @@ from dist_llm import comm
 from dist_llm.config.layout import Layout
 from dist_llm.errors import DataError
 from dist_llm.mesh import Group, build_mesh
+from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.model.roles import Roles
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.sharding import split_parts
@@ -51,7 +52,7 @@ def mesh_groups(rank: int, world: int, say: Say, layout: dict[str, Any], tied: b
     torch.set_num_threads(1)
     mesh = build_mesh(Layout(**layout), rank, tied=tied, kv_heads=kv_heads)
     found: dict[str, Any] = {}
-    for name in ("tp", "pp", "data", "tied", "kv", "world"):
+    for name in ("tp", "pp", "data", "shard", "replica", "tied", "kv", "world"):
         group: Group = getattr(mesh, name)
         here = comm.all_reduce(torch.nn.functional.one_hot(torch.tensor(rank), world), group)
         assert here.nonzero().flatten().tolist() == sorted(group.ranks), (name, here, group)
@@ -288,45 +289,62 @@ def leaf(x: torch.Tensor) -> torch.Tensor:
     return x.detach().clone().requires_grad_()
 
 
-def tensor_columns(rank: int, world: int, say: Say, sp: bool, biased: bool) -> None:
-    """Three projections of one input, uneven over ranks: outputs, and gradients by input, weights and biases."""
+def _feeds(gain: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> tuple[Norm, Projections]:
+    """An RMSNorm and the projections behind it, of given tensors."""
+    norm = Norm({"n.weight": gain}.get, "n", kind="rms", eps=1e-5)
+    parts = [Projection({"p.weight": w, "p.bias": b}.get, "p") for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
+    return norm, Projections(*parts)
+
+
+def tensor_columns(rank: int, world: int, say: Say, sp: bool, biased: bool, joined: bool) -> None:
+    """Three projections of one input behind its norm, uneven over ranks: outputs, and gradients by input, norm, weights and biases."""
     pair = Pair(rank, world, sp=sp, vocab=13, smoothing=0.0)
-    x, widths = pair.random(BATCH, SEQUENCE, DIM), (4 * world, world, 3 * world + 1)
+    x, gain, widths = pair.random(BATCH, SEQUENCE, DIM), pair.random(DIM), (4 * world, world, 3 * world + 1)
     weights, biases = [pair.random(width, DIM) for width in widths], [pair.random(width) for width in widths]
     slopes = [pair.random(BATCH, SEQUENCE, width) for width in widths]
     cuts = [slice(*split_parts(width, world)[rank]) for width in widths]
 
-    whole = [leaf(x), *map(leaf, weights), *(map(leaf, biases) if biased else ())]
-    mine = [leaf(pair.outside(x)), *(leaf(w[cut]) for w, cut in zip(weights, cuts, strict=True))]
+    whole = [leaf(x), leaf(gain), *map(leaf, weights), *(map(leaf, biases) if biased else ())]
+    local = [w[cut] for w, cut in zip(weights, cuts, strict=True)]
+    if joined:
+        local = list(torch.cat(local).split([len(part) for part in local]))
+    mine = [leaf(pair.outside(x)), leaf(gain), *(part.detach().requires_grad_() for part in local)]
     mine += [leaf(b[cut]) for b, cut in zip(biases, cuts, strict=True)] if biased else []
-    expected = pair.plain.columns(whole[0], whole[1:4], whole[4:] or [None] * 3)
-    found = pair.split.columns(mine[0], mine[1:4], mine[4:] or [None] * 3)
+    split = _feeds(mine[1], mine[2:5], mine[5:])
+    assert split[1].joined == joined
+    expected, found = pair.plain.columns(whole[0], *_feeds(whole[1], whole[2:5], whole[5:])), pair.split.columns(mine[0], *split)
     for a, b, cut in zip(expected, found, cuts, strict=True):
         pair.same(a[..., cut], b, "columns")
     by_whole = torch.autograd.grad(expected, whole, slopes)
-    by_mine = torch.autograd.grad(found, mine, [slope[..., cut] for slope, cut in zip(slopes, cuts, strict=True)])
+    local_slopes = [slope[..., cut] for slope, cut in zip(slopes, cuts, strict=True)]
+    if joined:
+        local_slopes = list(torch.cat(local_slopes, dim=-1).split([slope.shape[-1] for slope in local_slopes], dim=-1))
+    by_mine = list(torch.autograd.grad(found, mine, local_slopes))
     pair.same(pair.outside(by_whole[0]), by_mine[0], "columns by x")
-    for a, b, cut in zip(by_whole[1:], by_mine[1:], cuts * 2, strict=False):
+    summed = comm.all_reduce(by_mine[1].clone(), pair.mesh.tp) if sp else by_mine[1]  # each rank saw its own tokens
+    pair.same(by_whole[1], summed, "columns by the norm's weight")
+    for a, b, cut in zip(by_whole[2:], by_mine[2:], cuts * 2, strict=False):
         pair.same(a[cut], b, "columns by weight or bias")
 
 
-def tensor_row(rank: int, world: int, say: Say, sp: bool, biased: bool) -> None:
-    """The way back: the bias is added once (trap 10), and with sp its gradient is a part of the sum (trap 8)."""
+def tensor_row(rank: int, world: int, say: Say, sp: bool, activation: str) -> None:
+    """The way back: the activation inside, the bias added once (trap 10), and with sp its gradient is a part of the sum (trap 8)."""
     pair, width = Pair(rank, world, sp=sp, vocab=13, smoothing=0.0), 3 * world + 1
-    x, weight, bias = pair.random(BATCH, SEQUENCE, width), pair.random(DIM, width), pair.random(DIM)
+    parts = [pair.random(BATCH, SEQUENCE, width) for _ in range(2 if activation == "swiglu" else 1)]
+    weight, bias = pair.random(DIM, width), pair.random(DIM)
     slope, cut = pair.random(BATCH, SEQUENCE, DIM), slice(*split_parts(width, world)[rank])
-    whole, mine = [leaf(x), leaf(weight), leaf(bias)], [leaf(x[..., cut]), leaf(weight[:, cut]), leaf(bias)]
-    if not biased:
-        whole, mine = whole[:2], mine[:2]
-    expected, found = pair.plain.row(*whole, *(() if biased else [None])), pair.split.row(*mine, *(() if biased else [None]))
+    whole = [*map(leaf, parts), leaf(weight), leaf(bias)]
+    mine = [*(leaf(part[..., cut]) for part in parts), leaf(weight[:, cut]), leaf(bias)]
+    expected = pair.plain.row(whole[:-2], activation, *whole[-2:])
+    found = pair.split.row(mine[:-2], activation, *mine[-2:])
     pair.same(pair.outside(expected), found, "row")
     by_whole = torch.autograd.grad(expected, whole, slope)
     by_mine = list(torch.autograd.grad(found, mine, pair.outside(slope)))
-    pair.same(by_whole[0][..., cut], by_mine[0], "row by x")
-    pair.same(by_whole[1][:, cut], by_mine[1], "row by weight")
-    if biased:
-        summed = comm.all_reduce(by_mine[2].clone(), pair.mesh.tp) if sp else by_mine[2]
-        pair.same(by_whole[2], summed, "row by bias")
+    for a, b in zip(by_whole[:-2], by_mine[:-2], strict=True):
+        pair.same(a[..., cut], b, "row by its parts")
+    pair.same(by_whole[-2][:, cut], by_mine[-2], "row by weight")
+    summed = comm.all_reduce(by_mine[-1].clone(), pair.mesh.tp) if sp else by_mine[-1]
+    pair.same(by_whole[-1], summed, "row by bias")
 
 
 def tensor_embed(rank: int, world: int, say: Say, sp: bool, vocab: int) -> None:
@@ -348,21 +366,27 @@ def tensor_loss(rank: int, world: int, say: Say, sp: bool, vocab: int, smoothing
     x, weight, rows = pair.random(BATCH, SEQUENCE, DIM) * 3, pair.random(vocab, DIM), slice(*pair.rows)
     labels = torch.arange(BATCH * SEQUENCE).remainder(vocab + 2).view(BATCH, SEQUENCE)
     labels = labels.masked_fill((labels >= vocab) | torch.tensor(all_ignored), -100)
-    whole, mine = [leaf(x), leaf(weight)], [leaf(pair.outside(x)), leaf(weight[rows])]
-    expected, found = pair.plain.loss(*whole, labels), pair.split.loss(*mine, labels)
+    gain = pair.random(DIM)
+    whole, mine = [leaf(x), leaf(gain), leaf(weight)], [leaf(pair.outside(x)), leaf(gain), leaf(weight[rows])]
+    expected = pair.plain.loss(whole[0], _feeds(whole[1], [], [])[0], whole[2], labels)
+    found = pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels)
     assert found.dtype == torch.float64 and abs(found - expected) <= 1e-13 * max(1.0, abs(expected.item()))
     same_on_all = comm.all_gather(found.detach()[None], pair.mesh.tp)
     assert len(same_on_all.unique()) == 1
-    by_whole, by_mine = torch.autograd.grad(expected * 0.7, whole), torch.autograd.grad(found * 0.7, mine)
+    with torch.no_grad():
+        assert torch.equal(pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels), found.detach())
+    by_whole, by_mine = torch.autograd.grad(expected * 0.7, whole), list(torch.autograd.grad(found * 0.7, mine))
     pair.same(pair.outside(by_whole[0]), by_mine[0], "loss by x")
-    pair.same(by_whole[1][rows], by_mine[1], "loss by weight")
+    summed = comm.all_reduce(by_mine[1].clone(), pair.mesh.tp) if sp else by_mine[1]
+    pair.same(by_whole[1], summed, "loss by the norm's weight")
+    pair.same(by_whole[2][rows], by_mine[2], "loss by weight")
     pair.same(pair.plain.logits(x, weight)[..., rows], pair.split.logits(pair.outside(x), weight[rows]), "logits")
 
 
 def tensor_memory(rank: int, world: int, say: Say) -> list[int]:
     """Bytes behind the output of `row` under sequence parallelism with one sequence, and bytes that the output needs."""
     pair = Pair(rank, world, sp=True, vocab=13, smoothing=0.0, batch=1)
-    y = pair.split.row(pair.random(1, SEQUENCE, 8), pair.random(DIM, 8), None)
+    y = pair.split.row([pair.random(1, SEQUENCE, 8)], "none", pair.random(DIM, 8), None)
     return [y.untyped_storage().nbytes(), y.nbytes]
 
 
@@ -372,11 +396,11 @@ def tensor_bytes(rank: int, world: int, say: Say, sp: bool) -> dict[str, Any]:
     x, weights = leaf(pair.outside(pair.random(BATCH, SEQUENCE, DIM))), [leaf(pair.random(4, DIM)) for _ in range(3)]
     back, sent = leaf(pair.random(DIM, 4)), {}
     comm.ledger.take()
-    outputs = pair.split.columns(x, weights, [None] * 3)
+    outputs = pair.split.columns(x, *_feeds(pair.random(DIM), weights, []))
     sent["columns"] = comm.ledger.take()
     torch.autograd.grad(sum(y.sum() for y in outputs), [x, *weights])
     sent["columns backward"] = comm.ledger.take()
-    y = pair.split.row(x := leaf(pair.random(BATCH, SEQUENCE, 4)), back, None)
+    y = pair.split.row([x := leaf(pair.random(BATCH, SEQUENCE, 4))], "none", back, None)
     sent["row"] = comm.ledger.take()
     torch.autograd.grad(y.sum(), [x, back])
     sent["row backward"] = comm.ledger.take()

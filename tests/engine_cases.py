@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ import torch
 from dist_llm import comm
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.schema import Config
+from dist_llm.engines import offload
 from dist_llm.engines.native import NativeEngine
+from dist_llm.engines.offload import Ferry, Lane
+from dist_llm.engines.optim import Optimizer
 from dist_llm.errors import NumericError
 from dist_llm.model.init import initialise
 from dist_llm.parallel.zero import FlatUnit
@@ -80,8 +85,8 @@ def build(given: dict[str, Any], layout: dict[str, Any], rank: int, dtype: str) 
 
 
 def snapshot(engine: NativeEngine) -> list[torch.Tensor]:
-    """Copies of this rank's weights (stage 3: of its shard) and optimizer state."""
-    return [tensor.clone() for name in ("weights", "optimizer") for tensor in engine.persistent()[name]]
+    """Copies of this rank's weights (stage 3: of its shard) and optimizer state, on the device or the host."""
+    return [tensor.clone() for name in ("weights", "optimizer", "host") for tensor in engine.persistent()[name]]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -207,11 +212,25 @@ def low_precision_sums(rank: int, world: int, say: Say, given: dict[str, Any], l
     return {"reduced": sorted(reduced), "values": values, "dtype": str(gradient.dtype), "master": str(flat.master.dtype)}
 
 
+def held(rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any]) -> dict[str, list[str]]:
+    """Fingerprints of what this rank holds of each unit after two steps: weights, optimizer state, and the last gradient."""
+    _, engine, trainer = build(given, layout, rank, "float32")
+    trainer.step(0)
+    taken = trainer.gradients(1)
+    found = {"gradient": [flat.gradient.clone() for flat in engine.flats]}
+    engine.step(taken.learning_rate)
+    found |= {name: engine.persistent()[name] for name in ("weights", "optimizer")}
+    return {name: [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors] for name, tensors in found.items()}
+
+
 # --- what a step does ------------------------------------------------------------------------------------------------
 
 
 def initial_weights(rank: int, world: int, say: Say, given: dict[str, Any], layouts: list[dict[str, Any]], dtype: str) -> int:
-    """trap 12: each rank's first weights are the slices of the global ones, to the bit. Returns the elements it answers for."""
+    """trap 12: each rank's first weights are the slices of the global ones, to the bit. Returns the elements it answers for.
+
+    Master weights are float32 beside bfloat16 ones and have lost nothing; the weights that compute are their rounding.
+    """
     count = 0
     for layout in layouts:
         settings, engine, _ = build(given, layout, rank, dtype)
@@ -219,11 +238,13 @@ def initial_weights(rank: int, world: int, say: Say, given: dict[str, Any], layo
             if item.kind != "weight":
                 continue
             row, box = item.piece.slot.row, item.piece.slot.box
-            whole = torch.empty(row.numel, dtype=DTYPES[dtype])
+            whole = torch.empty(row.numel, dtype=torch.float32)
             initialise(whole, row, tuple((0, extent) for extent in row.shape), seed=settings.runtime.seed)
             part = whole.view(row.shape)[tuple(slice(*side) for side in box)].flatten()[item.piece.start : item.piece.stop]
             assert torch.equal(item.values, part.to(item.values.dtype)), (layout, row.name)
             count += item.values.numel()
+        for flat in getattr(engine, "flats", ()):
+            assert torch.equal(flat.owned_weights, flat.master.to(DTYPES[dtype])), layout
     return count
 
 
@@ -328,6 +349,74 @@ def slowest_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: d
     return proof_rank(rank, world, say, job, layout, folder)
 
 
+def late_copies(rank: int, world: int, say: Say, job: dict[str, Any], layout: dict[str, Any], folder: str) -> dict[str, Any]:
+    """trap 23: a proof run in which copies between device and host are made when somebody waits for them, and not before.
+
+    What is to arrive is not a number until then. job["bug"]: one of the waits left out on purpose.
+    """
+
+    class LateLane(Lane):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.begun: list[tuple[torch.Tensor, torch.Tensor]] = []
+            self.made = 0
+
+        def start_copy(self, out: torch.Tensor, x: torch.Tensor) -> Callable[[], None]:
+            out.fill_(float("nan"))
+            self.begun.append((out, x))
+            return partial(self.make, len(self.begun))
+
+        def make(self, until: int) -> None:
+            for out, x in self.begun[self.made : until]:  # the copies of a lane are made in order
+                out.copy_(x)
+            self.made = max(self.made, until)
+
+        def lead(self) -> None:
+            if job["bug"] != "weights are used before they are up":
+                self.make(len(self.begun))
+
+    class Hasty(list):
+        """Waits that do not."""
+
+        def __getitem__(self, at: Any) -> Callable[[], None]:
+            return lambda: None
+
+    def ferry(self: Ferry, *arguments: Any, body: Callable = Ferry.__init__) -> None:
+        body(self, *arguments)
+        if job["bug"] == "a buffer is taken before its weights are up":
+            self.left = Hasty(self.left)
+        if job["bug"] == "a gradient is used before it is down":
+            begin = self.down.start_copy
+            self.down.start_copy = lambda out, x: (begin(out, x), lambda: None)[1]
+
+    offload.Lane, Ferry.__init__ = LateLane, ferry
+    return proof_rank(rank, world, say, job, layout, folder)
+
+
+def ferried(rank: int, world: int, say: Say, given: dict[str, Any]) -> list[tuple[str, int]]:
+    """What an offloaded update does, in order: copies down and up begun, copies up waited for, updates; with the unit's number."""
+    events: list[tuple[str, int]] = []
+
+    class Noted(Lane):
+        def start_copy(self, out: torch.Tensor, x: torch.Tensor) -> Callable[[], None]:
+            at = sum(event[0] == names[self] for event in events)
+            events.append((names[self], at))
+            super().start_copy(out, x)
+            return lambda: events.append(("went up", at)) if names[self] == "up" else None
+
+    def updated(self: Any, *arguments: Any, body: Callable = Optimizer.update, **options: Any) -> None:
+        unit = sum(event[0] == "up" for event in events)
+        if ("update", unit) not in events:  # a unit has a segment with weight decay and one without
+            events.append(("update", unit))
+        body(self, *arguments, **options)
+
+    offload.Lane, Optimizer.update = Noted, updated
+    _, engine, trainer = build(given, vars(layout_of("dp=1,offload=optimizer")), rank, "float32")
+    names = {engine.ferry.down: "down", engine.ferry.up: "up"}
+    trainer.step(0)
+    return events
+
+
 # --- known bugs put in on purpose ------------------------------------------------------------------------------------
 
 
@@ -357,6 +446,10 @@ def _counted_on_every_rank(flat: FlatUnit) -> torch.Tensor:
     return total
 
 
+def _own_part(flat: FlatUnit, shard: torch.Tensor) -> comm.Pending:
+    return comm.Pending(None, lambda: shard.view(flat.replica.size, -1)[flat.replica.index])
+
+
 def _without(flat: FlatUnit, name: str, body: Callable) -> Any:
     kept = getattr(flat, name)
     setattr(flat, name, None)
@@ -371,7 +464,8 @@ def mutated_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: d
     bugs: dict[str, tuple[Any, str, Any]] = {
         "no partial sum over tp": (FlatUnit, "_sum_partial", lambda flat, buffer: None),
         "mean instead of sum over dp": (comm, "start_reduce_scatter", _mean_over_dp(comm.start_reduce_scatter)),
-        "norm counted on every tp rank": (FlatUnit, "square_sum", _counted_on_every_rank),
+        "norm counted on every rank": (FlatUnit, "square_sum", _counted_on_every_rank),
+        "replicas not summed": (FlatUnit, "_start_sum_of_replicas", _own_part),
         "tied gradients not exchanged": (FlatUnit, "start_finish", lambda flat: _without(flat, "tied", start_finish)),
         "one micro-batch lost": (FlatUnit, "start_reduce", lambda flat, use: (flat.whole[use].mul_(7 / 8), start_reduce(flat, use))[1]),
         "another seed on one rank": (FlatUnit, "initialise", lambda flat, *, seed: initial(flat, seed=seed + rank)),

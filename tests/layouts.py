@@ -34,7 +34,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
     },
 }
+# More rows in the vocabulary than the tokenizer has tokens: over tp=4 the last rank holds nothing but padding.
+MODELS["padded"] = {**MODELS["llama"], "layers": 2, "tied": True}
 EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
+    "padded": {"data": {**DATA, "tokenizer": {**DATA["tokenizer"], "vocab": 70}}},
     "one kv head": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "llama": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
 }
@@ -82,12 +85,39 @@ NAMED: list[tuple[str, str]] = [
     ("gpt2", "tp=2,sp=off"),
     ("gpt2", "pp=2,schedule=interleaved"),
     ("gpt2", "dp=2,tp=2,pp=2"),
+    ("padded", "tp=4"),
     ("qwen3", "tp=2"),  # q and k norms inside the split region (trap 9)
     ("qwen3", "tp=4"),
     ("qwen3", "dp=2,tp=2,zero=2"),
     ("seven layers", "pp=4,schedule=1f1b"),  # uneven stages
     ("seven layers", "pp=2,schedule=interleaved,chunks=3"),
     ("seven layers", "dp=2,tp=4,zero=3"),
+    # Hybrid sharding: shards inside a group, replicas across.
+    ("llama", "dp=4,zero=1,shard=2"),
+    ("llama", "dp=4,zero=1,shard=2,reduce=micro_batch"),
+    ("llama", "dp=4,zero=2,shard=2"),
+    ("llama", "dp=4,zero=3,shard=2"),
+    ("llama", "dp=4,zero=3,shard=2,reduce=step"),
+    ("llama", "dp=4,zero=3,shard=2,unshard=step,recompute=full"),
+    ("llama", "dp=2,zero=3,shard=1"),  # a shard group of one rank: nothing is split, everything replicated
+    ("llama", "dp=3,zero=2,shard=1"),  # three replicas: each sums a third of a shard
+    ("llama", "dp=4,tp=2,zero=3,shard=2"),
+    ("llama", "dp=8,zero=3,shard=4"),
+    ("llama", "dp=8,zero=2,shard=2"),
+    ("tied", "dp=4,zero=3,shard=2"),
+    ("tied", "dp=2,pp=2,zero=2,shard=1"),  # a tied weight: summed over replicas, then over both stages
+    ("tied", "dp=4,pp=2,zero=1,shard=2,schedule=gpipe"),
+    ("one kv head", "dp=2,tp=2,zero=2,shard=1,sp=off"),
+    ("gpt2", "dp=4,pp=2,zero=3,shard=2,schedule=interleaved"),
+    # Master weights and moments in host memory.
+    ("llama", "dp=2,offload=optimizer"),
+    ("llama", "dp=2,zero=1,offload=optimizer"),
+    ("llama", "dp=2,zero=2,offload=optimizer"),
+    ("llama", "dp=2,zero=3,offload=optimizer"),
+    ("llama", "dp=2,tp=2,zero=1,offload=optimizer"),
+    ("tied", "dp=2,pp=2,zero=3,offload=optimizer"),
+    ("gpt2", "tp=2,pp=2,offload=optimizer"),
+    ("llama", "dp=4,zero=3,shard=2,offload=optimizer"),
 ]
 
 
@@ -104,10 +134,12 @@ def concrete(text: str) -> Layout:
 
 
 def for_layout(config: Config, layout: Layout) -> Config:
-    """The same run with a batch that divides over dp=3 or 6."""
-    if config.batch.global_ % layout.dp == 0:
-        return config
-    return config.model_copy(update={"batch": config.batch.model_copy(update={"global_": 6})})
+    """The same run with a batch that divides over dp=3 or 6, and one of two micro-batches where shards have replicas."""
+    if layout.shard != layout.dp * layout.cp:
+        size = 2 * layout.dp * config.batch.micro
+    else:
+        size = 6 if config.batch.global_ % layout.dp else config.batch.global_
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"global_": size})})
 
 
 def drawn(seed: int, *, largest: int = 8) -> Iterator[tuple[str, str]]:
@@ -115,17 +147,29 @@ def drawn(seed: int, *, largest: int = 8) -> Iterator[tuple[str, str]]:
     dice = random.Random(seed)
     seen = set()
     for _ in range(100_000):
-        model = dice.choice(list(MODELS))
+        model = dice.choice([name for name in MODELS if name != "padded"])
         axes = {"dp": dice.choice([1, 1, 2, 2, 3, 4]), "tp": dice.choice([1, 1, 2, 2, 4, 8]), "pp": dice.choice([1, 1, 2, 2, 3, 4])}
         text = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1 or axis == "dp")
         text += f",zero={dice.randrange(4)}" + dice.choice(["", ",reduce=step", ",reduce=micro_batch"])
+        if "zero=0" not in text:
+            text += dice.choice(["", "", *(f",shard={size}" for size in range(1, axes["dp"]) if axes["dp"] % size == 0)])
         text += dice.choice(["", ",unshard=step", ",unshard=micro_batch"]) if "zero=3" in text else ""
         text += dice.choice(["", ",sp=off"]) if axes["tp"] > 1 else ""
         if axes["pp"] > 1:
             text += dice.choice(["", ",schedule=gpipe", ",schedule=interleaved", ",schedule=interleaved,chunks=3"])
         text += dice.choice(["", "", ",recompute=full", ",recompute=selective"])
+        text += dice.choice(["", "", "", ",offload=optimizer"])
         layout = concrete(text)
         if layout.world > largest or (model, layout) in seen or problems(for_layout(config_of(model), layout), layout):
             continue
         seen.add((model, layout))
         yield model, text
+
+
+def distinct(rows: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The rows whose layout no row before them has, with whatever model."""
+    seen = set()
+    for model, text in rows:
+        if (layout := concrete(text)) not in seen:
+            seen.add(layout)
+            yield model, text

@@ -35,6 +35,7 @@ def zero_events(rank: int, world: int, say: Any, layout: str) -> list[str]:
 
     for name, label in (("start_gather", "gather"), ("begin_backward", "backward"), ("start_reduce", "reduce"), ("collect", "collect")):
         watch(name, label)
+    watch("_start_sum_of_replicas", "cross")
     trainer = _trainer(config_of("llama"), layout, rank)
     for stage in trainer.engine.stages:
         for unit in stage.units:
@@ -73,5 +74,5 @@ def column_events(rank: int, world: int, say: Any, sp: bool) -> list[str]:
     x, weights = torch.randn(2, 4 if sp else 8, 6), [torch.randn(5, 6) for _ in range(3)]
     slopes = [torch.randn(2, 8, 5) for _ in range(3)]
     with _Products(events):
-        bodies["dist_llm::column_backward"](slopes, x, weights, False, mesh.tp.key, sp)
+        bodies["dist_llm::column_backward"](slopes, x, None, None, "none", 0.0, weights, False, False, mesh.tp.key, sp)
     return events

@@ -55,7 +55,51 @@ RULES = [
     ("dp=3", "", ["batch.global: 16 sequences over dp 3 x micro 2 = 6 leaves 4; 12 or 18 would fit"]),
     ("dp=1", "batch.micro=32", ["batch.global: 16 sequences over dp 1 x micro 32 = 32 leaves 16; 32 would fit"]),
     ("cp=2", "", ["layout.cp: context parallelism (cp > 1) is not available in this version"]),
-    ("dp=2,shard=1,zero=3", "", ["layout.shard: sharding over a part of dp x cp (shard) is not available in this version"]),
+    ("dp=4,shard=2,zero=1", "", []),
+    ("dp=2,shard=1,zero=3", "", []),
+    ("dp=4,shard=3,zero=3", "", ["layout.shard: dp 4 x cp 1 = 4 over shard=3 leaves 1"]),
+    ("dp=2,shard=4,zero=3", "", ["layout.shard: dp 2 x cp 1 = 2 over shard=4 leaves 2"]),
+    (
+        "dp=4,shard=2",
+        "",
+        ["layout.shard: shard=2 says over how many ranks ZeRO splits, zero=0 splits nothing; zero=1, 2 or 3, or leave shard out"],
+    ),
+    ("dp=2,zero=1,offload=optimizer", "", []),
+    ("dp=2,tp=2,pp=2,offload=optimizer", "", []),
+    ("dp=2,zero=3,offload=all", "", ["layout.offload: engine=native with zero=3 takes offload=optimizer, offload=all"]),
+    ("dp=2,offload=optimizer,engine=ddp", "", ["layout.offload: engine=ddp with zero=0 offloads nothing, offload=optimizer"]),
+    ("dp=2,zero=2,offload=all,engine=fsdp2", "", []),
+    ("dp=2,zero=3,offload=all,engine=fsdp2", "", []),
+    ("dp=2,zero=3,unshard=step,engine=fsdp2", "", []),
+    (
+        "dp=2,zero=3,offload=optimizer,engine=fsdp2",
+        "",
+        ["layout.offload: engine=fsdp2 with zero=3 takes offload=all, offload=optimizer"],
+    ),
+    ("dp=2,zero=1,offload=optimizer,engine=deepspeed", "", []),
+    ("dp=2,zero=3,offload=all,engine=deepspeed", "", []),
+    ("dp=2,offload=optimizer,engine=deepspeed", "", ["layout.offload: engine=deepspeed with zero=0 offloads nothing, offload=optimizer"]),
+    (
+        "dp=2,zero=2,offload=all,engine=deepspeed",
+        "",
+        ["layout.offload: engine=deepspeed with zero=2 takes offload=optimizer, offload=all"],
+    ),
+    ("dp=2,zero=3,offload=all,engine=deepspeed", "runtime.offload_dir=/fast", []),
+    ("dp=2,zero=3,engine=deepspeed", "runtime.offload_dir=/fast", []),  # a comparison's other layouts may have a use for it
+    (
+        "dp=2,zero=2,offload=optimizer,engine=deepspeed",
+        "runtime.offload_dir=/fast",
+        [
+            "runtime.offload_dir: serves engine=deepspeed with zero=3 alone; "
+            "engine=deepspeed with zero=2 offloads to host memory: leave it out"
+        ],
+    ),
+    ("dp=2,zero=1,reduce=micro_batch,engine=deepspeed", "", [
+        "layout.reduce: engine=deepspeed with zero=1 has reduce=step, reduce=micro_batch"
+    ]),
+    ("dp=2,zero=3,unshard=step,engine=deepspeed", "", [
+        "layout.unshard: engine=deepspeed has unshard=micro_batch, unshard=step; native and fsdp2 take it"
+    ]),
     ("dp=1", "model.head_dim=7", ["model.head_dim: rotary positions turn pairs, head_dim 7 is odd"]),
     ("dp=1", "model={family: gpt2, vocab: 300, max_positions: 32}", ["model.max_positions: 32 learned positions for sequence 64"]),
     ("dp=1", "schedule={warmup: 9, steps: 8}", ["schedule.warmup: 9 warmup steps of 8 steps in all"]),
@@ -89,6 +133,9 @@ def test_foreign_engines_split_the_batch_alone(engine: str) -> None:
     assert any("runs tp=1 only, tp=2" in line for line in broken(f"dp=2,tp=2,engine={engine}"))
     assert any(line.startswith("layout.zero") for line in broken(f"dp=2,zero=2,engine={engine}")) == (engine == "ddp")
     assert any("recomputes nothing" in line for line in broken(f"dp=2,recompute=full,engine={engine}"))
+    sharded = broken(f"dp=4,zero=2,shard=2,engine={engine}")
+    refused = "layout.shard: engine=deepspeed splits over all of dp 4, shard=2; native and fsdp2 take it"
+    assert (refused in sharded) == (engine == "deepspeed") and (sharded == []) == (engine == "fsdp2")
     assert any("compiles nothing" in line for line in broken(f"dp=2,engine={engine}", "runtime.compile=true"))
 
 
@@ -110,6 +157,35 @@ def test_check_names_every_broken_rule_and_layouts_that_work() -> None:
     assert caught.value.details[0] == "layout: 4 ranks, expected dp 2 x cp 1 x tp 3 x pp 1 = 6 ranks"
     assert caught.value.details[-1] == "these work on 4 ranks: dp=2,tp=2,zero=1  dp=1,tp=4,zero=1  dp=1,tp=2,pp=2,zero=1"
     assert len(render(caught.value).splitlines()) <= 12
+
+
+@pytest.mark.parametrize(
+    ("text", "world", "near"),
+    [
+        ("dp=8,zero=3,shard=3", 8, "dp=8,zero=3,shard=4  "),
+        ("zero=3,shard=16", 8, "dp=8,zero=3  "),
+        ("dp=8,shard=4", 8, "dp=8,zero=1,shard=4  "),
+        ("dp=4,zero=1,shard=2,engine=deepspeed", 4, "dp=4,zero=1,shard=2  "),
+    ],
+)
+def test_layouts_near_a_shard_keep_it_as_far_as_they_can(text: str, world: int, near: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check(config(f"layout={text}"), world)
+    assert caught.value.details[0].startswith("layout.shard")
+    assert caught.value.details[-1].startswith(f"these work on {world} ranks: {near}")
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("dp=2,zero=3,offload=optimizer,engine=fsdp2", "dp=2,zero=3,offload=all,engine=fsdp2"),
+        ("dp=2,zero=1,offload=all", "dp=2,zero=1,offload=optimizer"),
+        ("dp=2,zero=2,offload=all,engine=deepspeed", "dp=2,zero=2,offload=optimizer,engine=deepspeed"),
+        ("dp=2,offload=optimizer,engine=ddp", "dp=2,offload=optimizer"),
+    ],
+)
+def test_another_offload_is_nearer_than_none(given: str, nearest: str) -> None:
+    assert canonical(nearest_layouts(config(), concrete(parse_layout(given), 2))[0]) == nearest
 
 
 def test_check_returns_the_layout_that_will_run() -> None:

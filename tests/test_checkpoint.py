@@ -161,6 +161,7 @@ def test_every_layout_takes_up_every_other_to_the_bit(tiny: Config, ranks: Ranks
     assert all(np.isfinite(values).all() and values.any() for (kind, name), values in before.items())
     source = first / "checkpoints/step-00000003"
     chain = ["tp=2", "pp=2", "dp=1", "dp=2,zero=1", "dp=1,tp=2,pp=2,sp=off", "dp=2,tp=2,zero=2", "tp=4", "dp=2,pp=2,zero=3", "dp=2"]
+    chain += ["dp=4,zero=3,shard=2", "dp=2,zero=2,offload=optimizer", "dp=2,pp=2,zero=1,shard=1"]
     for number, layout in enumerate(chain):
         shape, target = concrete(layout), tmp_path / str(number)
         assert (

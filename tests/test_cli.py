@@ -93,6 +93,29 @@ def test_a_wrong_config_is_refused_before_torch_is_imported(tmp_path: Path) -> N
     assert call("train", str(tmp_path / "none.yaml")).returncode == 2
 
 
+def test_what_is_not_there_is_told_with_what_to_type(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    nothing = str(tmp_path / "nothing")
+    for words in (["tokenizer", "report", nothing], ["data", "preview", TINY, f"data.source={nothing}", f"data.dir={tmp_path}"]):
+        told = refused(capsys, *words)
+        assert nothing in told and told.splitlines()[-1].startswith("  next: "), told
+
+
+def test_bad_lines_are_skipped_as_the_message_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The command that it names runs, and after it the same `train`, which says what was skipped."""
+    text = tmp_path / "x.jsonl"
+    text.write_text("".join(json.dumps({"text": f"line number {number} of a small text"}) + "\n" for number in range(90)) + "bad\n" * 2)
+    data, run = [f"data.source={text}", f"data.dir={tmp_path / 'data'}", "data.validation=0"], ["--steps", "2", "--run-dir", str(tmp_path)]
+    failed = call("train", TINY, *data, *run)
+    assert failed.returncode == 3 and "2 lines cannot be read" in failed.stderr
+    named = failed.stderr.split("dist-llm ")[-1].split(";")[0].replace("CONFIG", TINY).split()
+    assert cli.run([*named, *data]) == 0 and "2 bad lines were skipped" in capsys.readouterr().out
+    done = call("train", TINY, *data, *run)
+    assert done.returncode == 0 and "note: 2 bad lines of x were skipped when it was built" in done.stdout, done.stderr
+    flag = ["data", "build", TINY, data[0], f"data.dir={tmp_path / 'other'}", "data.max_bad_lines=1", "--max-bad-lines"]
+    assert cli.run([*flag, "2"]) == 0 and "built" in capsys.readouterr().out
+    assert "2 lines cannot be read" in refused(capsys, *flag[:-1], f"data.dir={tmp_path / 'third'}", code=3)
+
+
 def test_failures_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["check", TINY, "--world", "3", "--json"]) == 2
     out, err = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dist_llm import comm
 from dist_llm.comm import Ledger
 from tests.cases import DTYPES
 from tests.ranks import Ranks
@@ -62,3 +63,14 @@ def test_the_ledger_adds_up_and_starts_anew() -> None:
     ledger.book("pp", 0.0)
     assert ledger.take() == {"dp": 1 / 3, "tp": 4}
     assert ledger.take() == {}
+
+
+def test_a_failure_leaves_the_books_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent before it is on the axis that the block names, and what comes after on its own."""
+    monkeypatch.setattr(comm, "ledger", Ledger())
+    comm.ledger.book("dp", 1.0)
+    with pytest.raises(ZeroDivisionError), comm.booked_on("control"):
+        comm.ledger.book("dp", 8.0)
+        raise ZeroDivisionError
+    comm.ledger.book("dp", 2.0)
+    assert comm.ledger.take() == {"control": 8, "dp": 3}

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from dist_llm.cli import main
 from dist_llm.cli.compare import _judge
-from dist_llm.compare.prove import LARGEST, subject
-from dist_llm.compare.run import against_baseline, read_layouts
+from dist_llm.compare.prove import LARGEST, Prover, subject
+from dist_llm.compare.run import Comparison, against_baseline, read_layouts
+from dist_llm.config.layout import Layout
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.errors import NumericError, UsageError
 from dist_llm.model.table import num_parameters
+from dist_llm.train.proof import Record, Run, Verdict
 from tests.layouts import concrete
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +76,18 @@ def test_peak_memory_holds_what_lives_between_steps(finished) -> None:
         assert max(row["peak_memory_bytes"]) > sum(row["predicted"]["memory_bytes"].values())
 
 
+def test_offloading_is_proved_for_deepspeed_and_ours(tmp_path: Path) -> None:
+    """DeepSpeed against float32's own rounding, ours against 1e-10; what lies in host memory is a part of its own."""
+    texts = ["dp=2,zero=2,offload=optimizer,engine=deepspeed", "dp=2,zero=2,offload=optimizer"]
+    done = compare("configs/tiny.yaml", *texts, "--steps", "1", "--run-dir", str(tmp_path), f"data.dir={tmp_path}/data", "--json")
+    assert done.returncode == 0, done.stderr
+    _, theirs, ours = json.loads(done.stdout)["layouts"]
+    assert theirs["equal"] and theirs["proof"]["dtype"] == "float32" and 1e-10 < theirs["proof"]["tolerance"] < 1e-2
+    assert ours["equal"] and ours["proof"]["dtype"] == "float64" and ours["bytes_exact"]
+    memory = ours["predicted"]["memory_bytes"]
+    assert memory["optimizer"] == 0 and memory["host"] > 1.5 * memory["weights"]  # half of masters and two moments
+
+
 def test_baseline(finished) -> None:
     """Lost equality, more bytes and more memory are regressions; time is only noted."""
     found = finished[0]
@@ -84,6 +99,30 @@ def test_baseline(finished) -> None:
     said, notes = against_baseline(worse, found)
     assert [line.split(":")[0] for line in said] == LAYOUTS[:3]
     assert any("step time" in note for note in notes)
+    fewer = {**found, "layouts": found["layouts"][:2] + found["layouts"][3:]}
+    assert against_baseline(fewer, found)[0] == ["tp=2: in the baseline, not compared now"]
+    assert against_baseline(found, fewer)[0] == []
+
+
+@pytest.mark.parametrize(("steps", "timed", "proved"), [(None, 5, 3), (1, 1, 3), (7, 7, 7)])
+def test_steps_are_those_of_both_passes(tmp_path: Path, steps: int | None, timed: int, proved: int) -> None:
+    config = load_config(ROOT / "configs/tiny.yaml").config
+    (entry,) = read_layouts(config, ["dp=1"], nproc=None)
+    made = Comparison(config, [entry], entry, steps=steps, run_dir=tmp_path, say=print)
+    assert (made.steps, made.subject.steps) == (timed, proved)
+
+
+def test_a_path_means_the_same_as_in_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """--data takes the place of a mixture, and a path may hold what YAML reads as a comment."""
+    mixed = tmp_path / "mix.yaml"
+    mix = "mix: [{source: skills}, {source: entropy}]\n  source: skills "
+    mixed.write_text((ROOT / "configs/tiny.yaml").read_text().replace("source: skills ", mix))
+    seen: list[Any] = []
+    monkeypatch.setattr("dist_llm.cli.compare._compare", lambda loaded, *_, **__: seen.append(loaded.config) or {"layouts": []})
+    monkeypatch.setattr("dist_llm.cli.compare._show", lambda *_: None)
+    assert load_config(mixed).config.data.mix
+    assert main.run(["compare", str(mixed), "dp=2", "--data", "/tmp/my text #1.txt"]) == 0
+    assert (seen[0].data.source, seen[0].data.mix) == ("/tmp/my text #1.txt", None)
 
 
 def test_all_bad_layouts_are_refused_at_once() -> None:
@@ -116,6 +155,26 @@ def test_a_large_model_is_proved_by_a_twin() -> None:
     assert small.model.startswith("twin") and num_parameters(model) < LARGEST / 10
     assert (model.family, model.qk_norm, model.tied) == ("qwen3", True, False)
     assert model.heads % 4 == 0 and model.layers >= 4 and model.vocab % 2 == 1 and model.kv_heads < model.heads
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_compiled_is_proved_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiled: bool) -> None:
+    """Against one process that is not, the reference's own row too."""
+    ran: list[tuple[str, bool]] = []
+    verdict = Verdict(0.0, 0.0, 0.0, 0.0, 0.0, None)
+
+    def noting(world: int, work: Any, job: dict[str, Any], layout: dict[str, Any], *rest: Any, **options: Any) -> None:
+        ran.append((str(Layout(**layout)), job["config"]["runtime"]["compile"]))
+
+    monkeypatch.setattr("dist_llm.compare.prove.run_ranks", noting)
+    monkeypatch.setattr("dist_llm.compare.prove.read_run", lambda folder: Run(Record([], []), {}, {}))
+    monkeypatch.setattr("dist_llm.compare.prove.judge", lambda *_, **__: verdict)
+    config = load_config(ROOT / "configs/tiny.yaml", [f"runtime.compile={str(compiled).lower()}"]).config
+    layouts = [concrete("dp=1"), concrete("tp=2")]
+    options: dict[str, Any] = {"backend": "gloo", "timeout_seconds": 9.0, "log_dir": tmp_path}
+    prover = Prover(subject(config, layouts, steps=3), layouts[0], **options)
+    assert [prover.prove(layout)[1]["compile"] for layout in layouts] == [compiled, compiled]
+    assert ran == [("dp=1", False), *([("dp=1", True)] if compiled else []), ("dp=1,tp=2", compiled)]
 
 
 def test_two_runs(tmp_path: Path) -> None:

@@ -96,6 +96,15 @@ def test_tiny_units_shard_too(shards: int) -> None:
     assert plan.segments(0) == [(0, 3, False)] and not any(plan.segments(shard) for shard in range(1, shards))
 
 
+@pytest.mark.parametrize(("shards", "replicas"), [(1, 3), (2, 2), (4, 5)])
+def test_shards_divide_by_their_replicas(shards: int, replicas: int) -> None:
+    """Replicas sum equal, aligned parts of a shard; the buffer is as long as if all their ranks split it."""
+    sizes = {"unit": "u", "tp": 1, "sp": False, "coordinate": 0}
+    plan = pack([Row("w", (7, 13), "outside", "u")], **sizes, shards=shards, replicas=replicas)
+    assert plan.shards == shards and plan.shard_size % (ALIGN * replicas) == 0
+    assert plan.padded == pack([Row("w", (7, 13), "outside", "u")], **sizes, shards=shards * replicas).padded
+
+
 def test_slots_have_the_local_shape() -> None:
     row = Row("e", (257, 3), "vocab", "u", parts=257)
     slots = [pack([row], unit="u", tp=4, sp=True, coordinate=tp, shards=2).slots[0] for tp in range(4)]

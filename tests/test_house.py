@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -59,8 +60,9 @@ ROAD = (
     "cli/train.py", "train/run.py", "train/fit.py", "train/trainer.py", "engines/native.py", "parallel/pipeline.py", "parallel/zero.py",
     "comm.py", "engines/optim.py",
 )  # fmt: skip
+LAUNCH = {"cli/main.py", "ranks.py"}  # how a verb is found and ranks are forked: no part of a step
 BESIDE = {
-    "the model": {"model/transformer.py", "model/loss.py", "model/roles.py", "parallel/tensor.py"},
+    "the model": {"model/transformer.py", "model/parts.py", "model/kernels.py", "model/loss.py", "model/roles.py", "parallel/tensor.py"},
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "small tables": {"mesh.py", "config/layout.py", "sharding.py", "parallel/flat.py", "schedule/actions.py", "train/learning_rate.py"},
 }
@@ -231,6 +233,40 @@ def files_of_a_step() -> set[str]:
         sys.settrace(None)
     ours = ROOT / "dist_llm"
     return {str(Path(name).relative_to(ours)) for name in seen if name.startswith(str(ours))}
+
+
+STACKS = """
+import json, os, sys, traceback
+from pathlib import Path
+import torch
+from dist_llm.cli import main
+
+def noting(where, name):
+    call = getattr(where, name)
+    def noted(*words, **more):
+        stack = [frame.filename for frame in traceback.extract_stack()]
+        (Path(sys.argv[1]) / f"{name}-{os.getpid()}.json").write_text(json.dumps(stack))
+        return call(*words, **more)
+    setattr(where, name, noted)
+
+noting(torch, "_fused_adamw_")
+noting(torch.distributed, "all_to_all_single")
+sys.exit(main.run(sys.argv[2:]))
+"""
+
+
+def test_the_road_from_the_command_line_is_nine_files(tmp_path: Path) -> None:
+    """What is on the stack of a real `train` where gradients leave a rank and where weights are updated."""
+    words = ["configs/tiny.yaml", "--layout", "dp=2,zero=2", "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    words += ["runtime.device=cpu", f"data.dir={tmp_path / 'data'}", "data.max_tokens=20_000"]
+    command = [sys.executable, "-c", STACKS, str(tmp_path), "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    stacks = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert len(stacks) == 4, "two places on two ranks"
+    ours = str(ROOT / "dist_llm") + "/"
+    seen = {name.removeprefix(ours) for stack in stacks for name in stack if name.startswith(ours)}
+    assert seen == {*ROAD, *LAUNCH}
 
 
 def test_a_step_is_readable_in_nine_files() -> None:

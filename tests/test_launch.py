@@ -172,6 +172,14 @@ def test_commands_of_the_pages_exist(page: str, command: str) -> None:
         assert flags <= _flags(command_object) | {"--debug", "--help"}, flags
 
 
+def test_what_a_reader_types_first_runs_with_any_number_of_gpus() -> None:
+    """A reader with one GPU has two CPU ranks too: NCCL would refuse to share it."""
+    lines = [command for page, command in _commands() if page in ("README.md", "quickstart.md")]
+    lines += (ROOT / "launch/quickstart").read_text().splitlines()
+    several = [line for line in lines if re.search(r"dist.llm\S* (compare \S*(quickstart.yaml|CONFIG)|train .*--nproc 2)", line)]
+    assert len(several) >= 5 and all("runtime.device=cpu" in line for line in several), several
+
+
 def _verb(name: str):
     assert name in main.VERBS, name
     group = typer.main.get_command(main.app)

@@ -20,7 +20,7 @@ def concrete(text: str, world: int) -> Layout:
 
 def test_parse_reads_every_key() -> None:
     text = "dp=2,tp=4,sp=off,cp=2,cp_kind=ulysses,pp=2,ep=2,zero=3,shard=2,schedule=interleaved,chunks=3,reduce=step,unshard=step"
-    layout = parse_layout(f"{text},recompute=full,engine=fsdp2")
+    layout = parse_layout(f"{text},recompute=full,offload=all,engine=fsdp2")
     assert layout == LayoutConfig(
         dp=2,
         tp=4,
@@ -36,6 +36,7 @@ def test_parse_reads_every_key() -> None:
         reduce="step",
         unshard="step",
         recompute="full",
+        offload="all",
         engine="fsdp2",
     )
     assert set(layout.model_fields_set) == set(KEYS)

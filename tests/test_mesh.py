@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,9 @@ from hypothesis import strategies as st
 
 from dist_llm import mesh as mesh_module
 from dist_llm.config.layout import Layout
+from dist_llm.errors import PeerError
 from dist_llm.mesh import AXES, Coordinate, Mesh, build_mesh, coordinate, rank_of
+from tests.layouts import concrete, config_of
 from tests.ranks import Ranks
 
 sizes = st.integers(1, 4)
@@ -46,7 +51,10 @@ def meshes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Mesh], l
         for rank in range(layout.world):
             calls: list[Any] = []
             fake = SimpleNamespace(
-                group=SimpleNamespace(WORLD="world"), new_group=lambda ranks, calls=calls: calls.append(list(ranks)) or "g"
+                group=SimpleNamespace(WORLD="world"),
+                new_group=lambda ranks, timeout, calls=calls: calls.append(list(ranks)) or "g",
+                get_backend=lambda: "gloo",
+                **dict.fromkeys(("all_reduce", "send", "recv"), lambda *words, **more: None),
             )
             monkeypatch.setattr(mesh_module, "dist", fake)
             found.append(build_mesh(layout, rank, **options))
@@ -64,12 +72,16 @@ GRID = [
     for pp in (1, 2, 3)
     if dp * tp * cp * pp <= 24
 ]
+HYBRID = [Layout(dp=4, shard=2), Layout(dp=4, tp=2, shard=1), Layout(dp=2, cp=2, pp=2, shard=2), Layout(dp=3, cp=2, tp=2, shard=3)]
+GRID += [Layout(**{**vars(layout), "zero": 1}) for layout in HYBRID]
 
 
 @pytest.mark.parametrize("layout", GRID, ids=str)
 def test_groups_partition_the_world(meshes: Callable, layout: Layout) -> None:
     found, _ = meshes(layout, tied=True, kv_heads=2)
-    for name, size in (("tp", layout.tp), ("pp", layout.pp), ("data", layout.dp * layout.cp), ("world", layout.world)):
+    data = layout.dp * layout.cp
+    sizes = {"tp": layout.tp, "pp": layout.pp, "data": data, "shard": layout.shard, "replica": data // layout.shard, "world": layout.world}
+    for name, size in sizes.items():
         groups = [getattr(mesh, name) for mesh in found]
         assert {group.size for group in groups} == {size}
         for mesh, group in zip(found, groups, strict=True):
@@ -90,11 +102,32 @@ def test_all_ranks_make_the_same_groups_in_the_same_order(meshes: Callable, layo
 @pytest.mark.parametrize("layout", GRID, ids=str)
 def test_members_of_a_group_differ_in_their_axis_alone(meshes: Callable, layout: Layout) -> None:
     found, _ = meshes(layout, tied=True, kv_heads=2)
-    moving = {"tp": {"tp"}, "pp": {"pp"}, "data": {"dp", "cp"}, "kv": {"tp"}, "tied": {"pp"}}
+    moving = {"tp": {"tp"}, "pp": {"pp"}, "kv": {"tp"}, "tied": {"pp"}} | dict.fromkeys(("data", "shard", "replica"), {"dp", "cp"})
     for mesh in found:
         for name, axes in moving.items():
             places = [vars(coordinate(rank, layout)) for rank in getattr(mesh, name).ranks]
             assert all(len({place[axis] for place in places}) == 1 for axis in set(AXES) - axes), (name, places)
+
+
+def test_shards_are_neighbours_and_replicas_stand_across(meshes: Callable) -> None:
+    found, _ = meshes(Layout(dp=4, tp=2, zero=1, shard=2))
+    assert found[0].data.ranks == (0, 2, 4, 6)
+    assert [mesh.shard.ranks for mesh in found] == [(0, 2), (1, 3)] * 2 + [(4, 6), (5, 7)] * 2
+    assert [mesh.replica.ranks for mesh in found] == [(0, 4), (1, 5), (2, 6), (3, 7)] * 2
+    assert all(mesh.shard.axis == mesh.replica.axis == "dp" for mesh in found)
+
+
+@pytest.mark.parametrize("layout", GRID, ids=str)
+def test_groups_of_the_same_ranks_are_made_once(meshes: Callable, layout: Layout) -> None:
+    """Process groups cost memory and start-up: shard and replica are the data group, or of one rank, unless `shard` says otherwise."""
+    found, asked = meshes(layout, tied=True, kv_heads=2)
+    channels = {frozenset(pair[:2]) for mesh in found for pair in mesh.channels}
+    once = [tuple(ranks) for ranks in asked[0] if frozenset(ranks) not in channels]
+    assert len(once) == len(set(once))
+    if layout.shard in (1, layout.dp * layout.cp):
+        assert all({mesh.shard.ranks, mesh.replica.ranks} == {mesh.data.ranks, (mesh.rank,)} for mesh in found)
+    for mesh in found:
+        assert mesh.rank == 0 or (mesh.shard.handle is None) == (layout.shard == 1)
 
 
 def test_tied_groups_join_first_and_last_stage(meshes: Callable) -> None:
@@ -132,7 +165,8 @@ def test_channels_are_a_group_each(meshes: Callable) -> None:
 
 def test_one_rank_needs_no_process_group() -> None:
     mesh = build_mesh(Layout(), 0, tied=True, kv_heads=1)
-    assert all(getattr(mesh, name).handle is None for name in ("tp", "pp", "data", "tied", "kv", "world")) and mesh.channels == {}
+    names = ("tp", "pp", "data", "shard", "replica", "tied", "kv", "world")
+    assert all(getattr(mesh, name).handle is None for name in names) and mesh.channels == {}
 
 
 REAL = [
@@ -141,7 +175,27 @@ REAL = [
     ({"dp": 2, "pp": 2}, True, None),
     ({"tp": 4}, False, 2),
     ({"pp": 4}, True, None),
+    ({"dp": 4, "zero": 1, "shard": 2}, False, None),
 ]
+
+
+@pytest.mark.parametrize("layout", ["pp=2", "pp=2,schedule=interleaved", "pp=4,schedule=gpipe", "dp=2,pp=2,zero=3"])
+def test_nothing_waits_for_the_first_use_of_a_group(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    """On a transport that connects at the first use and holds up every rank of the group until then, as NCCL does."""
+    shape = concrete(layout)
+    job = {"config": config_of("tied").model_dump(by_alias=True), "steps": 1, "dtype": "float32"}
+    words = (job, asdict(shape), str(tmp_path))
+    found = ranks.run(shape.world, "tests.first_use:proof_where_first_use_waits", *words, timeout_seconds=8.0)
+    assert len(found) == shape.world and min(found) >= 2, "groups used for the first time in the mesh, none of them later"
+
+
+@pytest.mark.parametrize("which", ["tp", "channel"])
+def test_a_hang_inside_a_part_of_the_world_ends_in_the_timeout(ranks: Ranks, which: str) -> None:
+    """Groups wait as long as the config says, not torch's half an hour."""
+    start = time.monotonic()
+    with pytest.raises(PeerError):
+        ranks.run(4, "tests.first_use:one_rank_stays_away", which, timeout_seconds=2.0)
+    assert time.monotonic() - start < 2.0 + 5.0
 
 
 @pytest.mark.parametrize(("layout", "tied", "kv_heads"), REAL, ids=str)

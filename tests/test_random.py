@@ -138,6 +138,15 @@ def test_order_and_shape_of_the_index_change_nothing() -> None:
     assert torch.equal(uniform(index.view(3, 4, 5), KEY).flatten(), uniform(index, KEY))
 
 
+def test_bfloat16_is_the_rounded_float32() -> None:
+    """So bfloat16 weights are their float32 masters, rounded. Rounding float64 once instead would differ in some of a million."""
+    shape, box = (1000, 1000), ((0, 1000), (0, 1000))
+    low, high = (torch.empty(1_000_000, dtype=kind) for kind in (torch.bfloat16, torch.float32))
+    for out in (low, high):
+        fill_normal(out, KEY, std=1.0, shape=shape, box=box)
+    assert torch.equal(low, high.bfloat16())
+
+
 def test_lower_dtypes_are_the_rounded_float64_values() -> None:
     exact = whole_normal((50, 40), KEY)
     for dtype in (torch.float32, torch.bfloat16):

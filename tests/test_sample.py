@@ -95,6 +95,18 @@ def test_the_same_seed_gives_the_same_text_and_the_end_ends_it() -> None:
     assert list(generate(model, list(range(200)), count=3, choice=Choice(seed=1), window=8))  # a prompt longer than the window
 
 
+def test_a_row_without_a_token_is_never_chosen() -> None:
+    """The model's vocabulary is larger than its tokenizer's: rows that were never trained towards a token stay silent."""
+    config, known = ModelConfig.model_validate({**LLAMA, "vocab": 300}), set(range(10, 200)) | {256}
+    settings: dict[str, Any] = {"dtype": torch.float64, "device": torch.device("cpu")}
+    free, padded = Model(Initial(config), config, **settings), Model(Initial(config), config, **settings, tokens=known)
+    for changes in ({"seed": 2}, {"temperature": 0.0}, {"top_k": 250}, {"top_p": 1.0}):
+        choice = Choice(**{"temperature": 3.0, **changes})
+        assert set(generate(padded, [12, 13], count=80, choice=choice, window=16)) <= known
+    assert not set(generate(free, [12, 13], count=80, choice=Choice(temperature=3.0, seed=2), window=16)) <= known
+    assert bytes_tokenizer().ids == set(range(257))
+
+
 def test_tokens_come_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
     number = 1500

@@ -407,6 +407,8 @@ def test_reductions_run_beside_compute() -> None:
     assert step.makespan == 10.0 + 5.0 and step.idle == (7.0, 7.0)
     early = simulate(lowered("1f1b", 2, 4, 1, "micro_batch"), forward=1.0, backward=1.0, reduce=0.5)
     assert early.makespan == 10.5
+    lists = lower(read("0F0 0F1 0B0 0B1"), reduce="micro_batch")
+    assert simulate(lists, forward=1.0, backward=1.0, reduce=5.0).makespan == 14.0, "the buffers of one backward at a time"
 
 
 def test_split_backwards_cost_their_halves() -> None:

@@ -304,8 +304,20 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
     prepared = prepare(config, seed=0, max_bad_lines=1)
     assert prepared.notes[0] == "1 bad lines were skipped" and f"{tmp_path}/x.jsonl:51" in prepared.notes[1]
-    with pytest.raises(DataError):
-        prepare(config, seed=0)
+    assert prepared.built
+
+
+def test_what_was_built_with_bad_lines_skipped_is_found_again_and_said(tmp_path: Path) -> None:
+    """By a run that allows none, too: its owner has seen the list. Which lines they were is kept beside the tokens."""
+    for name, bad in (("x", b"bad\n" * 2), ("y", b"")):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"".join(b'{"text": "good %d"}\n' % number for number in range(50)) + bad)
+    mix = [{"source": str(tmp_path / f"{name}.jsonl")} for name in "xy"]
+    config = DataConfig(mix=mix, dir=str(tmp_path / "data"), tokenizer={"kind": "bpe", "vocab": 260}, max_bad_lines=2)
+    first, again = prepare(config, seed=0), prepare(config.model_copy(update={"max_bad_lines": 0}), seed=0)
+    assert first.built and not again.built and again.fingerprint == first.fingerprint
+    (note,) = again.notes
+    assert note.startswith("2 bad lines of x were skipped when it was built: ")
+    assert json.loads(Path(note.split(": ")[1]).read_text()) == [f"{tmp_path}/x.jsonl:{number}" for number in (51, 52)]
 
 
 def test_no_room_on_the_disk(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_made_up_batches_are_very_unequal() -> None:
     counts = [[micro.targets for micro in order.micro_batches(0, dp_rank=rank, dp_size=2, micro=2)] for rank in (0, 1)]
     assert max(map(max, counts)) > 2 * min(map(min, counts)) and sum(counts[0]) != sum(counts[1])
     whole = order.micro_batches(0, dp_rank=0, dp_size=1, micro=16)[0]
-    assert whole.targets == sum(map(sum, counts))
+    assert whole.targets == order.targets(0) == sum(map(sum, counts))
     for rank in (0, 1):
         for at, micro in enumerate(order.micro_batches(0, dp_rank=rank, dp_size=2, micro=2)):
             assert (micro.labels == whole.labels[rank * 8 + at * 2 : rank * 8 + at * 2 + 2]).all()
@@ -70,6 +70,8 @@ def test_the_logged_loss_is_the_mean_over_all_target_tokens(run: Any, text: str)
         ("tp=4", {"family": "qwen3", "kv_heads": 2}, "float64"),
         ("pp=2", {"tied": True}, "float64"),
         ("tp=2,pp=2", {"tied": True, "kv_heads": 1}, "float32"),
+        ("dp=4,zero=3,shard=2", {"tied": True}, "float32"),
+        ("dp=2,pp=2,zero=1,shard=1", {"tied": True}, "float32"),
     ],
     ids=str,
 )
@@ -89,11 +91,23 @@ def test_the_norm_counts_every_element_once(run: Any, text: str, model: dict[str
 # --- trap 12: initial weights ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("texts", [["dp=2", "dp=2,zero=3"], ["tp=2", "pp=2", "pp=2,schedule=interleaved"], ["tp=4", "dp=2,tp=2,zero=3"]])
+@pytest.mark.parametrize(
+    "texts",
+    [["dp=2", "dp=2,zero=3"], ["tp=2", "pp=2", "pp=2,schedule=interleaved"], ["tp=4", "dp=2,tp=2,zero=3", "dp=4,zero=3,shard=2"]],
+)
 def test_initial_weights_are_slices_of_the_same_tensors(ranks: Ranks, texts: list[str]) -> None:
     given = config(tied=True, kv_heads=1, vocab=31)
     layouts = [layout_of(text) for text in texts]
     counts = ranks.run(layouts[0].world, "tests.engine_cases:initial_weights", given, [vars(layout) for layout in layouts], "float32")
+    assert sum(counts) == len(layouts) * num_parameters(Config.model_validate(given).model)
+
+
+def test_initial_master_weights_are_not_rounded(ranks: Ranks) -> None:
+    """bfloat16 in every stage of ours starts from the float32 weights from which FSDP2 starts."""
+    given = config(tied=True, kv_heads=1, vocab=31)
+    texts = ["dp=2", "dp=2,zero=1", "dp=2,zero=2,offload=optimizer", "dp=2,zero=3", "dp=2,zero=3,engine=fsdp2"]
+    layouts = [vars(layout_of(text)) for text in texts]
+    counts = ranks.run(2, "tests.engine_cases:initial_weights", given, layouts, "bfloat16")
     assert sum(counts) == len(layouts) * num_parameters(Config.model_validate(given).model)
 
 
@@ -102,6 +116,7 @@ def test_initial_weights_are_slices_of_the_same_tensors(ranks: Ranks, texts: lis
 
 @pytest.mark.parametrize(
     "text", ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,unshard=step,reduce=step", "dp=2,tp=2,zero=3"]
+    + ["dp=4,zero=2,shard=2", "dp=4,zero=3,shard=2,reduce=step", "dp=4,zero=1,shard=1"],
 )
 def test_no_buffer_is_read_or_written_while_its_transfer_is_under_way(run: Any, text: str) -> None:
     late = run(text, {"work": "tests.engine_cases:slowest_rank", "dtype": "float32"}, tied=True)
@@ -112,7 +127,8 @@ def test_no_buffer_is_read_or_written_while_its_transfer_is_under_way(run: Any, 
 
 
 def test_padding_stays_zero(ranks: Ranks) -> None:
-    layouts = [vars(layout_of(text)) for text in ("dp=3,zero=0", "dp=3,zero=1", "dp=3,zero=2", "dp=3,zero=3", "tp=3,sp=off")]
+    texts = ("dp=3,zero=0", "dp=3,zero=1", "dp=3,zero=2", "dp=3,zero=3", "dp=3,zero=2,shard=1", "tp=3,sp=off")
+    layouts = [vars(layout_of(text)) for text in texts]
     given = config(heads=3, kv_heads=3, dim=15, head_dim=4, vocab=31, batch=3, optimizer={"weight_decay": 0.5})
     assert all(count > 0 for count in ranks.run(3, "tests.engine_cases:padding_stays_zero", given, layouts))
 
@@ -121,6 +137,7 @@ def test_padding_stays_zero(ranks: Ranks) -> None:
 
 POISONS = [
     *((f"dp=2,zero={zero}", {"name": "blocks.1.mlp.up.weight", "rank": 1}, "nan") for zero in range(4)),
+    ("dp=2,zero=3,shard=1", {"name": "blocks.1.mlp.up.weight", "rank": 1}, "nan"),
     ("dp=2", {"name": "blocks.3.attention_norm.weight", "rank": 0}, "inf"),
     ("tp=2", {"name": "blocks.0.attention.q.weight", "rank": 1}, "nan"),
     ("tp=2", {"name": "blocks.2.mlp_norm.weight", "rank": 1}, "-inf"),
@@ -141,7 +158,7 @@ def test_one_bad_gradient_stops_all_ranks_before_the_update(ranks: Ranks, text: 
     assert [one["hit"] for one in found] == [rank == where["rank"] for rank in range(layout.world)]
     for one in found:
         assert one["failure"] and one["failure"]["code"] == Code.NUMERIC, found
-        assert "step 1" in one["failure"]["where"]
+        assert one["failure"]["where"] == "step 2", "counted as metrics.jsonl does"
         assert one["untouched"] and one["counted"] == 0
 
 
@@ -153,7 +170,9 @@ BUGS: list[tuple[str, str, dict[str, Any], tuple[str, ...], str, str]] = [
     ("no partial sum over tp", "tp=4,sp=off", {"kv_heads": 2}, ("gradient",), ".k.", "trap 9"),
     ("mean instead of sum over dp", "dp=2,zero=2", {}, ("gradient", "norm"), "", "0.5 times"),
     ("mean instead of sum over dp", "dp=2", {"family": "gpt2"}, ("gradient", "norm"), "", "0.5 times"),
-    ("norm counted on every tp rank", "tp=2", {}, ("norm",), "gradient norm", "trap"),
+    ("norm counted on every rank", "tp=2", {}, ("norm",), "gradient norm", "trap"),
+    ("norm counted on every rank", "dp=2,zero=3,shard=1", {}, ("norm",), "gradient norm", "trap"),
+    ("replicas not summed", "dp=4,zero=2,shard=2", {}, ("gradient",), "", "trap"),
     ("tied gradients not exchanged", "pp=2", {"tied": True}, ("gradient",), "embedding.weight", "trap 13"),
     ("one micro-batch lost", "dp=2", {}, ("gradient", "norm"), "", "0.875 times"),
     ("another seed on one rank", "dp=2", {}, ("loss",), "loss", "initial weights"),

@@ -10,6 +10,8 @@ import pytest
 from dist_llm.config.schema import Config
 from dist_llm.model.table import table
 from dist_llm.parallel.flat import pack
+from dist_llm.plan.predict import shape_of
+from dist_llm.plan.traffic import persistent_bytes
 from dist_llm.train.proof import Run
 from tests.engine_cases import config, different, layout_of, prove
 from tests.ranks import Ranks
@@ -70,6 +72,44 @@ def test_bfloat16_stages_are_equal_to_the_bit(run: Any, zero: int) -> None:
     assert different(reference, run(f"dp=2,zero={zero},reduce=step", dtype="bfloat16", tied=True)) == []
 
 
+SHARDED = [("dp=4", "shard=2", {"tied": True}), ("dp=3", "shard=1", {}), ("dp=2,tp=2", "shard=1", {"kv_heads": 1})]
+
+
+@pytest.mark.parametrize("reduce", ["step", "micro_batch"])
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize(("axes", "shard", "model"), SHARDED, ids=str)
+def test_stages_are_equal_to_the_bit_at_equal_shard(run: Any, axes: str, shard: str, model: dict[str, Any], zero: int, reduce: str) -> None:
+    """At equal `shard` and `reduce`: the same sums inside the group, and the same over the replicas."""
+    sizes = {"batch": 12, "sequence": 4}
+    first, other = (f"{axes},zero={stage},{shard},reduce={reduce}" for stage in (1, zero))
+    assert different(run(first, sizes=sizes, **model), run(other, sizes=sizes, **model)) == []
+
+
+def test_a_shard_of_all_ranks_is_the_default(run: Any) -> None:
+    assert layout_of("dp=2,zero=3,shard=2") == layout_of("dp=2,zero=3")
+
+
+@pytest.mark.parametrize("order", ["fixed", "fast"])
+@pytest.mark.parametrize("text", ["dp=4,zero=3,shard=2", "dp=4,zero=1,shard=2", "dp=3,zero=2,shard=1", "dp=4,zero=2,shard=1,reduce=step"])
+def test_replicas_stay_equal_to_the_bit(ranks: Ranks, text: str, order: str) -> None:
+    """Ranks with the same shard hold the same gradients, weights and moments, in whatever order the backend adds."""
+    layout = layout_of(text)
+    given = {**config(tied=True, batch=12), "runtime": {"reduce_order": order}}
+    found = ranks.run(layout.world, "tests.engine_cases:held", given, vars(layout))
+    for rank, held in enumerate(found):
+        assert held == found[rank % layout.shard]
+    assert layout.shard == 1 or found[0]["gradient"] != found[1]["gradient"]
+
+
+def test_replicas_of_both_ends_of_a_pipeline_share_a_tied_weight(ranks: Ranks) -> None:
+    """In whatever order the backend adds, first and last stage keep one tied weight."""
+    layout = layout_of("dp=2,pp=2,zero=2,shard=1")
+    found = ranks.run(4, "tests.engine_cases:held", {**config(tied=True), "runtime": {"reduce_order": "fast"}}, vars(layout))
+    assert found[0] == found[1] and found[2] == found[3]
+    first, last = ({*held["weights"]} for held in (found[0], found[2]))
+    assert len(first & last) == 1
+
+
 PIPELINES = [
     *(f"pp={pp},schedule={schedule}" for pp in (2, 4) for schedule in ("gpipe", "1f1b")),
     "pp=2,schedule=interleaved,chunks=2",
@@ -110,7 +150,8 @@ def test_recomputing_is_equal_to_the_bit(run: Any, text: str, recompute: str) ->
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-STAGES = ["zero=0", "zero=1", "zero=2", "zero=3", "zero=0,reduce=micro_batch", "zero=3,reduce=step,unshard=step"]
+STAGES = ["zero=0", "zero=1", "zero=2", "zero=3", "zero=0,reduce=micro_batch", "zero=3,reduce=step,unshard=step",
+          *(f"zero={zero},offload=optimizer" for zero in range(4))]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -119,22 +160,28 @@ STAGES = ["zero=0", "zero=1", "zero=2", "zero=3", "zero=0,reduce=micro_batch", "
 def test_persistent_bytes_are_exact(ranks: Ranks, world: int, dtype: str, tied: bool) -> None:
     """Per parameter bf16 2 + 4 + 12 and fp32 4 + 4 + 8, the padding included, split as the stage says; nothing else stays alive."""
     given = config(tied=tied, layers=2)
-    layouts = [layout_of(f"dp={world},{stage}") for stage in STAGES]
+    sharded = [f"zero={zero},shard={world // 2}" for zero in (1, 2, 3)] if world > 1 else []
+    layouts = [layout_of(f"dp={world},{stage}") for stage in STAGES + sharded]
     found = ranks.run(world, "tests.engine_cases:persistent_bytes", given, [vars(layout) for layout in layouts], dtype)
-    model = Config.model_validate(given).model
-    rows = table(model)
+    settings = Config.model_validate(given)
+    rows = table(settings.model)
     element, state = (2, 12) if dtype == "bfloat16" else (4, 8)
     for rank in range(world):
         for layout, kept in zip(layouts, found[rank], strict=True):
-            expected = {"weights": 0, "gradients": 0, "optimizer": 4}  # the count of updates
+            updated = "host" if layout.offload == "optimizer" else "optimizer"
+            expected = {"weights": 0, "gradients": 0, "optimizer": 0, "host": 0, updated: 4}  # the count of updates
+            split, largest = {"shards": layout.shard, "replicas": world // layout.shard}, 0
             for unit in dict.fromkeys(row.unit for row in rows):
-                plan = pack([row for row in rows if row.unit == unit], unit=unit, tp=1, sp=False, coordinate=0, shards=world)
+                plan = pack([row for row in rows if row.unit == unit], unit=unit, tp=1, sp=False, coordinate=0, **split)
                 uses = 2 if unit == "tied" else 1  # an accumulator for each
                 expected["weights"] += element * (plan.shard_size if layout.zero == 3 else plan.padded)
                 expected["gradients"] += 4 * uses * (plan.shard_size if layout.reduce == "micro_batch" else plan.padded)
-                expected["optimizer"] += state * (plan.shard_size if layout.zero else plan.padded)
+                owned = plan.shard_size if layout.zero else plan.padded
+                expected[updated] += owned * (12 if updated == "host" else state)  # there the master weights are always apart
+                largest = max(largest, owned)
+            expected["host"] += 3 * 4 * largest if updated == "host" else 0  # what goes down and up goes round in three buffers
             alive = kept.pop("alive")
-            assert kept == expected, layout
+            assert kept == expected == persistent_bytes(shape_of(settings, layout, dtype=dtype)), layout
             assert alive == sum(expected.values()) - 4, f"{alive - sum(expected.values())} bytes more are alive, {layout}"
 
 
@@ -211,7 +258,7 @@ def test_bfloat16_follows_float32(run: Any) -> None:
 # --- the other calls of the engine -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["dp=2,zero=3", "tp=2", "pp=2,schedule=interleaved,chunks=2"])
+@pytest.mark.parametrize("text", ["dp=2,zero=3", "tp=2", "pp=2,schedule=interleaved,chunks=2", "dp=4,zero=3,shard=2"])
 def test_evaluation_is_the_same_on_every_layout_and_leaves_no_trace(ranks: Ranks, text: str) -> None:
     given = config(tied=True, dropout=0.2)
     reference = ranks.run(1, "tests.engine_cases:evaluated", given, vars(layout_of("dp=1")), "float64")[0]

@@ -61,7 +61,8 @@ def _predictions(loaded: Loaded, layout: Layout) -> list[str]:
     dtype, where = (given, "") if given != "auto" else ("bfloat16", ", as on CUDA")
     found = predicted(shape_of(loaded.config, layout, dtype=dtype))
     kept, sent = found["memory_bytes"], found["sent_bytes_per_step"]
-    parts = ", ".join(f"{name} {show_bytes(count)}" for name, count in kept.items())
+    named = {name: count for name, count in kept.items() if name != "host"} | ({"host memory": kept["host"]} if kept["host"] else {})
+    parts = ", ".join(f"{name} {show_bytes(count)}" for name, count in named.items())
     lines = [f"in {dtype}{where}, between steps a rank keeps {show_bytes(sum(kept.values()))} ({parts}); activations come on top"]
     if sent:
         lines.append(f"a rank sends at most {', '.join(f'{show_bytes(count)} over {axis}' for axis, count in sent.items())} a step")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_llm.cli.train import short_overrides
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.errors import NumericError, UsageError
 
@@ -18,7 +19,7 @@ def compare(
     words: Annotated[list[str], typer.Argument(metavar="LAYOUT...", help="Layouts (dp=2,tp=2) and overrides (a.b=v); or a second run.")],
     nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks for layouts that do not name dp.")] = None,
     reference: Annotated[str, typer.Option("--reference", help="The layout that the others are held against.")] = "dp=1",
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the speed pass (the proof takes 3).")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps timed and proved (at least 3 are proved).")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Of the speed pass: float32, bfloat16, float64.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Text to train on, instead of data.source.")] = None,
     run_dir: Annotated[str | None, typer.Option("--run-dir", help="Where comparison.json and report.html go.")] = None,
@@ -31,17 +32,16 @@ def compare(
         return
     overrides = [word for word in words if "." in word.split("=")[0]]
     texts = [word for word in words if word not in overrides]
-    named = [("runtime.dtype", dtype), ("data.source", data), ("save.dir", run_dir)]
-    loaded = load_config(config_path, [*overrides, *(f"{key}={value}" for key, value in named if value is not None)])
+    loaded = load_config(config_path, [*overrides, *short_overrides({"runtime.dtype": dtype, "save.dir": run_dir}, data)])
     folder = Path(run_dir or Path(loaded.config.save.dir) / "compare")
-    found = _compare(loaded, texts, nproc=nproc, reference=reference, steps=steps or 5, folder=folder, quiet=as_json)
+    found = _compare(loaded, texts, nproc=nproc, reference=reference, steps=steps, folder=folder, quiet=as_json)
     worse, notes = _held_against(found, baseline)
     _show(found, folder, notes, as_json)
     _judge(found, worse, folder)
 
 
 def _compare(
-    loaded: Loaded, texts: list[str], *, nproc: int | None, reference: str, steps: int, folder: Path, quiet: bool
+    loaded: Loaded, texts: list[str], *, nproc: int | None, reference: str, steps: int | None, folder: Path, quiet: bool
 ) -> dict[str, Any]:
     from dist_llm.compare.run import Comparison, read_layouts, write
 

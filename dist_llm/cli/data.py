@@ -22,12 +22,12 @@ app = typer.Typer(help="Text to token shards, and a look at them.", no_args_is_h
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=v]...", help="Values that replace those of the file.")]
-BadLinesAllowed = Annotated[int, typer.Option("--max-bad-lines", min=0, help="JSON lines that may be skipped; they are listed.")]
+BadLinesAllowed = Annotated[int | None, typer.Option("--max-bad-lines", min=0, help="data.max_bad_lines: JSON lines that may be skipped.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 
 
 @app.command()
-def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: BadLinesAllowed = 0, as_json: AsJson = False) -> None:
+def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: BadLinesAllowed = None, as_json: AsJson = False) -> None:
     """Build the tokenizer and the token shards that a config asks for, or find them again."""
     from dist_llm.data.prepare import prepare
 

@@ -29,6 +29,7 @@ VERBS = {  # name -> (module, what it holds, one line of help)
     "tokenizer": ("tokenizer", "app", "Make a tokenizer, and see how it fits a text."),
     "sample": ("sample", "sample", "Continue a text with a checkpoint of any layout."),
     "verify": ("verify", "verify", "Check every byte of a checkpoint."),
+    "bench": ("bench", "bench", "Measure ours against other libraries."),
     "report": ("report", "report", "Write report.html beside a finished run or comparison."),
 }
 EXIT_CODES = "Exit codes: 0 done, 1 our bug, 2 usage, 3 data, 4 checkpoint, 5 peer, 6 numeric, 7 space, 8 memory, 130 and 143 by a signal."

@@ -67,4 +67,5 @@ def load(opened: Checkpoint) -> tuple[Model, Tokenizer, int]:
         raise UsageError("the tokenizer has more tokens than the model", where=str(opened.path), found=found)
     device = choose_device(config.runtime.model_copy(update={"device": "auto"}), local_rank=0)
     dtype = choose_dtype(config.runtime.model_copy(update={"dtype": "auto"}), device)
-    return Model(opened.parts, config.model, dtype=dtype, device=device), tokenizer, config.data.sequence
+    model = Model(opened.parts, config.model, dtype=dtype, device=device, tokens=tokenizer.ids)
+    return model, tokenizer, config.data.sequence

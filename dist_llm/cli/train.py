@@ -90,7 +90,7 @@ def _train_under_torchrun(loaded: Loaded, layout: Layout, resume: str | None, *,
             if rank == 0:
                 _conclude(loaded, path, result, console)
     except Exception as error:
-        from dist_llm.ranks import _known as known_failure
+        from dist_llm.ranks import known_failure
 
         failure = error if isinstance(error, Failure) else known_failure(error)
         keep_traceback(error, path / "logs" / f"rank-{rank}.log")

@@ -30,12 +30,14 @@ from dist_llm.train.trainer import Trainer
 WARMUP = 1  # steps before the clock starts
 
 
-def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any]) -> dict[str, Any]:
+def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any], ranks: int) -> dict[str, Any]:
     """Builds corpus, tokenizer and token shards, and looks at the devices: returns backend and dtype of the ranks.
 
-    In a process of its own: where ranks are forked there must be no threads, and no CUDA may have been touched.
+    ranks: of the largest layout; refused where there are too few devices for them. In a process of its own: where ranks are
+    forked there must be no threads, and no CUDA may have been touched.
     """
     settings = Config.model_validate(config)
+    device = choose_device(settings.runtime, local_rank=ranks - 1)
 
     def progress(message: str, part: float) -> None:
         say({"message": message, "fraction": part})
@@ -43,7 +45,6 @@ def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any]) -
     prepared = prepare(settings.data, seed=settings.runtime.seed, progress=progress)
     prepared.require_vocab(settings.model.vocab)
     training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
-    device = choose_device(settings.runtime, local_rank=0)
     dtype = str(choose_dtype(settings.runtime, device)).removeprefix("torch.")
     return {"fingerprint": prepared.fingerprint, "notes": list(prepared.notes), "backend": backend_name(settings.runtime), "dtype": dtype}
 

@@ -2,7 +2,7 @@
 
 The model itself is proved on short sequences; a model too large for that is replaced by a reduced twin of the same family
 with the same axes and odd shapes. Each layout trains under the config's optimizer and under SGD with momentum, because
-AdamW hides a gradient that is wrong by a constant factor.
+AdamW hides a gradient that is wrong by a constant factor. With `runtime.compile` the layouts are compiled and the reference is not.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ def subject(config: Config, layouts: Sequence[Layout], *, steps: int) -> Subject
         "schedule.warmup": 0,
         "data.reset_positions": True,
         "data.document_mask": True,
-        "runtime.compile": False,
     }
     if num_parameters(config.model) <= LARGEST:
         return Subject(changed(config, small), "itself", steps)
@@ -74,11 +73,11 @@ class Prover:
         self.options: dict[str, Any] = {"backend": backend, "timeout_seconds": timeout_seconds, "log_dir": log_dir}
         self.runs: dict[str, Run] = {}
 
-    def run(self, layout: Layout, *, dtype: str) -> Run:
+    def run(self, layout: Layout, *, dtype: str, compiled: bool) -> Run:
         """Trains the subject under a layout and returns every tensor of every step."""
         shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
         folder = Path(tempfile.mkdtemp(prefix="dist-llm-proof-", dir=shared))
-        tree = self.subject.config.model_dump(by_alias=True)
+        tree = changed(self.subject.config, {"runtime.compile": compiled}).model_dump(by_alias=True)
         job = {"config": tree, "steps": self.subject.steps, "dtype": dtype, "optimizers": [tree["optimizer"], SGD]}
         try:
             run_ranks(layout.world, proof_rank, job, asdict(layout), str(folder), **self.options)
@@ -89,7 +88,7 @@ class Prover:
     def reference_run(self, dtype: str) -> Run:
         """The reference's tensors."""
         if dtype not in self.runs:
-            self.runs[dtype] = self.run(self.reference, dtype=dtype)
+            self.runs[dtype] = self.run(self.reference, dtype=dtype, compiled=False)
         return self.runs[dtype]
 
     def prove(self, layout: Layout) -> tuple[Verdict, dict[str, Any], list[float]]:
@@ -99,8 +98,8 @@ class Prover:
             dtype = "float32"
             distance = judge(self.reference_run("float64"), self.reference_run("float32"))
             tolerance = {group: 10 * getattr(distance, group) for group in GROUPS}
-        reference = self.reference_run(dtype)
-        run = reference if layout == self.reference else self.run(layout, dtype=dtype)
+        reference, compiled = self.reference_run(dtype), self.subject.config.runtime.compile
+        run = reference if layout == self.reference and not compiled else self.run(layout, dtype=dtype, compiled=compiled)
         verdict = judge(reference, run, tolerance=tolerance, layout=layout)
         about = {
             "model": self.subject.model,
@@ -111,5 +110,6 @@ class Prover:
             "tolerances": tolerance,
             "optimizers": [self.subject.config.optimizer.kind, "sgd"],
             "sequence": self.subject.config.data.sequence,
+            "compile": compiled,
         }
         return verdict, about, run.record.losses[: self.subject.steps]

@@ -24,6 +24,8 @@ from dist_llm.schedule.draw import trace
 from dist_llm.train.proof import Verdict
 
 VERSION = 1
+PROVED = 3  # steps of the proof, at least
+TIMED = 5  # steps under the clock
 Say = Callable[[str], None]
 
 
@@ -59,14 +61,16 @@ def read_layouts(config: Config, texts: Sequence[str], *, nproc: int | None) -> 
 class Comparison:
     """One `compare`: proves and measures entry after entry, and keeps the rows."""
 
-    def __init__(self, config: Config, entries: Sequence[Entry], reference: Entry, *, steps: int, run_dir: Path, say: Say) -> None:
-        """steps: of the speed pass; the proof takes three."""
+    def __init__(
+        self, config: Config, entries: Sequence[Entry], reference: Entry, *, steps: int | None, run_dir: Path, say: Say
+    ) -> None:
+        """steps: of both passes, the proof never fewer than three; None: a few of each."""
         self.config, self.reference, self.run_dir, self.say = config, reference, run_dir, say
         typed = [entry.layout for entry in entries]
         self.entries = [*([] if reference.layout in typed else [reference]), *entries]
-        self.steps = steps
+        self.steps = TIMED if steps is None else steps
         self.options: dict[str, Any] = {"timeout_seconds": config.runtime.timeout_seconds, "log_dir": run_dir / "logs"}
-        self.subject = subject(config, [entry.layout for entry in self.entries], steps=3)
+        self.subject = subject(config, [entry.layout for entry in self.entries], steps=max(PROVED, steps or 0))
 
     def run(self, *, command: str | None = None) -> dict[str, Any]:
         """Everything; returns the content of comparison.json."""
@@ -76,8 +80,11 @@ class Comparison:
         def progress(rank: int, value: dict[str, Any]) -> None:
             self.say(f"data: {value['message']}")
 
-        (found,) = run_ranks(1, prepare_rank, config, **self.options, on_message=progress)
+        largest = max(entry.layout.world for entry in self.entries)
+        (found,) = run_ranks(1, prepare_rank, config, largest, **self.options, on_message=progress)
         self.dtype, self.options["backend"] = found["dtype"], found["backend"]
+        for note in found["notes"]:
+            self.say(f"note: {plain(note)}")
         self.prover = Prover(self.subject, self.reference.layout, **self.options)
         rows = []
         for at, entry in enumerate(self.entries):
@@ -149,10 +156,11 @@ def environment() -> dict[str, str]:
 def against_baseline(comparison: dict[str, Any], baseline: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(regressions, notes) of a comparison against an earlier one, layout by layout.
 
-    Regressions: no longer equal, more bytes sent, over 5 % more memory. Times are noted as ratios: one run's are too noisy to judge.
+    Regressions: absent, no longer equal, more bytes sent, over 5 % more memory. Times are noted as ratios, one run's being too noisy.
     """
-    worse, notes = [], []
     before = {row["layout"]: row for row in baseline.get("layouts", [])}
+    here = {row["layout"] for row in comparison["layouts"]}
+    worse, notes = [f"{row['given']}: in the baseline, not compared now" for row in before.values() if row["layout"] not in here], []
     for row in comparison["layouts"]:
         old = before.get(row["layout"])
         if old is None:

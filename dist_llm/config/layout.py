@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, get_args
 
-from dist_llm.config.schema import LARGEST, EngineName, LayoutConfig, ScheduleName, When
+from dist_llm.config.schema import LARGEST, EngineName, LayoutConfig, Offload, ScheduleName, When
 from dist_llm.errors import UsageError
 
 KEYS = tuple(LayoutConfig.model_fields)
@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "reduce": get_args(When),
     "unshard": get_args(When),
     "recompute": ("none", "full", "selective"),
+    "offload": get_args(Offload),
     "engine": get_args(EngineName),
 }
 _SWITCHES = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
@@ -45,6 +46,7 @@ class Layout:
     reduce: When = "step"
     unshard: When = "step"
     recompute: Literal["none", "full", "selective"] = "none"
+    offload: Offload = "none"
     engine: EngineName = "native"
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class Problem:
 
 def problems(config: Config, layout: Layout) -> list[Problem]:
     """Every rule that `config` breaks under `layout`; empty when it can run."""
-    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _numbers, _text, _machine)
+    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _offload, _numbers, _text, _machine)
     return [problem for rule in rules for problem in rule(config, layout)]
 
 
@@ -38,7 +38,6 @@ def problems(config: Config, layout: Layout) -> list[Problem]:
 NOT_AVAILABLE = (
     ("layout.cp", lambda layout: layout.cp > 1, "context parallelism (cp > 1)"),
     ("layout.ep", lambda layout: layout.ep > 1, "expert parallelism (ep > 1)"),
-    ("layout.shard", lambda layout: layout.shard != layout.dp * layout.cp, "sharding over a part of dp x cp (shard)"),
     ("layout.schedule", lambda layout: layout.schedule == "zb-h1", "schedule=zb-h1"),
     ("layout.schedule", lambda layout: layout.schedule == "zb-v", "schedule=zb-v"),
     ("layout.schedule", lambda layout: layout.schedule == "dualpipe-v", "schedule=dualpipe-v"),
@@ -57,6 +56,9 @@ def _axes(config: Config, layout: Layout) -> Iterator[Problem]:
     for key, size in (("ep", layout.ep), ("shard", layout.shard)):
         if data % size:
             yield Problem(f"layout.{key}", f"dp {layout.dp} x cp {layout.cp} = {data} over {key}={size} leaves {data % size}")
+    if layout.zero == 0 and layout.shard != data:
+        text = f"shard={layout.shard} says over how many ranks ZeRO splits, zero=0 splits nothing; zero=1, 2 or 3, or leave shard out"
+        yield Problem("layout.shard", text)
     if layout.world > MAX_WORLD:
         yield Problem("layout", f"{layout.world} ranks; at most {MAX_WORLD}")
 
@@ -83,7 +85,7 @@ def _width(config: Config, layout: Layout) -> Iterator[Problem]:
 
 
 def _depth(config: Config, layout: Layout) -> Iterator[Problem]:
-    """What the pipeline cuts: every stage holds at least one layer; embedding and head ride with the first and last."""
+    """What the pipeline cuts: at least as many layers as stages. The cut goes by cost, so the head may be a stage of its own."""
     if config.model.layers < layout.stages:
         stages = f"pp {layout.pp} x chunks {layout.chunks} = {layout.stages} stages"
         yield Problem("layout.pp", f"{config.model.layers} layers are fewer than {stages}")
@@ -106,7 +108,7 @@ def _schedule(config: Config, layout: Layout) -> Iterator[Problem]:
 
 
 def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
-    """Foreign engines split the batch alone. A compiled block reuses buffers that selective recompute has kept: wrong gradients."""
+    """Foreign engines split the batch alone. Selective recompute runs autograd inside a block, which no compiler can trace."""
     if config.runtime.compile and layout.recompute == "selective":
         yield Problem("layout.recompute", "selective does not go with runtime.compile; full or none do")
     if layout.engine == "native":
@@ -114,15 +116,42 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
     for axis in ("tp", "cp", "pp", "ep"):
         if getattr(layout, axis) > 1:
             yield Problem("layout.engine", f"engine={layout.engine} runs {axis}=1 only, {axis}={getattr(layout, axis)}")
+    if layout.engine == "deepspeed" and layout.shard != layout.dp * layout.cp:
+        yield Problem("layout.shard", f"engine=deepspeed splits over all of dp {layout.dp}, shard={layout.shard}; native and fsdp2 take it")
     stages = {"ddp": (0,), "fsdp2": (2, 3), "deepspeed": (0, 1, 2, 3)}[layout.engine]
     if layout.zero not in stages:
         yield Problem("layout.zero", f"engine={layout.engine} has zero={' or '.join(map(str, stages))}, zero={layout.zero}")
+    if layout.engine == "deepspeed" and layout.reduce != (reduces := "micro_batch" if layout.zero >= 2 else "step"):
+        yield Problem("layout.reduce", f"engine=deepspeed with zero={layout.zero} has reduce={reduces}, reduce={layout.reduce}")
+    if layout.engine == "deepspeed" and layout.zero == 3 and layout.unshard != "micro_batch":
+        yield Problem("layout.unshard", f"engine=deepspeed has unshard=micro_batch, unshard={layout.unshard}; native and fsdp2 take it")
     if layout.recompute != "none":
         yield Problem("layout.recompute", f"engine={layout.engine} recomputes nothing, recompute={layout.recompute}")
     if config.runtime.compile:
         yield Problem("runtime.compile", f"engine={layout.engine} compiles nothing; set it to false")
     if config.runtime.dtype == "bfloat16" and layout.zero == 0:
         yield Problem("runtime.dtype", f"engine={layout.engine} with zero=0 keeps no float32 masters beside bfloat16")
+
+
+OFFLOADS: dict[str, tuple[tuple[str, ...], ...]] = {  # what each engine can keep in host memory, by ZeRO stage
+    "native": (("optimizer",),) * 4,
+    "ddp": ((),) * 4,
+    "fsdp2": (("all",),) * 4,
+    "deepspeed": ((), ("optimizer",), ("optimizer",), ("optimizer", "all")),
+}
+
+
+def _offload(config: Config, layout: Layout) -> Iterator[Problem]:
+    """What lies in host memory, or on a disk: DeepSpeed's ZeRO-3 alone uses one, its other stages pass over the path without a word."""
+    if layout.offload == "none":
+        return
+    able = OFFLOADS[layout.engine][layout.zero]
+    if layout.offload not in able:
+        does = f"takes offload={' or '.join(able)}" if able else "offloads nothing"
+        yield Problem("layout.offload", f"engine={layout.engine} with zero={layout.zero} {does}, offload={layout.offload}")
+    if config.runtime.offload_dir is not None and (layout.engine, layout.zero) != ("deepspeed", 3):
+        found = f"engine={layout.engine} with zero={layout.zero} offloads to host memory"
+        yield Problem("runtime.offload_dir", f"serves engine=deepspeed with zero=3 alone; {found}: leave it out")
 
 
 def _numbers(config: Config, layout: Layout) -> Iterator[Problem]:
@@ -185,15 +214,30 @@ def _variants(layout: Layout, *, dp: int, tp: int, pp: int) -> Iterator[Layout]:
     """The same wishes on other axes, then with one or more of the optional ones given up."""
     plain = ("1f1b", 1)
     pairs = dict.fromkeys(((layout.schedule, layout.chunks), plain))
-    for (schedule, chunks), sp, engine in product(pairs, {layout.sp or layout.tp == 1, False}, {layout.engine, "native"}):
-        base = replace(layout, dp=dp, tp=tp, pp=pp, cp=1, ep=1, shard=0)
-        yield replace(base, sp=sp and tp > 1, schedule=schedule, chunks=chunks, engine=engine)
+    offloaded = {"none"} if layout.offload == "none" else {layout.offload, "optimizer", "all", "none"}
+    switches = product(pairs, {layout.sp or layout.tp == 1, False}, {layout.engine, "native"}, offloaded)
+    for (schedule, chunks), sp, engine, offload in switches:
+        base = replace(layout, dp=dp, tp=tp, pp=pp, cp=1, ep=1, shard=0, offload=offload)
+        for zero, shard in _shards(layout, dp):
+            yield replace(base, sp=sp and tp > 1, schedule=schedule, chunks=chunks, engine=engine, zero=zero, shard=shard)
+
+
+def _shards(layout: Layout, dp: int) -> set[tuple[int, int]]:
+    """(zero, shard) near those of a layout on `dp` ranks: shard=0 where all of them split, as where nothing else was asked for."""
+    if layout.shard == layout.dp * layout.cp:
+        return {(layout.zero, 0)}
+    divisors = _divisors(dp, dp)
+    near = {max(size for size in divisors if size <= layout.shard), min((size for size in divisors if size >= layout.shard), default=0)}
+    return {(layout.zero, 0), *((layout.zero or 1, size) for size in near)}
 
 
 def _distance(given: Layout, other: Layout) -> float:
-    """Doublings and halvings of the axes, and half a step for every other key that changed."""
-    axes = sum(abs(log2(getattr(given, axis) / getattr(other, axis))) for axis in ("dp", "tp", "cp", "pp", "ep"))
-    return axes + sum(0.5 for key in ("sp", "schedule", "chunks", "engine") if getattr(given, key) != getattr(other, key))
+    """Doublings and halvings of the axes and of a shard that was asked for, and half a step for every other key that changed."""
+    sizes = ("dp", "tp", "cp", "pp", "ep") if given.shard == given.dp * given.cp else ("dp", "tp", "cp", "pp", "ep", "shard")
+    axes = sum(abs(log2(getattr(given, axis) / getattr(other, axis))) for axis in sizes)
+    given_up = 0.5 if other.offload == "none" != given.offload else 0.0  # another offload is nearer than none
+    keys = ("sp", "schedule", "chunks", "engine", "zero", "offload")
+    return axes + given_up + sum(0.5 for key in keys if getattr(given, key) != getattr(other, key))
 
 
 def check(config: Config, world: int) -> Layout:

@@ -18,6 +18,7 @@ Preset = Literal["gpt2-124m", "llama-1b", "llama3-8b", "llama3-70b", "llama3-405
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v", "auto"]
 EngineName = Literal["native", "ddp", "fsdp2", "deepspeed"]
 When = Literal["micro_batch", "step"]
+Offload = Literal["none", "optimizer", "all"]
 
 BYTES = 257  # tokens of the bytes tokenizer, and the fewest of a bpe: every byte, and the end of a document
 LARGEST = 2**40  # a bound on every count, so that no product of a few of them grows without end
@@ -135,6 +136,7 @@ class DataConfig(Section):
     reset_positions: Switch = False
     validation: Annotated[float, Strict(), Field(ge=0, le=0.5)] = 0.02  # fraction of the documents held out
     text_key: Text = "text"  # the field of a JSONL line
+    max_bad_lines: Whole = 0  # JSON lines that may be skipped; they are listed
     dir: Text = "runs/data"  # token shards live here
     max_tokens: Count | None = None
     seed: Seed | None = None  # None: runtime.seed
@@ -188,6 +190,7 @@ class LayoutConfig(Section):
     reduce: When | None = None  # None: micro_batch for zero 2 and 3 without a pipeline, else step
     unshard: When | None = None  # zero=3 only; None: micro_batch without a pipeline, else step
     recompute: Literal["none", "full", "selective"] = "none"
+    offload: Offload = "none"  # what lies in host memory between uses: master weights and moments, or the weights too
     engine: EngineName = "native"
 
 
@@ -200,9 +203,10 @@ class RuntimeConfig(Section):
     compile: Switch = False
     seed: Seed = 7
     timeout_seconds: Positive = 600.0
-    reduce_order: Literal["fixed", "fast"] = "fixed"  # fixed: sums in rank order, bitwise repeatable; fast: left to the library
+    reduce_order: Literal["fixed", "fast"] = "fixed"  # of data-parallel gradients; fixed: in rank order; fast: left to the library
     peak_tflops: Positive | None = None  # of one device, for MFU; None: looked up, or unknown
     threads: Count | None = None  # CPU threads per rank
+    offload_dir: Text | None = None  # DeepSpeed's folder on a fast disk for what is offloaded; None: host memory
 
 
 class SaveConfig(Section):
@@ -214,12 +218,12 @@ class SaveConfig(Section):
 
 
 class TrackConfig(Section):
-    """What is written and looked at while it trains; 0 steps means: only at the end."""
+    """What is written and looked at while it trains."""
 
     tensorboard: Switch = False
     wandb: Switch = False
-    sample_every: Whole = 0
-    validate_every: Whole = 0
+    sample_every: Whole = 0  # steps; 0: never
+    validate_every: Whole = 0  # steps; 0: only at the end
     validate_batches: Count = 8
 
 

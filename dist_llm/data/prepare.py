@@ -1,7 +1,7 @@
 """From a config's data section to a tokenizer and token stores: built once, found again by a fingerprint.
 
     <dir>/<name>-bpe<vocab>-<key>/    a trained tokenizer
-    <dir>/<name>-<key>/               tokenizer.json, train/ and validation/: one store each
+    <dir>/<name>-<key>/               tokenizer.json, train/ and validation/: one store each; skipped.json: lines left out
 
 Everything is made in a folder of another name, under a lock, and renamed when it is complete and on the disk: a build
 that is killed leaves nothing under the final name, and of two at once the second finds the work of the first.
@@ -27,7 +27,7 @@ from dist_llm.data.corpora import Corpus, open_corpus
 from dist_llm.data.entropy import entropy_rate
 from dist_llm.data.mixture import whole_weights
 from dist_llm.data.readers import BadLines
-from dist_llm.data.store import VERSION, TokenStore, sync_folder
+from dist_llm.data.store import VERSION, TokenStore, sync_folder, write_durably
 from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer, load, train_bpe
 from dist_llm.errors import SpaceError, UsageError
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 TRAINED_ON = 4_000_000  # bytes of text that a BPE is trained on
 BYTES_PER_TOKEN = 8  # more than a BPE reaches: it is trained on no more text than max_tokens can hold
 DEFAULT_VOCAB = 2048
+SKIPPED = "skipped.json"
 TOKENIZER_PART = 0.25  # of the whole work, for progress
 
 
@@ -83,14 +84,16 @@ class _Work:
     built: bool = False
 
 
-def prepare(data: DataConfig, *, seed: int, progress: Progress | None = None, max_bad_lines: int = 0) -> Prepared:
+def prepare(data: DataConfig, *, seed: int, progress: Progress | None = None, max_bad_lines: int | None = None) -> Prepared:
     """Read the data section; build the tokenizer and the stores, or find them again.
 
-    seed: of the generated corpora, unless data.seed is given. max_bad_lines: of JSON, skipped and listed in the notes.
-    Safe to call from several processes at once. Raises UsageError, DataError, or SpaceError when the folder cannot be
-    written.
+    seed: of the generated corpora, unless data.seed is given. max_bad_lines: of JSON, skipped and listed in the notes; as
+    data.max_bad_lines says where None. What an earlier call has built with more of them skipped is found again, and the
+    notes say so. Safe to call from several processes at once. Raises UsageError, DataError, or SpaceError when the folder
+    cannot be written.
     """
-    work = _Work(Path(data.dir).expanduser(), progress or (lambda message, fraction: None), BadLines(max_bad_lines))
+    bad = BadLines(data.max_bad_lines if max_bad_lines is None else max_bad_lines)
+    work = _Work(Path(data.dir).expanduser(), progress or (lambda message, fraction: None), bad)
     seed = seed if data.seed is None else data.seed
     sources = [(item.source, item.weight) for item in data.mix] if data.mix else [(data.source, 1.0)]
     weights = whole_weights([weight for _, weight in sources])
@@ -190,12 +193,19 @@ def _store(corpus: Corpus, tokenizer: Tokenizer, *, validation: float, max_token
     """The folder of one corpus' stores, built when it is not there yet."""
 
     def make(target: Path) -> None:
+        work.bad.met.clear()
         work.notes += build_store(corpus, tokenizer, target, validation=validation, max_tokens=max_tokens, progress=tell)
         tokenizer.save(target)
+        if work.bad.met:
+            write_durably(target / SKIPPED, json.dumps(sorted(work.bad.met), indent=0).encode())
 
-    identity = [VERSION, corpus.identity, tokenizer.hash, validation, max_tokens, work.bad.allowed]
+    identity = [VERSION, corpus.identity, tokenizer.hash, validation, max_tokens]
     home = work.folder / f"{corpus.name}-{_key(identity)}"
-    work.built |= publish(home, make)
+    built = publish(home, make)
+    if not built and (home / SKIPPED).is_file():
+        count = len(json.loads((home / SKIPPED).read_text()))
+        work.notes.append(f"{count} bad line{'' if count == 1 else 's'} of {corpus.name} were skipped when it was built: {home / SKIPPED}")
+    work.built |= built
     return home
 
 

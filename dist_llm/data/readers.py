@@ -51,11 +51,12 @@ class Document:
 class BadLines:
     """The lines that could not be read: how many are allowed, where they were, and the first few in words.
 
-    A corpus is read more than once; a line counts once.
+    A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it.
     """
 
     allowed: int = 0
     places: set[str] = field(default_factory=set)
+    met: set[str] = field(default_factory=set)
     told: list[str] = field(default_factory=list)
 
     @property
@@ -65,6 +66,7 @@ class BadLines:
 
     def add(self, where: str, why: str, excerpt: bytes) -> None:
         """Note a bad line; raises DataError when more lines than allowed are bad and enough are known to tell."""
+        self.met.add(where)
         if where in self.places:
             return
         self.places.add(where)
@@ -79,12 +81,13 @@ class BadLines:
         if self.count <= self.allowed:
             return
         one = self.count == 1
+        mend = f"mend the line{'' if one else 's'}, or skip: dist-llm data build CONFIG data.max_bad_lines={self.count}"
         raise DataError(
             f"{self.count} line{'' if one else 's'} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
             where=self.told[0].split(": ", 1)[0],
             expected="UTF-8 JSON objects with a string under the text key, one a line",
             details=self.told,
-            next=f"mend the line{'' if one else 's'}, or skip bad lines: dist-llm data build CONFIG --max-bad-lines N",
+            next=f"{mend}; train takes it too",
         )
 
 
@@ -105,7 +108,8 @@ def find_files(source: str) -> list[Path]:
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)):
         return found
     expected = "python, skills, entropy, or a file, folder or glob"
-    raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected)
+    way = "data.source=PATH after the config, or --data PATH with train and compare"
+    raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected, next=way)
 
 
 def read_files(files: list[Path], *, text_key: str, bad: BadLines) -> Iterator[Document]:

@@ -56,6 +56,11 @@ class Tokenizer:
         """The text of each id on its own."""
         return [self.decode([token]) for token in ids]
 
+    @property
+    def ids(self) -> set[int]:
+        """The ids that are tokens; there may be gaps below vocab_size."""
+        return set(self.inner.get_vocab(with_added_tokens=True).values())
+
     @cached_property
     def canonical(self) -> str:
         """The JSON that defines the tokenizer, with sorted keys."""
@@ -82,7 +87,8 @@ def load(path: Path) -> Tokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise UsageError("there is no tokenizer.json", where=str(file))
+        make = "dist-llm tokenizer train SOURCE --out DIR makes one"
+        raise UsageError("there is no tokenizer.json", where=str(file), expected="a tokenizer.json, or its folder", next=make)
     if file.stat().st_size > LARGEST_FILE:
         raise DataError("the tokenizer is too large to be one", where=str(file), expected=f"at most {LARGEST_FILE >> 20} MiB")
     try:

@@ -26,7 +26,8 @@ class DdpEngine(TorchEngine):
         return self.whole(context)
 
     def _micro_batch(self, context: Context, slope: float, *, last: bool) -> Tensor:
-        with nullcontext() if last else self.module.no_sync():
+        reduce = last or self.mesh.layout.reduce == "micro_batch"
+        with nullcontext() if reduce else self.module.no_sync():
             loss = self.module(context)
             (loss * slope).backward()
         return loss

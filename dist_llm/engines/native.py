@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dist_llm import comm
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
+from dist_llm.engines.offload import HOST, Ferry
 from dist_llm.engines.optim import Optimizer
 from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
@@ -80,7 +81,8 @@ class NativeEngine:
         self.boundary = (micro, sequence // (layout.tp if layout.sp else 1), model.dim)
         flats = {id(flat): flat for stage in stages for unit in stage.units for flat, _ in unit.flats}
         self.flats: list[FlatUnit] = list(flats.values())
-        self.optimizer, self.clip = Optimizer(optimizer, device), optimizer.clip
+        self.ferry = Ferry(self.flats, device) if layout.offload == "optimizer" else None
+        self.optimizer, self.clip = Optimizer(optimizer, HOST if self.ferry else device), optimizer.clip
         self.moments = [self.optimizer.moments(flat.master) for flat in self.flats]
         self.units = list(dict.fromkeys(row.unit for row in table(model)))
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -116,6 +118,8 @@ class NativeEngine:
 
         Sums of squares are float64 per unit and added in the order of units, so that the cut into stages cannot change a bit.
         """
+        for flat in reversed(self.flats):  # as backward has begun them
+            flat.start_crossing()
         for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
             flat.gradient = pending.finish()
             flat.end_step()
@@ -124,7 +128,7 @@ class NativeEngine:
             totals[self.units.index(flat.plan.unit)] += flat.square_sum()
         if self.mesh.at.tp == 0:
             totals[-1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
-        *squares, loss = comm.all_reduce(totals, self.mesh.world).tolist()  # the one wait for the device in a step
+        *squares, loss = comm.all_reduce(totals, self.mesh.world).tolist()  # the host waits for the device here
         self.norm = sum(squares) ** 0.5
         return Totals(loss, self.norm)
 
@@ -133,17 +137,22 @@ class NativeEngine:
         """Clips, updates the owned weights and shares them; gradients are zero afterwards."""
         factor = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.optimizer.count += 1
-        for flat, moments in zip(self.flats, self.moments, strict=True):
-            assert flat.gradient is not None, "finish_gradients comes first"
+        for (flat, gradient), moments in zip(self._gradients(), self.moments, strict=True):
             if factor < 1.0:
-                flat.gradient.mul_(factor)
+                gradient.mul_(factor)
             for run, decay in flat.segments():
-                self.optimizer.update([flat.master[run]], [flat.gradient[run]], [moments.part(run)], lr=lr, decay=decay)
+                self.optimizer.update([flat.master[run]], [gradient[run]], [moments.part(run)], lr=lr, decay=decay)
         for pending in [flat.start_publish() for flat in self.flats]:
             if pending is not None:
                 pending.finish()
         for flat in self.flats:
             flat.clear_gradients()
+
+    def _gradients(self) -> Iterator[tuple[FlatUnit, Tensor]]:
+        """Each unit's owned gradient, where its master weights are."""
+        owned = [(flat, flat.gradient) for flat in self.flats if flat.gradient is not None]
+        assert len(owned) == len(self.flats), "finish_gradients comes first"
+        return self.ferry.visit(owned) if self.ferry else iter(owned)
 
     @torch.no_grad()
     def load_state(self, read: Read, *, count: int) -> None:
@@ -161,13 +170,15 @@ class NativeEngine:
         self.optimizer.count.fill_(count)
 
     def persistent(self) -> dict[str, list[Tensor]]:
-        """The tensors that live between steps: weights, gradients, optimizer (master weights and moments)."""
-        kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [self.optimizer.count]}
+        """The tensors that live between steps: weights, gradients, optimizer (master weights and moments); host: what is offloaded."""
+        kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [], "host": []}
+        updated = kept["host" if self.ferry else "optimizer"]
+        updated += [self.optimizer.count, *(self.ferry.buffers if self.ferry else ())]
         for flat, moments in zip(self.flats, self.moments, strict=True):
             kept["weights"] += [flat.shard] if flat.sharded else [flat.weights]
             kept["gradients"] += [*flat.whole.values(), *flat.sums]
             master = [flat.master] if flat.master is not flat.owned_weights else []
-            kept["optimizer"] += [tensor for tensor in (*master, moments.first, moments.second) if tensor is not None]
+            updated += [tensor for tensor in (*master, moments.first, moments.second) if tensor is not None]
         return kept
 
     def state(self) -> Iterator[Item]:

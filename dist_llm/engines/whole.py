@@ -18,12 +18,12 @@ from dist_llm import comm
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
 from dist_llm.engines.native import Item, Read, Totals
 from dist_llm.errors import UsageError
-from dist_llm.mesh import Mesh, default_backend
+from dist_llm.mesh import Group, Mesh, default_backend
 from dist_llm.model.init import initialise
-from dist_llm.model.roles import Roles
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Block, Context, Embedding, Head, build_unit
 from dist_llm.parallel.flat import Piece, Slot
+from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.sharding import shard
 
 
@@ -40,7 +40,8 @@ class Whole(nn.Module):
             self.slots[row.name] = Slot(row, sharding, sharding.box(0), 0)
             self.by_name[row.name] = nn.Parameter(torch.empty(row.shape, dtype=dtype, device=device))
             initialise(self.by_name[row.name].data.view(-1), row, sharding.box(0), seed=seed)
-        roles = Roles(smoothing=smoothing)
+        # The native engine's own operations, on a group of one rank: what an engine is compared in is how it splits the work.
+        roles = TensorRoles(Group("tp", (0,), 0), sp=False, vocab=model.vocab, first=0, smoothing=smoothing)
         self.units = nn.ModuleList(build_unit(name, model, self.by_name.get, roles) for name in unit_names(model))
 
     @property
@@ -65,14 +66,20 @@ class Whole(nn.Module):
         return end(head, x)
 
 
-def torch_optimizer(whole: Whole, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's own AdamW or SGD over two groups: matrices take weight decay, norms and biases do not."""
+def decay_groups(whole: Whole, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Two groups of parameters: matrices take weight decay, norms and biases do not."""
     groups: list[dict[str, Any]] = []
     for decay in (True, False):
         chosen = [whole.by_name[name] for name, slot in whole.slots.items() if slot.row.decay == decay]
         groups.append({"params": chosen, "weight_decay": config.weight_decay if decay else 0.0})
+    return groups
+
+
+def torch_optimizer(whole: Whole, config: OptimizerConfig, *, offload: bool) -> torch.optim.Optimizer:
+    """torch's own AdamW or SGD; AdamW on the host fused, because there its default makes a dozen passes over the numbers."""
+    groups = decay_groups(whole, config)
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True if offload else None)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
@@ -105,16 +112,22 @@ class WholeEngine:
         fixed: bool = True,
         smoothing: float = 0.0,
         compiled: bool = False,
+        offload_dir: str | None = None,
     ) -> None:
-        """As NativeEngine. `fixed` has no effect here: the library chooses the order of its sums."""
+        """As NativeEngine. `fixed` has no effect here: the library chooses the order of its sums.
+
+        offload_dir: a folder for what is offloaded, instead of host memory, where the library can use one.
+        """
         self.mesh, self.dtype, self.device, self.config = mesh, dtype, device, optimizer
-        self.micro, self.micro_batches = micro, micro_batches
+        self.micro, self.micro_batches, self.offload_dir = micro, micro_batches, offload_dir
+        self.offload = mesh.layout.offload != "none"
         self._refuse(compiled)
         if not dist.is_initialized():  # one process: the libraries need a group where we do not
             dist.init_process_group(default_backend(device.type), rank=0, world_size=1, store=dist.HashStore())
         self.whole = Whole(model, dtype=self._weight_dtype(), device=device, seed=seed, smoothing=smoothing)
         self.moments = moment_keys(optimizer)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.norm = 0.0
         self._wrap()
 
     def _refuse(self, compiled: bool) -> None:
@@ -160,7 +173,16 @@ class WholeEngine:
         """Zero moments from the start, as ours, for the tensors that the optimizer updates."""
         for tensor in tensors:
             moments = {key: torch.zeros_like(tensor.data) for key in self.moments.values()}
-            self.optimizer.state[tensor] = moments | ({"step": torch.zeros(())} if self.config.kind == "adamw" else {})
+            self.optimizer.state[tensor] = moments | ({"step": self._count(0)} if self.config.kind == "adamw" else {})
+
+    def _count(self, updates: int) -> Any:
+        """A number of updates as the optimizer keeps it."""
+        return torch.tensor(float(updates))
+
+    def _set_count(self, updates: int) -> None:
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = self._count(updates)
 
     def run(self, contexts: Sequence[Context], *, targets: int) -> None:
         """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
@@ -185,13 +207,14 @@ class WholeEngine:
             square += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         with comm.booked_on("control"):
             total, loss = comm.all_reduce(torch.stack((square, self.loss)), self.mesh.world).tolist()
-        return Totals(loss, total**0.5)
+        self.norm = total**0.5
+        return Totals(loss, self.norm)
 
     def _answered(self) -> Iterator[str]:
         """The parameters of which this rank answers for a run; of what all ranks hold whole, the first."""
         for name in self.whole.slots:
             start, stop = self._range(name)
-            if start < stop and (self.mesh.layout.zero > 0 or self.mesh.at.dp == 0):
+            if start < stop and (self.mesh.layout.zero > 0 or self.mesh.at.dp == 0) and self.mesh.replica.index == 0:
                 yield name
 
     def state(self) -> Iterator[Item]:
@@ -215,12 +238,10 @@ class WholeEngine:
                 values = self._values(kind, name)
                 if values is not None and start < stop:
                     values.copy_(read(kind, name, slot.box, start, stop))
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(count)
+        self._set_count(count)
 
     def persistent(self) -> dict[str, list[Tensor]]:
-        """The tensors that live between steps: weights, gradients (the library's own buffers are not seen), optimizer."""
+        """The tensors that live between steps: weights, gradients (the library's own buffers are not seen), optimizer; host: offloaded."""
         raise NotImplementedError
 
 
@@ -228,17 +249,21 @@ class TorchEngine(WholeEngine):
     """The half that DDP and FSDP2 share: gradients on the parameters, torch's optimizer and torch's clipping."""
 
     def _make_optimizer(self) -> None:
-        self.optimizer = torch_optimizer(self.whole, self.config)
+        self.optimizer = torch_optimizer(self.whole, self.config, offload=self.offload)
         self._start_moments(self.whole.by_name.values())
 
     def step(self, lr: float) -> None:
         """Clips, updates the weights that this rank owns; gradients are gone afterwards."""
         if self.config.clip:
-            nn.utils.clip_grad_norm_(self.whole.parameters(), self.config.clip)
+            self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _clip(self) -> None:
+        """Scales the gradients down to the clip value."""
+        nn.utils.clip_grad_norm_(self.whole.parameters(), self.config.clip)
 
     def _tensor(self, kind: str, name: str) -> Tensor | None:
         """A tensor as it lies on its parameter."""
@@ -249,10 +274,10 @@ class TorchEngine(WholeEngine):
 
     def persistent(self) -> dict[str, list[Tensor]]:
         """The tensors that live between steps; gradients are made anew in each."""
-        kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": []}
+        kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [], "host": []}
         for name in self.whole.slots:
             for kind in ("weight", *self.moments):
                 values = self._values(kind, name)
                 if values is not None:
-                    kept["weights" if kind == "weight" else "optimizer"].append(values)
+                    kept["host" if self.offload else "weights" if kind == "weight" else "optimizer"].append(values)
         return kept

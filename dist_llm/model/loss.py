@@ -1,18 +1,22 @@
-"""Cross-entropy over the vocabulary that never holds the whole logits.
+"""Cross-entropy over the vocabulary that never holds the whole logits, and takes its gradient on the way.
 
-Tokens go through the output projection a chunk at a time, forward and again backward, so the largest intermediate is
-(chunk, V) instead of (T, V). The mathematics works on a slice of the vocabulary; `model/roles.py` calls it with the
-whole, `parallel/tensor.py` puts two reductions between the slices. A vocabulary slice is rows [first, first + v).
+Tokens go through the output projection a chunk at a time; while a chunk's logits are there, they become its loss and
+the gradients of that loss by input and by weight. So the largest intermediate is (chunk, V) instead of (T, V), and
+the projection runs once forward, not again for backward. The mathematics works on a slice of the vocabulary, rows
+[first, first + v): `share` joins what the slices know of a chunk.
 
 Legend: T tokens, D dim, v local vocabulary rows, V global vocabulary. A label below 0 is ignored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dist_llm.model.kernels import wide
 
 CHUNK = 1024  # tokens whose logits exist at once
 IGNORED = -100
@@ -20,64 +24,76 @@ IGNORED = -100
 
 @dataclass
 class Statistics:
-    """Per token, of one slice of the vocabulary: the largest logit, sum exp(logit - largest), the label's logit, the sum."""
+    """Of each token of a chunk, over a slice of the vocabulary (local) or all of it (shared)."""
 
-    largest: Tensor  # (T,)
-    exponentials: Tensor  # (T,) relative to `largest`
-    label: Tensor  # (T,) zero where the label lies in another slice
-    total: Tensor  # (T,) sum of the logits, for label smoothing
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which softmax is taken: float32 at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    largest: Tensor  # (T,) logit
+    exponentials: Tensor  # (T,) sum of exp(logit - largest)
+    label: Tensor  # (T,) the label's logit, zero where the label lies in another slice
+    total: Tensor | None  # (T,) sum of the logits, under label smoothing
 
 
-def local_statistics(x: Tensor, weight: Tensor, labels: Tensor, *, first: int) -> Statistics:
-    """x (T, D), weight (v, D), labels (T,) -> what this slice of the vocabulary knows of each token."""
-    tokens, kind = x.shape[0], wide(x.dtype)
-    found = Statistics(*(torch.empty(tokens, dtype=kind, device=x.device) for _ in range(4)))
-    for at in range(0, tokens, CHUNK):
+@dataclass(frozen=True)
+class Slice:
+    """A rank's part of the vocabulary. share: local statistics -> those of the whole vocabulary, in place."""
+
+    first: int
+    vocab: int
+    smoothing: float
+    share: Callable[[Statistics], Statistics]
+
+
+def whole(weight: Tensor, smoothing: float) -> Slice:
+    """The vocabulary in one piece."""
+    return Slice(0, weight.shape[0], smoothing, lambda known: known)
+
+
+def loss_alone(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> Tensor:
+    """x (T, D), weight (v, D), labels (T,) -> the summed loss, a float64 scalar."""
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
-        logits = (x[here] @ weight.T).to(kind)  # (chunk, v)
-        inside, local = _local(labels[here], first=first, rows=weight.shape[0])
-        found.largest[here] = logits.amax(-1)
-        found.label[here] = logits.gather(1, local[:, None])[:, 0].masked_fill(~inside, 0.0)
-        found.total[here] = logits.sum(-1)
-        found.exponentials[here] = logits.sub_(found.largest[here, None]).exp_().sum(-1)
-    return found
+        loss += _chunk(x[here], weight, labels[here], part)[0]
+    return loss
 
 
-def losses(known: Statistics, labels: Tensor, *, vocab: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Statistics of the whole vocabulary -> (loss of each token (T,), zero where ignored; log-sum-exp (T,)).
-
-    Smoothing e mixes the label with the uniform distribution over the global vocabulary (arXiv:1512.00567).
-    """
-    log_sum = known.largest + known.exponentials.log()
-    loss = log_sum - (1.0 - smoothing) * known.label - (smoothing / vocab) * known.total
-    return loss.masked_fill(labels < 0, 0.0), log_sum
-
-
-def gradients(
-    x: Tensor, weight: Tensor, labels: Tensor, log_sum: Tensor, scale: Tensor, *, first: int, vocab: int, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """d(scale * summed loss) by x (T, D), this slice's part of the sum, and by weight (v, D)."""
+def loss_and_gradients(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, D), weight (v, D), labels (T,) -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D))."""
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
     by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide(weight.dtype))  # chunks add up in float32
     for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
-        slope = (x[here] @ weight.T).to(log_sum.dtype).sub_(log_sum[here, None]).exp_()  # (chunk, v) softmax
-        inside, local = _local(labels[here], first=first, rows=weight.shape[0])
-        if smoothing:
-            slope.sub_(smoothing / vocab)
-        slope.scatter_add_(1, local[:, None], inside[:, None].to(slope.dtype) * (smoothing - 1.0))
-        slope.mul_((labels[here, None] >= 0) * scale)
+        taken, slope = _chunk(x[here], weight, labels[here], part)
+        loss += taken
         slope = slope.to(x.dtype)
         torch.mm(slope, weight, out=by_x[here])
         if by_weight.dtype == x.dtype:
             by_weight.addmm_(slope.T, x[here])
         else:
             by_weight += slope.T @ x[here]
-    return by_x, by_weight.to(weight.dtype)
+    return loss, by_x, by_weight.to(weight.dtype)
+
+
+def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> tuple[Tensor, Tensor]:
+    """A chunk's summed loss, and the slope of that loss by each logit (chunk, v), in the memory of the logits.
+
+    Smoothing e mixes the label with the uniform distribution over the global vocabulary (arXiv:1512.00567).
+    """
+    logits = (x @ weight.T).to(wide(x.dtype))  # (chunk, v)
+    inside, local = _local(labels, first=part.first, rows=weight.shape[0])
+    label = logits.gather(1, local[:, None])[:, 0].masked_fill_(~inside, 0.0)
+    largest, total = logits.amax(-1), logits.sum(-1) if part.smoothing else None
+    slope = logits.sub_(largest[:, None]).exp_()
+    known = part.share(Statistics(largest.clone(), slope.sum(-1), label, total))
+    counted, uniform = (labels >= 0).to(logits.dtype), part.smoothing / part.vocab
+    loss = known.largest + known.exponentials.log() - (1.0 - part.smoothing) * known.label
+    if known.total is not None:
+        loss -= uniform * known.total
+    # Of a softmax relative to this slice's largest logit only one factor a token is missing.
+    slope.mul_(((largest - known.largest).exp_() / known.exponentials * counted)[:, None])
+    if part.smoothing:
+        slope.sub_((uniform * counted)[:, None])
+    slope.scatter_add_(1, local[:, None], inside[:, None].to(slope.dtype) * (part.smoothing - 1.0))
+    return loss.masked_fill_(labels < 0, 0.0).sum(dtype=torch.float64), slope
 
 
 def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -87,22 +103,25 @@ def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:
     return inside, local.masked_fill(~inside, 0)
 
 
+def cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+    """x (T, D), weight (V, D), labels (T,) -> the summed loss, a float64 scalar."""
+    if torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(x, weight, labels, smoothing)
+    return loss_alone(x, weight, labels, whole(weight, smoothing))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed loss of x (T, D) @ weight (V, D).T against labels (T,), as a float64 scalar."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        """Keeps the inputs and the log-sum-exp (T,)."""
-        known = local_statistics(x, weight, labels, first=0)
-        loss, log_sum = losses(known, labels, vocab=weight.shape[0], smoothing=smoothing)
-        ctx.save_for_backward(x, weight, labels, log_sum)
-        ctx.smoothing = smoothing
-        return loss.sum(dtype=torch.float64)
+        """Makes the gradients at once and keeps them alone."""
+        loss, *gradients = loss_and_gradients(x, weight, labels, whole(weight, smoothing))
+        ctx.save_for_backward(*gradients)
+        return loss
 
     @staticmethod
     def backward(ctx, scale: Tensor):
         """The slope of the summed loss -> by x (T, D) and by weight (V, D)."""
-        x, weight, labels, log_sum = ctx.saved_tensors
-        scale = scale.to(log_sum.dtype)
-        by_x, by_weight = gradients(x, weight, labels, log_sum, scale, first=0, vocab=weight.shape[0], smoothing=ctx.smoothing)
-        return by_x, by_weight, None, None
+        by_x, by_weight = ctx.saved_tensors
+        return by_x * scale, by_weight * scale, None, None

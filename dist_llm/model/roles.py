@@ -1,9 +1,9 @@
 """The seams of the model: where activations enter and leave regions that a strategy may split.
 
-A block calls `columns` where one input feeds projections whose outputs may be split, and `row` where they come back;
-`embed` and `loss` are the two ends over the vocabulary; `outside` cuts per-token values to the tokens that this rank
-keeps between those regions. `Roles` is the single-device version; `parallel/tensor.py` offers the same five
-methods for a tensor-parallel group.
+A block calls `columns` where one input, normed, feeds projections whose outputs may be split, and `row` where they come
+back; `embed` and `loss` are the two ends over the vocabulary; `outside` cuts per-token values to the tokens that this
+rank keeps between those regions. `Roles` is the single-device version in plain torch; `parallel/tensor.py` offers the
+same five methods for a tensor-parallel group, as operations that keep little for backward.
 
 Legend: B batch, S sequence, D dim, O output features, V vocab.
 """
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_llm.model.loss import ChunkedCrossEntropy
+from dist_llm.model.kernels import activate
+from dist_llm.model.loss import cross_entropy
+from dist_llm.model.parts import Norm, Projections
 
 
 class Roles:
@@ -24,21 +26,22 @@ class Roles:
     def __init__(self, *, smoothing: float = 0.0) -> None:
         self.smoothing = smoothing
 
-    def columns(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """(B, S, D) and weights (O_i, D) -> a (B, S, O_i) for each weight."""
-        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
+        """(B, S, D) before its norm -> a (B, S, O_i) for each projection."""
+        x = norm(x)
+        return [F.linear(x, part.weight, part.bias) for part in projections.parts]
 
-    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, S, O) and weight (D, O) -> (B, S, D)."""
-        return F.linear(x, weight, bias)
+    def row(self, parts: Sequence[Tensor], activation: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Parts (B, S, O), made one by the activation ("none": there is one), and weight (D, O) -> (B, S, D)."""
+        return F.linear(activate(parts, kind=activation), weight, bias)
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Tokens (B, S) and weight (V, D) -> (B, S, D)."""
         return F.embedding(tokens, weight)
 
-    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
-        """(B, S, D), weight (V, D) and labels (B, S) -> the summed cross-entropy, a float64 scalar; smoothed in training."""
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, labels.flatten(), self.smoothing if smooth else 0.0)
+    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
+        """(B, S, D) before its norm, weight (V, D) and labels (B, S) -> the summed cross-entropy, a float64 scalar; smooth: in training."""
+        return cross_entropy(norm(x).flatten(0, 1), weight, labels.flatten(), smoothing=self.smoothing if smooth else 0.0)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, S, D) and weight (V, D) -> (B, S, V), whole: for sampling and for tests."""

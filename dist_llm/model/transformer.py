@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
+from dist_llm.model.kernels import RotateInPlace, rotated
+from dist_llm.model.parts import Make, Norm, Projection, Projections
 from dist_llm.model.roles import Roles
 from dist_llm.random import halves, keep_mask, key_of
-
-Make = Callable[[str], Any]  # global name -> its nn.Parameter, None where the model has no such row
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Context:
     positions: Tensor  # (B, S), or (1, S) where all sequences count alike
     mask: Tensor | None  # (B, 1, S, S), True where a query may look; None: plain causal
     places: Tensor  # (B, S) number of each token in the global batch: the address of its dropout masks
-    rotary: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, 1, S, E)
+    rotary: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, S, 1, E)
     dropout: Tensor | None  # (2,) the halves of the key of this step's masks; None: nothing is dropped
     training: bool
 
@@ -74,44 +74,20 @@ def make_context(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Causal attention: q (B, H, S, E), k and v (B, K, S, E), H a multiple of K -> (B, H, S, E)."""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    groups = q.shape[1] // k.shape[1]
+    if mask is not None and groups > 1 and q.is_cuda:
+        # With a mask CUDA's fast kernels do not know grouped queries, and the slow one would write out all scores.
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        groups = 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
 
 
 def rotary_table(positions: Tensor, *, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (B, S) -> cosines and sines (B, 1, S, E), angles in float32 as Hugging Face computes them."""
+    """positions (B, S) -> cosines and sines (B, S, 1, E), angles in float32 as Hugging Face computes them."""
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.int64).float() / width
-    angle = positions[:, None, :, None].float() * (1.0 / (theta**exponent))  # (B, 1, S, E/2)
+    angle = positions[..., None, None].float() * (1.0 / (theta**exponent))  # (B, S, 1, E/2)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions on (B, H, S, E), features paired half with half."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat((-right, left), dim=-1) * sine
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension; shapes stay."""
-
-    def __init__(self, make: Make, name: str, *, kind: str, eps: float) -> None:
-        super().__init__()
-        self.weight, self.bias, self.kind, self.eps = make(f"{name}.weight"), make(f"{name}.bias"), kind, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        if self.kind == "rms":
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-class Projection(nn.Module):
-    """A weight (O, D) and perhaps a bias (O,); `roles` decides how they are applied."""
-
-    def __init__(self, make: Make, name: str) -> None:
-        super().__init__()
-        self.weight, self.bias = make(f"{name}.weight"), make(f"{name}.bias")
 
 
 class Dropout:
@@ -135,23 +111,33 @@ class Attention(nn.Module):
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (Projection(make, f"{name}.{part}") for part in "qkvo")
+        self.qkv = Projections(self.q, self.k, self.v)
         norm: dict[str, Any] = {"kind": "rms", "eps": model.norm_eps}
         self.q_norm = Norm(make, f"{name}.q_norm", **norm) if model.qk_norm else None
         self.k_norm = Norm(make, f"{name}.k_norm", **norm) if model.qk_norm else None
         self.head_dim, self.roles, self.attend = model.head_dim, roles, attend
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        parts = (self.q, self.k, self.v)
-        projected = self.roles.columns(x, [part.weight for part in parts], [part.bias for part in parts])
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (B, S, H or K, E)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, S, E)
-        if context.rotary is not None:
-            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+    def forward(self, x: Tensor, norm: Norm, context: Context) -> Tensor:
+        """(B, S, D), to be normed first -> (B, S, D)."""
+        q, k, v = self.roles.columns(x, norm, self.qkv)  # (B, S, H E), (B, S, K E) twice
+        q, k = self._placed(q, self.q_norm, context), self._placed(k, self.k_norm, context)
+        q, k, v = (self._heads(y).transpose(1, 2) for y in (q, k, v))  # (B, H or K, S, E)
         y = self.attend(q, k, v, context.mask)
-        return self.roles.row(y.transpose(1, 2).flatten(2), self.o.weight, self.o.bias)
+        return self.roles.row([y.transpose(1, 2).flatten(2)], "none", self.o.weight, self.o.bias)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, S, H E) or (B, S, H, E) -> (B, S, H, E)."""
+        return x.view(*x.shape[:2], -1, self.head_dim)
+
+    def _placed(self, x: Tensor, norm: Norm | None, context: Context) -> Tensor:
+        """Queries or keys (B, S, H E), each head normed where the model does so, and turned to its position."""
+        if norm is not None:
+            x = norm(self._heads(x))
+        if context.rotary is None:
+            return x
+        if torch.compiler.is_compiling():
+            return rotated(self._heads(x), *context.rotary)
+        return RotateInPlace.apply(x, *context.rotary)
 
 
 class Mlp(nn.Module):
@@ -159,18 +145,15 @@ class Mlp(nn.Module):
 
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
-        gated = model.activation == "swiglu"
-        self.gate = Projection(make, f"{name}.gate") if gated else None
+        self.gate = Projection(make, f"{name}.gate") if model.activation == "swiglu" else None
         self.up, self.down = Projection(make, f"{name}.up"), Projection(make, f"{name}.down")
-        self.approximate = "tanh" if model.activation == "gelu_tanh" else "none"
-        self.roles = roles
+        self.wide = Projections(self.up) if self.gate is None else Projections(self.gate, self.up)
+        self.activation, self.roles = model.activation, roles
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        parts = [self.up] if self.gate is None else [self.gate, self.up]
-        wide = self.roles.columns(x, [part.weight for part in parts], [part.bias for part in parts])  # (B, S, F) each
-        y = F.gelu(wide[0], approximate=self.approximate) if self.gate is None else F.silu(wide[0]) * wide[1]
-        return self.roles.row(y, self.down.weight, self.down.bias)
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """(B, S, D), to be normed first -> (B, S, D)."""
+        parts = self.roles.columns(x, norm, self.wide)  # (B, S, F) each
+        return self.roles.row(parts, self.activation, self.down.weight, self.down.bias)
 
 
 class Embedding(nn.Module):
@@ -200,11 +183,12 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(make, f"{name}.attention", model, roles), Mlp(make, f"{name}.mlp", model, roles)
         self.drop_attention = Dropout(f"{name}.attention", model.dropout, roles)
         self.drop_mlp = Dropout(f"{name}.mlp", model.dropout, roles)
+        self.run_mlp: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda run, x: run(x)  # a seam for recomputation
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x = x + self.drop_attention(self.attention(self.attention_norm(x), context), context)
-        return x + self.drop_mlp(self.mlp(self.mlp_norm(x)), context)
+        x = x + self.drop_attention(self.attention(x, self.attention_norm, context), context)
+        return x + self.drop_mlp(self.run_mlp(lambda x: self.mlp(x, self.mlp_norm), x), context)
 
 
 class Head(nn.Module):
@@ -218,7 +202,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> the summed cross-entropy over the context's labels, a float64 scalar."""
-        return self.roles.loss(self.norm(x), self.head.weight, context.labels, smooth=context.training)
+        return self.roles.loss(x, self.norm, self.head.weight, context.labels, smooth=context.training)
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""

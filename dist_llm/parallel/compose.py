@@ -7,15 +7,17 @@ Strategies never import each other; only this page knows all. Which combinations
 
 | with      | tp                            | pp                                 | zero                                    |
 |-----------|-------------------------------|------------------------------------|-----------------------------------------|
-| dp        | data group per tp coordinate  | per stage; reduced once a step (1) | shards over the data group              |
+| dp        | data group per tp coordinate  | per stage; reduced once a step (1) | shards over the data group, or over     |
+|           |                               |                                    | `shard` neighbours of it (4)            |
 | tp (sp)   |                               | messages carry S/tp tokens         | shards of local slices (2)              |
 | pp        |                               |                                    | `reduce`, `unshard` default to step (1) |
 | tied      | vocabulary rows on every rank | a copy on both end stages (3)      | one unit, one accumulator per use       |
 | recompute | full: collectives run again;  | as without                         | reuses the gather of the backward       |
-|           | selective: they do not        |                                    |                                         |
+|           | selective: the feed-forward's |                                    |                                         |
 
 (1) so that traffic does not grow with the number of micro-batches. (2) gradients that are partial over tp are summed
 there before the reduce-scatter. (3) their gradients are added between the two stages after the reduce-scatter.
+(4) the shard's gradient is then summed over its replicas, once a step; a tied one between that sum's two halves.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.mesh import Mesh
 from dist_llm.model.cost import forward_flops
 from dist_llm.model.table import table, unit_names, uses
-from dist_llm.model.transformer import build_unit
+from dist_llm.model.transformer import Block, build_unit
 from dist_llm.parallel.flat import pack
 from dist_llm.parallel.pipeline import Stage, Unit
+from dist_llm.parallel.recompute import run_again
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.parallel.zero import FlatUnit
 from dist_llm.schedule.cut import cut
@@ -74,9 +77,11 @@ def compose(
             own = [(flats[unit], _use(model, unit, name, flats)) for unit in uses(model, name)]
             module: nn.Module = build_unit(name, model, _maker(own), roles)
             block = name.startswith("blocks.")
+            if isinstance(module, Block) and layout.recompute == "selective":
+                module.run_mlp = run_again
             if compiled and block:
                 module.compile()
-            units.append(Unit(name, module, own, layout.recompute if block else "none"))
+            units.append(Unit(name, module, own, recomputed=block and layout.recompute == "full", deferred=name == "head"))
         stages.append(Stage(index, units, first=index == 0, last=index == layout.stages - 1))
     return stages
 
@@ -95,7 +100,8 @@ def _flat_units(
             if unit in flats:
                 continue
             rows = [row for row in table(model) if row.unit == unit]
-            plan = pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=mesh.at.tp, shards=mesh.data.size)
+            split = {"shards": mesh.shard.size, "replicas": mesh.replica.size}
+            plan = pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=mesh.at.tp, **split)
             num_uses = sum(unit in uses(model, other) for other in walk)
             shared = unit == "tied" and layout.pp > 1
             flats[unit] = FlatUnit(plan, mesh, dtype=dtype, device=device, num_uses=num_uses, fixed=fixed, shared=shared)

@@ -90,8 +90,11 @@ class FlatPlan:
         return found
 
 
-def pack(rows: Iterable[Row], *, unit: str, tp: int, sp: bool, coordinate: int, shards: int) -> FlatPlan:
-    """Packs a unit's rows as tp coordinate `coordinate` holds them; the buffer divides into `shards` equal parts."""
+def pack(rows: Iterable[Row], *, unit: str, tp: int, sp: bool, coordinate: int, shards: int, replicas: int = 1) -> FlatPlan:
+    """Packs a unit's rows as tp coordinate `coordinate` holds them; the buffer divides into `shards` equal parts.
+
+    replicas: ranks that hold the same shard; it divides by their number, so that they can sum it in equal parts.
+    """
     rows = list(rows)
     slots: list[Slot] = []
     offset = decayed = 0
@@ -101,5 +104,5 @@ def pack(rows: Iterable[Row], *, unit: str, tp: int, sp: bool, coordinate: int, 
         offset += -(-slots[-1].numel // ALIGN) * ALIGN
         decayed = offset if row.decay else decayed
     used = slots[-1].offset + slots[-1].numel
-    block = ALIGN * shards
+    block = ALIGN * shards * replicas
     return FlatPlan(unit, tuple(slots), used, min(decayed, used), shards, -(-offset // block) * block)

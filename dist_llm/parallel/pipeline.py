@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dist_llm import comm
 from dist_llm.mesh import Mesh
 from dist_llm.model.transformer import Context
-from dist_llm.parallel.recompute import run_selective
 from dist_llm.parallel.zero import FlatUnit
 from dist_llm.schedule.actions import Action, Kind, Span, channel, gives, needs, owners, partner
 
@@ -33,13 +33,15 @@ IN_FLIGHT = 2  # units whose gradients may be on the way at once: overlap with b
 class Unit:
     """One step of the walk: a module and the flat units whose weights it reads, each with the use it makes of them.
 
-    recompute: none, full or selective; the two ends of the model keep next to nothing, so only blocks are recomputed.
+    recomputed: F keeps the input alone and B makes the graph again. deferred: F does nothing, B makes the graph for the
+    first time: the head, whose loss and gradients come out of one pass over the logits.
     """
 
     name: str
     module: nn.Module
     flats: list[tuple[FlatUnit, int]]
-    recompute: str = "none"
+    recomputed: bool = False
+    deferred: bool = False
 
     def start_gather(self) -> None:
         """Begins to fetch the weights (stage 3)."""
@@ -67,28 +69,32 @@ class Kept:
 
 @dataclass
 class Stage:
-    """Consecutive units on one rank. `first` reads tokens, `last` ends in the loss."""
+    """Consecutive units on one rank. `first` reads tokens, `last` ends in the loss, which adds up in `loss`."""
 
     index: int
     units: list[Unit]
     first: bool
     last: bool
+    loss: Tensor | None = None  # summed over the micro-batches since `take_loss`, a float64 scalar
     kept: dict[int, list[Kept]] = field(default_factory=dict)
     reducing: list[FlatUnit] = field(default_factory=list)
 
     def forward(self, micro: int, x: Tensor | None, context: Context, *, backward_next: bool) -> Tensor:
-        """Enters with (B, S', D), or nothing on the first stage; leaves with (B, S', D), or the summed loss on the last.
+        """Enters with (B, S', D), or nothing on the first stage; leaves with (B, S', D), of no meaning behind a loss.
 
         backward_next: B of the same micro-batch follows at once, so the units it begins with keep their weights.
         Outside training nothing is kept.
         """
         kept: list[Kept] = []
         for at, unit in enumerate(self.units):
-            unit.finish_gather()
-            if at + 1 < len(self.units):
-                self.units[at + 1].start_gather()  # prefetch: travels while this unit computes
             x = None if x is None else x.detach().requires_grad_(context.training)
-            out = _run(unit, x, context)
+            if context.training and unit.deferred:
+                kept.append(Kept(x, None))
+                break
+            unit.finish_gather()
+            if at + 1 < len(self.units) and (backward_next or not (context.training and self.units[at + 1].deferred)):
+                self.units[at + 1].start_gather()  # prefetch: travels while this unit computes
+            out = self._run(unit, x, context)
             kept.append(Kept(x, get_gradient_edge(out) if out.requires_grad else None))
             if not (backward_next and at + IN_FLIGHT >= len(self.units)):
                 unit.release()
@@ -111,7 +117,7 @@ class Stage:
             if at > 1 or (at == 1 and kept[0].x is not None):  # the embedding's backward reads no weights
                 self.units[at - 1].start_gather()
             if edge is None:
-                edge = get_gradient_edge(_run(unit, x, context, again=True))
+                edge = get_gradient_edge(self._run(unit, x, context, again=True))
             for flat, use in unit.flats:
                 flat.begin_backward(use)
             torch.autograd.backward((edge,), (slope,))
@@ -122,6 +128,20 @@ class Stage:
                 assert x.grad is not None
                 slope = by_x = x.grad
         return by_x if not self.first else None
+
+    def _run(self, unit: Unit, x: Tensor | None, context: Context, *, again: bool = False) -> Tensor:
+        """The unit's forward; a recomputed one leaves no graph the first time, `again` makes it in backward."""
+        inputs = (context,) if x is None else (x, context)
+        with torch.set_grad_enabled(context.training and (again or not unit.recomputed)):
+            out = unit.module(*inputs)
+        if self.last and unit is self.units[-1]:
+            self.loss = out.detach() if self.loss is None else self.loss + out.detach()
+        return out
+
+    def take_loss(self) -> Tensor | None:
+        """The loss since the last call; None where the stage has none."""
+        loss, self.loss = self.loss, None
+        return loss
 
     def _after_backward(self, unit: Unit, reduce: bool) -> None:
         """Takes over the gradients; starts their reduction when it is time, and finishes the oldest one under way."""
@@ -139,14 +159,6 @@ class Stage:
             self.reducing.pop(0).collect()
 
 
-def _run(unit: Unit, x: Tensor | None, context: Context, *, again: bool = False) -> Tensor:
-    """The unit's forward; with full recompute the first time leaves no graph, and `again` makes it in backward."""
-    inputs = (context,) if x is None else (x, context)
-    with torch.set_grad_enabled(context.training and (again or unit.recompute != "full")):
-        selective = context.training and unit.recompute == "selective"
-        return run_selective(unit.module, *inputs) if selective else unit.module(*inputs)
-
-
 @dataclass
 class InTransit:
     """The tensors of one step on their way between actions, by (stage, micro-batch)."""
@@ -156,6 +168,39 @@ class InTransit:
     going: list[comm.Pending] = field(default_factory=list)
     outputs: dict[Action, Tensor] = field(default_factory=dict)  # by SEND action
     contexts: dict[int, Context] = field(default_factory=dict)  # of the micro-batches in flight
+
+
+class Clock:
+    """When the actions of a step are computed, in seconds of time.perf_counter, which the ranks of a machine share.
+
+    A CUDA device gets its work ahead of time: there a mark is an event on its stream, and its time is known when it has passed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.zero: Any = None  # the first mark, and its time
+        self.start = 0.0
+
+    def mark(self) -> Any:
+        """A moment among the work given to the device so far."""
+        if self.stream is None:
+            return time.perf_counter()
+        if self.zero is None:
+            self.stream.synchronize()
+            self.zero, self.start = self._event(), time.perf_counter()
+        return self._event()
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self.stream)
+        return event
+
+    def seconds(self, mark: Any) -> float:
+        """The time of a mark, once the device is there."""
+        if self.stream is None:
+            return mark
+        mark.synchronize()
+        return self.start + self.zero.elapsed_time(mark) / 1000.0
 
 
 class Pipeline:
@@ -178,16 +223,15 @@ class Pipeline:
         contexts: each is taken when its micro-batch begins here and dropped when it ends.
         scale: the slope of the summed loss, 1 / target tokens of the global batch. boundary: an empty tensor (B, S', D).
         """
-        state, self.spans = InTransit(), []
-        loss = torch.zeros((), dtype=torch.float64, device=scale.device)
+        state, clock, marks = InTransit(), Clock(scale.device), []
         for action in self.actions:
             taken = self._input(action, state, scale) if action.kind in COMPUTE else None
             if action.kind in COMPUTE and action.micro not in state.contexts:
                 state.contexts[action.micro] = contexts[action.micro]
-            start = time.perf_counter()  # waiting for the input is not work
+            start = clock.mark() if self.recording else None  # waiting for the input is not work
             match action.kind:
                 case Kind.F:
-                    loss += self._forward(action, taken, state.contexts[action.micro], state)
+                    self._forward(action, taken, state.contexts[action.micro], state)
                 case Kind.B:
                     self._backward(action, taken, state.contexts[action.micro], state)
                 case Kind.SEND_F | Kind.SEND_B:
@@ -197,27 +241,28 @@ class Pipeline:
                 case Kind.RECV_F | Kind.RECV_B:
                     state.coming[action] = comm.start_recv(boundary(), self._channel(action))
                 case Kind.REDUCE:
-                    self.stages[action.stage].finish_reduce()
+                    pass  # the walk of the backward before it has begun it; it travels beside what comes now
             if action in self.final:
                 del state.contexts[action.micro]
             if self.recording:
-                self.spans.append(Span(self.mesh.at.pp, action, start, time.perf_counter()))
+                marks.append((action, start, clock.mark()))
         for pending in state.going:
             pending.finish()
-        return loss
+        self.spans = [Span(self.mesh.at.pp, action, clock.seconds(start), clock.seconds(end)) for action, start, end in marks]
+        losses = [loss for stage in self.stages.values() if (loss := stage.take_loss()) is not None]
+        return losses[0] if losses else torch.zeros((), dtype=torch.float64, device=scale.device)
 
-    def _forward(self, action: Action, x: Tensor | None, context: Context, state: InTransit) -> Tensor | float:
+    def _forward(self, action: Action, x: Tensor | None, context: Context, state: InTransit) -> None:
         stage = self.stages[action.stage]
         backward_next = self.following.get(action) == Action(action.stage, Kind.B, action.micro)
         out = stage.forward(action.micro, x, context, backward_next=backward_next)
-        if stage.last:
-            return out
-        self._output(action, out, state)
-        return 0.0
+        if not stage.last:
+            self._output(action, out, state)
 
     def _backward(self, action: Action, slope: Tensor | None, context: Context, state: InTransit) -> None:
         stage = self.stages[action.stage]
         assert slope is not None
+        stage.finish_reduce()  # of the micro-batch before: its buffers are free before the first unit makes its own
         by_x = stage.backward(action.micro, slope, context, reduce=action in self.reduced)
         if not stage.first:
             assert by_x is not None

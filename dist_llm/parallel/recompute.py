@@ -1,38 +1,39 @@
-"""Selective recomputation: keep what is dear to compute, compute the rest again in backward (arXiv:2205.05198).
+"""Selective recomputation: the feed-forward of a block is computed again in backward, attention is kept (arXiv:2205.05198).
 
-Kept are the outputs of matrix products, attention and the tensor-parallel operations, so that nothing is communicated
-twice; norms, activations, rotary products and residual sums are computed again. Recompute `full` is a line in the walk
-of `pipeline.py`. Dropout masks are addressed, so there is no random state to restore.
+Norms and activations are never kept (`model/kernels.py`); of the about 11 tensors of (tokens, dim) that a Llama block
+still holds, gate and up are 5, and cheap to make again beside attention. Recompute `full` is a line in the walk of
+`pipeline.py`. Dropout masks are addressed, so there is no random state to restore.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
+from torch import Tensor
 
 
-def _policy(_, operation: Any, *args, **kwargs) -> CheckpointPolicy:
-    ours = operation.namespace == "dist_llm"
-    return CheckpointPolicy.MUST_SAVE if ours or operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def run_again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x), with x alone kept for backward, which runs it a second time."""
+    return _Again.apply(run, x) if torch.is_grad_enabled() else run(x)
 
 
-def run_selective(module: nn.Module, *inputs: Any) -> Tensor:
-    """The module's output, with only the dear intermediates kept for backward."""
+class _Again(torch.autograd.Function):
+    """The second run has a backward of its own, which adds to the weights' gradients where they lie."""
 
-    def contexts() -> tuple[Any, Any]:
-        return create_selective_checkpoint_contexts(_policy)
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Keeps x."""
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
 
-    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        """Makes the graph and goes back through it."""
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        torch.autograd.backward(out, slope)
+        return None, x.grad

@@ -11,6 +11,11 @@
 shard and the whole buffer lives only during the unit's backward. Either value goes with any stage. Stage 0 reduces by
 reduce_scatter and all_gather, so that all stages take the same sums in the same order: they are equal to the bit.
 
+"Shard" is over the ranks of `mesh.shard`: all of the data group, or with the layout key `shard` some neighbours in it
+(hybrid sharding, arXiv:2304.11277). The ranks of `mesh.replica` then hold the same shard: its gradient, complete inside
+the shard group, is summed over them once a step, each rank adding up an equal part and all gathering the parts, so that
+replicas stay equal to the bit. Weights never travel between replicas.
+
 A unit's parameters are views of one flat buffer; gradients accumulate in float32 at least. A tied weight has one
 accumulator per use, added once at the end.
 """
@@ -32,16 +37,19 @@ class FlatUnit:
     """One unit's parameters on this rank, as the residency table says.
 
     weights (padded,), or nothing between uses in stage 3; shard (padded / N,) this rank's part of it; master (owned,)
-    float32 weights beside bfloat16 ones, else the weights themselves; gradients per use. `owned` is the range of
-    the buffer that this rank updates: all of it in stage 0, its shard otherwise. N: ranks of `mesh.data`.
+    float32 weights beside bfloat16 ones, else the weights themselves, and in host memory with `offload`; gradients per
+    use. `owned` is the range of the buffer that this rank updates: all of it in stage 0, its shard otherwise.
+    N: ranks of `mesh.shard`.
     """
 
     def __init__(
         self, plan: FlatPlan, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, num_uses: int, fixed: bool, shared: bool
     ) -> None:
-        layout, group = mesh.layout, mesh.data
-        self.plan, self.mesh, self.group, self.fixed = plan, mesh, group, fixed
+        layout, group = mesh.layout, mesh.shard
+        assert layout.zero or mesh.replica.size == 1, "stage 0 has no shards to replicate"
+        self.plan, self.mesh, self.group, self.replica, self.fixed = plan, mesh, group, mesh.replica, fixed
         self.stage, self.by_step, self.keep = layout.zero, layout.reduce == "step", layout.unshard == "step"
+        self.offload = layout.offload == "optimizer"
         self.dtype, self.device = dtype, device
         self.gradient_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         self.own = plan.range(group.index)
@@ -55,10 +63,11 @@ class FlatUnit:
         self.whole: dict[int, Tensor] = {use: self._zeros(plan.padded) for use in range(num_uses)} if self.by_step else {}
         self.sums: list[Tensor] = [] if self.by_step else [self._zeros(plan.shard_size) for _ in range(num_uses)]
         self.reducing: dict[int, comm.Pending] = {}
+        self.crossing: comm.Pending | None = None  # the sum over replicas, of this rank's part of the shard
         self.gathering: comm.Pending | None = None
         self.here = not self.sharded  # are the whole weights in memory
         self.tied = mesh.tied if shared else None
-        self.counted = self.tied is None or self.tied.index == 0
+        self.counted = mesh.replica.index == 0 and (self.tied is None or self.tied.index == 0)
         self.gradient: Tensor | None = None  # (owned,) between the last backward and the update
 
     def _zeros(self, size: int) -> Tensor:
@@ -80,13 +89,20 @@ class FlatUnit:
                 initialise(self.weights[slot.offset : slot.offset + slot.numel], slot.row, slot.box, seed=seed)
         self.settle()
 
+        def made(slot: Slot, start: int, stop: int) -> Tensor:
+            out = torch.empty(stop - start, dtype=self.gradient_dtype, device=self.device)
+            return initialise(out, slot.row, slot.box, seed=seed, start=start)
+
+        self._fill_masters(made)
+
     def settle(self) -> None:
         """After the weights were written: makes the master copy and frees what the stage does not keep."""
         low = self.own[0] if self.sharded else 0
         mine = self.shard if self.sharded else self.weights
         mine = mine[self.owned[0] - low : self.owned[1] - low]
         self.owned_weights = mine
-        self.master = mine.to(self.gradient_dtype) if self.dtype != self.gradient_dtype else mine
+        apart = self.offload or self.dtype != self.gradient_dtype
+        self.master = mine.to("cpu" if self.offload else self.device, self.gradient_dtype, copy=True) if apart else mine
         self.end_step()
 
     def load(self, read: Callable[[Slot, int, int], Tensor]) -> None:
@@ -98,7 +114,11 @@ class FlatUnit:
             for slot in self.plan.slots:
                 self.weights[slot.offset : slot.offset + slot.numel].copy_(read(slot, 0, slot.numel))
         self.settle()
-        if self.master is not self.owned_weights:  # the checkpoint has more digits than the weights
+        self._fill_masters(read)
+
+    def _fill_masters(self, read: Callable[[Slot, int, int], Tensor]) -> None:
+        """Gives master weights the digits that bfloat16 weights have lost."""
+        if self.dtype != self.gradient_dtype:
             for piece in self.owned_pieces():
                 self.master[piece.at : piece.at + piece.stop - piece.start].copy_(read(piece.slot, piece.start, piece.stop))
 
@@ -133,6 +153,7 @@ class FlatUnit:
 
     def begin_backward(self, use: int) -> None:
         """Gives autograd the place to add this use's gradients."""
+        assert use not in self.reducing, self.plan.unit
         if use not in self.whole:
             self.whole[use] = self._zeros(self.plan.padded)
         if self.dtype == self.gradient_dtype:
@@ -148,7 +169,7 @@ class FlatUnit:
             parameter.grad = None
 
     def start_reduce(self, use: int) -> None:
-        """Begins the reduce-scatter of a use's gradients over the data group.
+        """Begins the reduce-scatter of a use's gradients over the shard group.
 
         `reduce=step`: once, when the last use of this stage is done, the uses added first. `micro_batch`: each use by itself.
         """
@@ -163,29 +184,44 @@ class FlatUnit:
         self.reducing[use] = comm.start_reduce_scatter(buffer, self.group, fixed=self.fixed, out=out)
 
     def collect(self) -> None:
-        """Finishes the reductions under way; with `reduce=micro_batch` adds them to the shard's sums and frees the buffers."""
+        """Finishes the reductions under way; with `reduce=micro_batch` adds them to the shard's sums and frees the buffers.
+
+        `step`: the shard is complete inside its group, so its sum over replicas begins, while backward goes on below.
+        """
         for use, pending in self.reducing.items():
             reduced = pending.finish()
-            if not self.by_step:
+            if self.by_step:
+                self.crossing = self._start_sum_of_replicas(reduced)
+            else:
                 self.sums[use].add_(reduced)
                 del self.whole[use]
         self.reducing.clear()
 
+    def start_crossing(self) -> None:
+        """After the last micro-batch: begins the sum over replicas, if `collect` did not."""
+        self.collect()
+        if self.crossing is None:
+            for other in self.sums[1:]:
+                self.sums[0].add_(other)
+            self.crossing = self._start_sum_of_replicas(self.sums[0])
+
+    def _start_sum_of_replicas(self, shard: Tensor) -> comm.Pending:
+        """The pending's result is this rank's part of the shard, summed; the other parts are not."""
+        part = shard.view(self.replica.size, -1)[self.replica.index]
+        return comm.start_reduce_scatter(shard, self.replica, fixed=self.fixed, out=part)
+
     def start_finish(self) -> comm.Pending:
         """After the last micro-batch: the pending's result is the global gradient of the owned range."""
-        self.collect()
-        if self.by_step:
-            shard = self.whole[0][slice(*self.own)]
-        else:
-            shard = self.sums[0]
-            for other in self.sums[1:]:
-                shard.add_(other)
+        self.start_crossing()
+        assert self.crossing is not None
+        part, self.crossing = self.crossing.finish(), None
         if self.tied is not None:
-            comm.all_reduce(shard, self.tied)  # the other use of the weight, on the last or first stage
+            comm.all_reduce(part, self.tied)  # the other use of the weight, on the last or first stage
         if self.stage:
-            return comm.Pending(None, lambda: shard)
+            shard = self.whole[0][slice(*self.own)] if self.by_step else self.sums[0]
+            return comm.start_all_gather(part, self.replica, out=shard)
         whole = self.whole[0] if self.by_step else self._zeros(self.plan.padded)
-        return comm.start_all_gather(shard, self.group, out=whole)
+        return comm.start_all_gather(part, self.group, out=whole)
 
     def _sum_partial(self, buffer: Tensor) -> None:
         """Adds up gradients of which each tensor-parallel rank has only a part (Sharding.partial)."""
@@ -220,7 +256,7 @@ class FlatUnit:
 
     def start_publish(self) -> comm.Pending | None:
         """After the update: casts the master weights and, in stages 1 and 2, begins to share the new shards."""
-        if self.master is not self.owned_weights:
+        if self.master is not self.owned_weights and not self.offload:  # from host memory they have come back already
             self.owned_weights.copy_(self.master)
         if self.stage in (1, 2):
             return comm.start_all_gather(self.shard, self.group, out=self.weights)

@@ -4,9 +4,10 @@ Ring payload per rank of n, for a whole tensor of V bytes: all_gather and reduce
 a message V. Activations have b x s x d elements for a micro-batch (s/tp of them between blocks with sequence parallelism).
 Per block and micro-batch tensor parallelism takes 2 + 2 all_reduces, or with sequence parallelism 4 + 4 gathers and
 scatters and 2 gathers again in backward (arXiv:2205.05198); the embedding one reduction, the head one, the loss three
-scalars a token. `tests/test_traffic.py` holds every layout's ledger against these numbers.
+scalars a token. `tests/test_parity.py` holds every layout's ledger against these numbers.
 
-Legend: b micro, s sequence, d dim, m micro-batches, n ranks of the data group, t tp, P padded elements of a flat unit.
+Legend: b micro, s sequence, d dim, m micro-batches, n ranks of the data group that split what ZeRO splits, r replicas of
+each such group, t tp, P padded elements of a flat unit.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dist_llm.schedule.cut import cut
 from dist_llm.schedule.generate import generate, stages_of
 from dist_llm.schedule.lower import lower
 
+HOST_BUFFERS = 3  # as large as the largest gradient, between device and host (engines/offload.py)
 KEPT_UNITS = 2  # units at the end of a stage that keep their weights between a forward and the backward that follows at once
 
 
@@ -62,6 +64,11 @@ class Shape:
     def data(self) -> int:
         """Ranks that share gradients."""
         return self.layout.dp * self.layout.cp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same shard."""
+        return self.data // self.layout.shard
 
     def stage_units(self) -> list[list[str]]:
         """Walk units of each stage."""
@@ -111,7 +118,8 @@ def _flat_plans(shape: Shape, pp: int, tp: int) -> dict[str, tuple[FlatPlan, int
                 found[unit] = (found[unit][0], found[unit][1] + 1)
                 continue
             layout, rows = shape.layout, _rows(shape)[unit]
-            found[unit] = (pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=tp, shards=shape.data), 1)
+            split = {"shards": layout.shard, "replicas": shape.replicas}
+            found[unit] = (pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=tp, **split), 1)
     return found
 
 
@@ -127,16 +135,17 @@ def sent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, float]:
 
 
 def _data(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
-    """Gradient reductions, and the weights that ZeRO moves."""
-    layout, wide, part = shape.layout, shape.widths, (shape.data - 1) / shape.data
+    """Gradient reductions, and the weights that ZeRO moves: inside the shard group, and once a step shards between replicas."""
+    layout, wide, part = shape.layout, shape.widths, (shape.layout.shard - 1) / shape.layout.shard
     for plan, num_uses in shape.flat_plans(pp, tp).values():
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         total["dp"] += reductions * part * plan.padded * wide.gradient
+        total["dp"] += 2 * (shape.replicas - 1) / shape.replicas * plan.shard_size * wide.gradient
         if layout.zero == 0:
             total["dp"] += part * plan.padded * wide.gradient
         elif layout.zero < 3:
             total["dp"] += part * plan.padded * wide.weight
-    if layout.zero == 3 and shape.data > 1:
+    if layout.zero == 3 and layout.shard > 1:
         total["dp"] += part * wide.weight * _gathered(shape, actions, pp, tp)
 
 
@@ -153,9 +162,10 @@ def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
         units = stages[action.stage]
         here = kept[action.stage]
         if action.kind == Kind.F:
-            elements += sum(padded[unit] for name in units for unit in uses(shape.model, name))
-            follows = compute[at + 1] if at + 1 < len(compute) else None
-            kept[action.stage] = set(units[-KEPT_UNITS:]) if follows == Action(action.stage, Kind.B, action.micro) else set()
+            follows = at + 1 < len(compute) and compute[at + 1] == Action(action.stage, Kind.B, action.micro)
+            kept[action.stage] = set(units[-KEPT_UNITS:]) if follows else set()
+            walked = [name for name in units if name != "head" or follows]  # the head runs where its backward begins
+            elements += sum(padded[unit] for name in walked for unit in uses(shape.model, name))
         else:
             again = [name for name in units if name != "embedding" and name not in here]
             elements += sum(padded[unit] for name in again for unit in uses(shape.model, name))
@@ -170,8 +180,8 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
     tokens = shape.micro * shape.sequence
     moved = (t - 1) / t * tokens * shape.model.dim * wide.weight  # one gather or scatter; an all_reduce is two
     scalars = 2 * (t - 1) / t * tokens * wide.statistic * (4 if shape.smoothing else 3)
-    again = 1 if layout.recompute == "full" else 0
-    per_block, per_embedding, per_head = (10 + 4 * again, 2, 3) if layout.sp else (8 + 4 * again, 2, 2)
+    again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
+    per_block, per_embedding, per_head = (10 + again, 2, 2) if layout.sp else (8 + again, 2, 2)
     for units in shape.rank_stages(pp).values():
         for name in units:
             each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
@@ -192,27 +202,33 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
     total["pp"] += message * sum(action.kind in SENDS for action in actions)
     plans = shape.flat_plans(pp, tp)
     if layout.pp > 1 and "tied" in plans:
-        total["pp"] += plans["tied"][0].shard_size * wide.gradient
+        total["pp"] += plans["tied"][0].shard_size // shape.replicas * wide.gradient
 
 
 def _control(total: defaultdict[str, float], shape: Shape) -> None:
-    """The norm with the loss (float64 each, one number per unit), and the count of target tokens (int64)."""
+    """The norm with the loss: float64 each, one number per unit."""
     world, numbers = shape.layout.world, len(_rows(shape)) + 1
-    total["control"] += 2 * (world - 1) / world * numbers * 8 + 2 * (shape.data - 1) / shape.data * 8
+    total["control"] += 2 * (world - 1) / world * numbers * 8
 
 
 def persistent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0, moments: int = 2) -> dict[str, int]:
     """Bytes that live between steps on a rank: weights, gradients, optimizer (masters and moments), padding included.
 
     moments: 2 for AdamW, 1 for SGD with momentum, 0 without. The optimizer's float32 count of updates is 4 bytes.
+    host: with `offload=optimizer` masters, moments and count, and the buffers between device and host; else 0.
     """
-    layout, wide = shape.layout, shape.widths
-    found = {"weights": 0, "gradients": 0, "optimizer": 4}
-    for plan, num_uses in shape.flat_plans(pp, tp).values():
-        sharded = layout.zero == 3 and shape.data > 1
+    layout, wide, plans = shape.layout, shape.widths, shape.flat_plans(pp, tp).values()
+    offload = layout.offload == "optimizer"
+    updated = "host" if offload else "optimizer"
+    found = {"weights": 0, "gradients": 0, "optimizer": 0, "host": 0}
+    found[updated] = 4
+    if offload:
+        found["host"] += HOST_BUFFERS * wide.gradient * max(plan.shard_size if layout.zero else plan.padded for plan, _ in plans)
+    for plan, num_uses in plans:
+        sharded = layout.zero == 3 and layout.shard > 1
         owned = plan.shard_size if layout.zero else plan.padded
         found["weights"] += (plan.shard_size if sharded else plan.padded) * wide.weight
         found["gradients"] += num_uses * (plan.padded if layout.reduce == "step" else plan.shard_size) * wide.gradient
-        masters = wide.gradient if wide.gradient != wide.weight else 0
-        found["optimizer"] += owned * (masters + moments * wide.gradient)
+        masters = wide.gradient if offload or wide.gradient != wide.weight else 0
+        found[updated] += owned * (masters + moments * wide.gradient)
     return found

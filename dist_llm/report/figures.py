@@ -24,7 +24,7 @@ from dist_llm.report.units import (
     show_difference,
 )
 
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "host")
 AXES = ("dp", "tp", "pp", "cp", "ep", "control")
 SYMBOLS = {"loss": ("circle", 8), "gradient": ("diamond", 9), "parameter": ("square", 8), "moment": ("triangle-up", 10)}
 COINCIDE = 0.004  # of the plotted range: about the width of a line
@@ -149,7 +149,8 @@ def memory_figure(rows: list[dict[str, Any]]) -> Figure | None:
     if not drawn:
         return None
     stacks = [parts[index] for index in drawn]
-    traces = [_bar(part, place, stacks, offset=0, width=0.56) for place, part in enumerate(MEMORY_PARTS) if any(part in s for s in stacks)]
+    there = [(place, part) for place, part in enumerate(MEMORY_PARTS) if any(stack.get(part) for stack in stacks)]
+    traces = [_bar(part, place, stacks, offset=0, width=0.56) for place, part in there]
     marks = [(height, index, rank, peak) for height, index in enumerate(drawn) for rank, peak in enumerate(peaks[index])]
     if marks:
         traces.append(

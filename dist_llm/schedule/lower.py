@@ -3,7 +3,8 @@
 How the result is to be executed:
 - SEND and RECV only post (isend, irecv) and return. A compute action waits for the RECV that brings its input, no other action waits.
 - Messages with the same (from rank, to rank, direction) form a first-in first-out channel: SENDs and RECVs stand in the same order.
-- REDUCE starts the reduction of a stage's weight gradients over its replicas and returns; it is finished before the optimizer step.
+- REDUCE says that a stage's weight gradients are reduced over its replicas. The walk of the backward before it begins that, unit by
+  unit; nothing waits here. It is finished before the next backward of the same stage begins, the last one before the optimizer step.
 """
 
 from __future__ import annotations

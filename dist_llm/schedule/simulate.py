@@ -46,7 +46,8 @@ def simulate(
 
     backward is the whole B; I and W cost half of it each where input_gradient and weight_gradient are not given.
     A rank computes one action at a time. A transfer starts when both ends are posted and the one before it on its channel is over,
-    takes `transfer` seconds, and runs beside compute. A rank's reductions run one after the other, beside compute.
+    takes `transfer` seconds, and runs beside compute. A rank's reductions run one after the other, beside compute; a backward waits for
+    the reduction of its stage that is under way.
     """
     halves = [seconds / 2 for seconds in backward] if isinstance(backward, Sequence) else backward / 2
     costs: dict[Kind, Cost] = {
@@ -97,6 +98,7 @@ class _Clock:
     spans: list[Span] = field(default_factory=list)
     now: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # rank -> when its compute is free
     reduced: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # rank -> when its last reduction ends
+    summed: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # stage -> when its own last one ends
     sent: dict[Channel, float] = field(default_factory=lambda: defaultdict(float))  # channel -> when its last transfer ends
     posted: dict[Action, float] = field(default_factory=dict)
     arrived: dict[Action, float] = field(default_factory=dict)  # by RECV
@@ -107,7 +109,7 @@ class _Clock:
             return self._compute(rank, action)
         if action.kind is Kind.REDUCE:
             start = max(self.now[rank], self.reduced[rank])
-            self.reduced[rank] = start + _at(self.costs[Kind.REDUCE], action.stage)
+            self.reduced[rank] = self.summed[action.stage] = start + _at(self.costs[Kind.REDUCE], action.stage)
             self.spans.append(Span(rank, action, start, self.reduced[rank], int(_at(self.reduce_bytes, action.stage))))
         else:
             self.posted[action] = self.now[rank]
@@ -121,6 +123,8 @@ class _Clock:
         if awaited and recv not in self.arrived:
             return False
         start = max(self.now[rank], self.arrived[recv]) if awaited and recv else self.now[rank]
+        if action.kind is not Kind.F:
+            start = max(start, self.summed[action.stage])
         self.now[rank] = start + _at(self.costs[action.kind], action.stage)
         self.spans.append(Span(rank, action, start, self.now[rank]))
         return True

@@ -38,7 +38,8 @@ def validate(lists: Lists, *, num_stages: int, micro_batches: int, reduce: Reduc
     """Prove a lowered schedule of `num_stages` stages and `micro_batches` micro-batches. Raises ScheduleError at the first fault.
 
     Deadlock is excluded twice: with sends that return at once, and with sends that hold up their rank until the receiver has posted
-    (synchronous sends: the strictest a transport can be). In both, messages of a channel arrive in order.
+    (synchronous sends). In both, RECVs return at once and messages of a channel arrive in order. A transport that holds up the receiver
+    too, until a channel is connected, is not covered: the mesh uses every channel once before a schedule runs (mesh.py).
     """
     owner = _check_compute(lists, num_stages, micro_batches)
     _check_messages(lists, owner, micro_batches)

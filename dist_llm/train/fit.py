@@ -38,7 +38,9 @@ def fit(trainer: Trainer, prepared: Prepared, *, folder: Path, start: int, tell:
     if track.sample_every and start == 0:
         take_samples(0)
     for done in range(start + 1, steps + 1):
-        record = meter.step(done - 1)
+        with meter.measure(done - 1):
+            taken = trainer.step(done - 1)
+        record = meter.record(taken)
         if done == steps or _due(done, track.validate_every):
             record |= validation.measure()
         metrics.write(record)

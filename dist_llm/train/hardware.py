@@ -46,6 +46,6 @@ def peak_flops(device: str, dtype: str) -> float | None:
     return None
 
 
-def mfu(tokens_per_second: float, *, flops_per_token: float, peak: float | None, devices: int) -> float | None:
-    """The part of the devices' peak that the model's operations take; None where the peak is not known."""
-    return None if peak is None else tokens_per_second * flops_per_token / (peak * devices)
+def mfu(tokens_per_second: float | None, *, flops_per_token: float, peak: float | None, devices: int) -> float | None:
+    """The part of the devices' peak that the model's operations take; None where rate or peak are not known."""
+    return None if peak is None or tokens_per_second is None else tokens_per_second * flops_per_token / (peak * devices)

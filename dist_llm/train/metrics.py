@@ -4,9 +4,9 @@ step                 optimizer updates made, so the first line is step 1
 loss, loss_hex       mean training loss in nats per target token, and the same number to the bit (float.hex)
 grad_norm            global, before clipping            learning_rate   of this update
 tokens               trained on since the run began     target_tokens   of this step's global batch
-step_seconds         of this step                       tokens_per_second   of all ranks
+step_seconds         of this step                       tokens_per_second   of all ranks; null where memory was watched
 mfu, mfu_causal      part of the devices' peak, attention counted in full or causally; null where the peak is not known
-peak_memory_bytes    of rank 0: on CUDA so far; on CPU the live tensors of the second step, measured once
+peak_memory_bytes    of rank 0: on CUDA so far; on CPU the live tensors of the second step, watched once, which slows it down
 sent_bytes           by rank 0 in this step, per axis   data_wait_seconds   for this step's batch
 validation_loss, validation_perplexity, validation_bits_per_byte   in steps that end in a validation
 """
@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -73,38 +75,39 @@ def keep_until(path: Path, step: int) -> None:
 
 
 class Meter:
-    """Takes the trainer's steps and measures them."""
+    """Measures the steps that are taken inside `measure`."""
 
     def __init__(self, trainer: Trainer, *, start: int, steps: int) -> None:
         config, engine = trainer.config, trainer.engine
-        self.trainer, self.world = trainer, trainer.mesh.layout.world
+        self.engine, self.world = engine, trainer.mesh.layout.world
         self.on_cuda = engine.device.type == "cuda"
         watched = trainer.mesh.rank == 0 and not self.on_cuda and hasattr(engine, "persistent")
         self.memory_step = min(start + 1, steps - 1) if watched else None  # the second: the first one makes what then stays
         self.peak_memory: int | None = None
+        self.seconds = 0.0
         self.peak = device_peak(config, engine.device, engine.dtype)
         model, sequence = config.model, config.data.sequence
         self.flops = step_flops_per_token(model, sequence)
         self.flops_causal = step_flops_per_token(model, sequence, convention="causal")
 
-    def step(self, step: int) -> dict[str, Any]:
-        """Takes one step (0-based) and returns its line of metrics, on every rank."""
+    @contextmanager
+    def measure(self, step: int) -> Iterator[None]:
+        """Around one step (0-based): its time and bytes, and once the memory."""
         comm.ledger.take()
         start = time.perf_counter()
-        taken = self._measured_step(step) if step == self.memory_step else self.trainer.step(step)
-        seconds = time.perf_counter() - start
+        if step == self.memory_step:
+            with LiveMemory(self.engine) as live:
+                yield
+            self.peak_memory = live.peak
+        else:
+            yield
+        self.seconds = time.perf_counter() - start
         if self.on_cuda:
             self.peak_memory = torch.cuda.max_memory_allocated()
-        return self._record(taken, seconds)
 
-    def _measured_step(self, step: int) -> Step:
-        with LiveMemory(self.trainer.engine) as live:
-            taken = self.trainer.step(step)
-        self.peak_memory = live.peak
-        return taken
-
-    def _record(self, taken: Step, seconds: float) -> dict[str, Any]:
-        rate = taken.tokens / seconds
+    def record(self, taken: Step) -> dict[str, Any]:
+        """The line of metrics of the step that was measured last, on every rank."""
+        rate = taken.tokens / self.seconds if taken.step != self.memory_step else None  # watching memory slows a step down
         return {
             "step": taken.step + 1,
             "loss": taken.loss,
@@ -113,7 +116,7 @@ class Meter:
             "learning_rate": taken.learning_rate,
             "tokens": taken.tokens * (taken.step + 1),
             "target_tokens": taken.targets,
-            "step_seconds": seconds,
+            "step_seconds": self.seconds,
             "tokens_per_second": rate,
             "mfu": mfu(rate, flops_per_token=self.flops, peak=self.peak, devices=self.world),
             "mfu_causal": mfu(rate, flops_per_token=self.flops_causal, peak=self.peak, devices=self.world),

@@ -32,13 +32,17 @@ from dist_llm.train.trainer import Trainer
 
 TOLERANCE = 1e-10  # float64
 FLOOR = 1e-3  # of the largest reference value of a kind: below it a tensor counts as zero (a key bias has no gradient)
+WHOLE = 3  # steps of a run whose tensors are all kept, and those of its last step: each is the whole model several times
 GROUPS = ("loss", "norm", "gradient", "parameter", "moment")
 KINDS = {"gradient": "gradient", "weight": "parameter", "first_moment": "moment", "second_moment": "moment"}
 
 
 @dataclass(frozen=True)
 class MadeUp:
-    """Batches of addressed random tokens with very unequal masks: row r of the global batch keeps 5 to 100 % of its labels."""
+    """Batches of addressed random tokens with very unequal masks: row r of the global batch keeps 5 to 100 % of its labels.
+
+    vocab: tokens that can occur, fewer than the model's where its vocabulary is padded.
+    """
 
     vocab: int
     sequence: int
@@ -65,6 +69,11 @@ class MadeUp:
         parts = (text[:, :-1], labels, positions, documents, rows)
         return [MicroBatch(*(part[at : at + micro].contiguous() for part in parts)) for at in range(0, size, micro)]
 
+    def targets(self, step: int) -> int:
+        """As `Batches.targets`."""
+        (whole,) = self.micro_batches(step, dp_rank=0, dp_size=1, micro=self.global_batch)
+        return whole.targets
+
 
 @dataclass(frozen=True)
 class Record:
@@ -79,7 +88,8 @@ def proof_rank(rank: int, world: int, say: Callable, job: dict[str, Any], layout
     """One rank of a proof run: trains `job["steps"]` steps and leaves its part of every tensor in `folder`.
 
     job: {"config", "steps", "dtype"} and perhaps "optimizers", optimizer sections that each get a run of their own from the
-    initial weights (default: the config's own); their steps are counted on. Returns a Record as a dict.
+    initial weights (default: the config's own); their steps are counted on. Of a long run the tensors of the first steps and
+    of the last one are left. Returns a Record as a dict.
     """
     settings, shape = Config.model_validate(job["config"]), Layout(**layout)
     settle_rank(settings.runtime)
@@ -114,14 +124,15 @@ class _Kept:
 def _train(config: Config, mesh: Mesh, device: torch.device, dtype: torch.dtype, steps: int, kept: _Kept, *, first: int) -> None:
     """A run of `steps` steps from the initial weights; its tensors are kept from step number `first` on."""
     engine = make_engine(config, mesh, device=device, dtype=dtype)
-    order = MadeUp(config.model.vocab, config.data.sequence, config.batch.global_, config.runtime.seed)
+    vocab = min(config.model.vocab, config.data.tokenizer.vocab or config.model.vocab)
+    order = MadeUp(vocab, config.data.sequence, config.batch.global_, config.runtime.seed)
     trainer = Trainer(config, mesh, engine, order)
     comm.ledger.take()
     for step in range(steps):
-        taken = trainer.gradients(step)
-        kept.take(engine, first + step, {"gradient"})
+        taken, whole = trainer.gradients(step), step < WHOLE or step + 1 == steps
+        kept.take(engine, first + step, {"gradient"} if whole else set())
         engine.step(taken.learning_rate)
-        kept.take(engine, first + step, {"weight", "first_moment", "second_moment"})
+        kept.take(engine, first + step, {"weight", "first_moment", "second_moment"} if whole else set())
         kept.record.losses.append(taken.loss)
         kept.record.norms.append(taken.norm)
         kept.record.sent.append(comm.ledger.take())
@@ -170,7 +181,7 @@ def _put(whole: np.ndarray, box: list[list[int]], start: int, values: np.ndarray
 
 @dataclass(frozen=True)
 class First:
-    """The first tensor that differs, and what the numbers suggest."""
+    """The first tensor that differs, and what the numbers suggest. step: from 1, as metrics count."""
 
     kind: str
     name: str
@@ -211,7 +222,7 @@ def judge(reference: Run, run: Run, *, tolerance: float | dict[str, float] = TOL
         if first is None and not difference < allowed[group]:
             where = (step, kind, name)
             hint = likely_cause(kind, name, reference, run, step, layout)
-            first = First(kind, name, step, _worst_rank(reference, run, where), difference, hint)
+            first = First(kind, name, step + 1, _worst_rank(reference, run, where), difference, hint)
     return Verdict(**worst, first=first)
 
 
@@ -250,7 +261,7 @@ def likely_cause(kind: str, name: str, reference: Run, run: Run, step: int, layo
     gradients = [name for at, which, name in reference.tensors if (at, which) == (step, "gradient")]
     ratios = {n: _ratio(reference.tensors[step, "gradient", n], run.tensors[step, "gradient", n]) for n in gradients}
     values = [ratio for ratio in ratios.values() if ratio is not None]
-    if len(values) == len(ratios) and max(values) - min(values) < 1e-6 and abs(values[0] - 1) > 1e-6:
+    if ratios and len(values) == len(ratios) and max(values) - min(values) < 1e-6 and abs(values[0] - 1) > 1e-6:
         return f"all gradients are {values[0]:.4g} times the reference: scaled twice or not at all (traps 1, 2, 15)"
     if kind == "norm":
         return "the gradients agree with each other: parameters counted twice or not at all in the norm (traps 4, 5, 7)"

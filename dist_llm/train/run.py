@@ -82,13 +82,10 @@ def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, A
     local_ranks: at least so many ranks run on this machine.
     """
     device = choose_device(config.runtime, local_rank=local_ranks - 1)
-    backend, on_cuda = backend_name(config.runtime), device.type == "cuda"
-    if backend == "nccl" and local_ranks > (count := torch.cuda.device_count()):
-        expected, found = "a GPU for each rank, or runtime.device=cpu", f"{local_ranks} ranks, {count} GPUs"
-        raise UsageError("there are more ranks than GPUs on this machine", where="--nproc", expected=expected, found=found)
+    on_cuda = device.type == "cuda"
     prepared = prepare_data(config, tell=tell)
     return {
-        "backend": backend,
+        "backend": backend_name(config.runtime),
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "dtype": str(choose_dtype(config.runtime, device)).removeprefix("torch."),
         "tokens": sum(len(store) for store in prepared.train),

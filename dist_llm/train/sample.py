@@ -8,7 +8,7 @@ reads the newer half again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,10 +51,14 @@ class Choice:
 
 
 class Model:
-    """A whole model on one device for inference."""
+    """A whole model on one device for inference. tokens: the ids that its tokenizer has; rows of a padded vocabulary are never chosen."""
 
-    def __init__(self, weights: Weights, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, weights: Weights, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, tokens: Iterable[int] | None = None
+    ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
+        absent = [] if tokens is None else sorted(set(range(config.vocab)).difference(tokens))
+        self.absent = torch.tensor(absent, dtype=torch.int64, device=device)
         names = {row.name for row in table(config)}
         made: dict[str, nn.Parameter] = {}
 
@@ -67,7 +71,7 @@ class Model:
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], *, first: int = 0) -> Tensor:
-        """The logits (V,) after the last of some tokens of one sequence, the first of which is number `first` in it."""
+        """The logits (V,) after the last of some tokens of one sequence, the first of which is number `first` in it; -inf: no token."""
         line = torch.tensor([list(tokens)], device=self.device)
         positions = torch.arange(first, first + len(tokens), device=self.device)[None]
         context = make_context(self.config, line, line, dtype=self.dtype, positions=positions, training=False)
@@ -75,7 +79,7 @@ class Model:
         x = embedding(context)
         for block in blocks:
             x = block(x, context)
-        return head.logits(x[:, -1:])[0, 0]
+        return head.logits(x[:, -1:])[0, 0].index_fill(0, self.absent, -torch.inf)
 
     def remember(self) -> None:
         """Starts a new sequence: from here on, keys and values of the tokens given to `logits` are kept."""
@@ -169,7 +173,7 @@ class Samples:
 
     def _texts(self, weights: Weights) -> list[dict[str, str]]:
         engine = self.engine
-        model = Model(weights, self.model, dtype=engine.dtype, device=engine.device)
+        model = Model(weights, self.model, dtype=engine.dtype, device=engine.device, tokens=self.tokenizer.ids)
         texts = []
         for prompt in self.prompts:
             tokens = generate(model, prompt, count=SAMPLE_TOKENS, choice=self.choice, window=self.window, end=self.tokenizer.end_id)

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
-from dist_llm import comm
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import MicroBatch
 from dist_llm.engines.native import NativeEngine, Totals
@@ -25,6 +22,9 @@ class Order(Protocol):
 
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of the global batch of a step."""
+
+    def targets(self, step: int) -> int:
+        """Target tokens of that whole global batch: every rank knows them without asking the others."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Trainer:
         start = time.perf_counter()
         batches = self._take(step)
         waited = time.perf_counter() - start
-        targets = self._count_targets(batches)
+        targets = self._count_targets(step)
         self.engine.run(Contexts(self, batches, step), targets=targets)
         totals = self.engine.finish_gradients()
         self._refuse_non_finite(totals, step)
@@ -82,13 +82,12 @@ class Trainer:
         place, micro = self.mesh.at, self.config.batch.micro
         return self.order.micro_batches(step, dp_rank=place.dp, dp_size=self.mesh.layout.dp, micro=micro)
 
-    def _count_targets(self, batches: Sequence[MicroBatch]) -> int:
+    def _count_targets(self, step: int) -> int:
         """Target tokens of the whole global batch, known before backward: losses are sums and are divided once."""
-        count = torch.tensor(sum(batch.targets for batch in batches), device=self.engine.device)
-        with comm.booked_on("control"):
-            total = int(comm.all_reduce(count, self.mesh.data))
+        total = self.order.targets(step)
         if total == 0:
-            raise NumericError("a batch without a single target token", expected="at least one label to learn from", where="labels")
+            what, expected = "a batch without a single target token", "at least one label to learn from"
+            raise NumericError(what, where=f"step {step + 1}", expected=expected)
         return total
 
     def context(self, batch: MicroBatch, *, step: int, training: bool) -> Context:
@@ -109,7 +108,7 @@ class Trainer:
         wrong = "loss" if not math.isfinite(totals.loss) else "gradient norm"
         raise NumericError(
             f"the {wrong} is not finite",
-            where=f"step {step}",
+            where=f"step {step + 1}",  # as metrics.jsonl counts
             expected="finite numbers",
             found=f"loss {totals.loss}, gradient norm {totals.norm}",
             safe="no weight was changed by this step",

@@ -1,0 +1,62 @@
+"""What blocks are made of and roles are handed: norms, and the weights of projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_llm.model.kernels import Normed
+
+Make = Callable[[str], Any]  # global name -> its nn.Parameter, None where the model has no such row
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension; shapes stay."""
+
+    def __init__(self, make: Make, name: str, *, kind: str, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.kind, self.eps = make(f"{name}.weight"), make(f"{name}.bias"), kind, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        if not torch.compiler.is_compiling():
+            return Normed.apply(x, self.weight, self.bias, self.kind, self.eps)
+        if self.kind == "rms":
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class Projection(nn.Module):
+    """A weight (O, D) and perhaps a bias (O,); `roles` decides how they are applied."""
+
+    def __init__(self, make: Make, name: str) -> None:
+        super().__init__()
+        self.weight, self.bias = make(f"{name}.weight"), make(f"{name}.bias")
+
+
+class Projections:
+    """Projections that one input feeds. joined: their weights lie side by side in memory, so that one product serves all."""
+
+    def __init__(self, *parts: Projection) -> None:
+        self.parts, self.joined = parts, neighbours([part.weight for part in parts])
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """(O_i, D) of each."""
+        return [part.weight for part in self.parts]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """(O_i,) of each, or none at all."""
+        return [part.bias for part in self.parts if part.bias is not None]
+
+
+def neighbours(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors lie side by side in one storage, in this order."""
+    pairs = list(zip(tensors, tensors[1:], strict=False))
+    same = all(a.untyped_storage()._cdata == b.untyped_storage()._cdata for a, b in pairs)
+    return bool(pairs) and same and all(a.storage_offset() + a.numel() == b.storage_offset() for a, b in pairs)
