@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from benchmarks.interval import Figure, Interval, decided, median_interval, verdict
@@ -20,7 +20,7 @@ from benchmarks.rank import contestant
 from benchmarks.worlds import World
 from dist_llm.errors import Failure, NumericError
 
-WARM = 3  # steps before the clock starts; their losses must agree
+WARM = 3  # training steps before the clock starts; their losses must agree
 TOLERANCE = 1e-4  # relative, of loss and norm: the same numbers in float32
 FIRST_LOOK = 8
 UNJUDGED_ROUNDS = 12  # of a row without figures of time
@@ -67,6 +67,11 @@ class Row:
     numbers: Literal["train", "same", "any"] = "train"  # train: losses and norms must agree, and move; same: the value; any: no matter
     note: str = ""
 
+    @property
+    def warm(self) -> int:
+        """Steps before the clock starts."""
+        return WARM if self.numbers == "train" else 1
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -92,9 +97,10 @@ class Contestant:
         """Of each round: the slowest rank's."""
         return [max(rank["seconds"] for rank in ranks) for ranks in self.rounds]
 
-    def cpu_seconds(self) -> float:
-        """All that its ranks used in timed steps."""
-        return sum(rank["cpu"] for ranks in self.rounds for rank in ranks)
+    @property
+    def cpu_seconds(self) -> list[float]:
+        """Of each round: all ranks' together."""
+        return [sum(rank["cpu"] for rank in ranks) for ranks in self.rounds]
 
 
 def measure(row: Row, limits: Limits, say: Say) -> dict[str, Any]:
@@ -131,14 +137,14 @@ def _together(everyone: list[Contestant], row: Row, limits: Limits, say: Say) ->
             say(f"{row.name}: starting {one.label}")
             worlds[one.key] = World(row.world, contestant, one.key, row.setting, False)
             try:
-                one.warm = [worlds[one.key].ask({"do": "warm", "step": step}) for step in range(WARM)]
+                one.warm = [worlds[one.key].ask({"do": "warm", "step": step}) for step in range(row.warm)]
             except Failure as failure:
                 one.failure = failure
         if everyone[0].failure is not None:
             raise everyone[0].failure
         able, begun = [one for one in everyone if one.failure is None], Clock.now()
         _rounds(able, worlds, row, limits, say)
-        return begun.until(Clock.now(), own=sum(one.cpu_seconds() for one in able))
+        return begun.until(Clock.now(), own=sum(sum(one.cpu_seconds) for one in able))
     finally:
         for world in worlds.values():
             world.close()
@@ -149,7 +155,7 @@ def _rounds(everyone: list[Contestant], worlds: dict[str, World], row: Row, limi
     for turn in range(limits.rounds):
         for at in range(len(everyone)):
             one = everyone[(turn + at) % len(everyone)]
-            one.rounds.append(worlds[one.key].ask({"do": "timed", "step": WARM + turn}))
+            one.rounds.append(worlds[one.key].ask({"do": "timed", "step": row.warm + turn}))
         say(f"{row.name}: round {turn + 1}, time ours / " + _standing(everyone))
         if turn + 1 >= look:
             look = turn + 1 + (turn + 1) // 2
@@ -168,7 +174,7 @@ def judged(everyone: list[Contestant], row: Row) -> list[tuple[Contestant, Figur
 
 
 def interval_of(ours: Contestant, rival: Contestant) -> Interval:
-    """Of the ratios ours / rival, round by round."""
+    """Of the ratios of time ours / rival, round by round."""
     return median_interval([a / b for a, b in zip(ours.seconds, rival.seconds, strict=True)])
 
 
@@ -267,10 +273,11 @@ def _measured(one: Contestant) -> dict[str, Any]:
 
 def _against(ours: Contestant, one: Contestant, rival: Against) -> dict[str, Any]:
     found = _measured(one) | {"known_peak_mb": rival.known_peak, "known_sent_mb": rival.known_sent}
-    found |= {"figure": str(rival.time) if rival.time else None, "time": None, "verdict": None}
+    found |= {"figure": str(rival.time) if rival.time else None, "time": None, "cpu": None, "verdict": None}
     if one.failure is None and one.rounds:
         interval = interval_of(ours, one)
-        found["time"] = {"median": interval.median, "low": interval.low, "high": interval.high, "coverage": interval.coverage}
+        found["time"] = asdict(interval)
+        found["cpu"] = asdict(median_interval([a / b for a, b in zip(ours.cpu_seconds, one.cpu_seconds, strict=True)]))
         found["verdict"] = verdict(interval, rival.time) if rival.time else None
         found["peak_ratio"] = _peak(ours) / _peak(one) if one.alone else None
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import QUESTIONS
-from benchmarks.text import findings, mb, pair, shown, time_of, verdicts
+from benchmarks.text import findings, mb, pair, shown, span, time_of, verdicts
 from dist_llm.errors import UsageError
 
 HEAD = """# Benchmarks
@@ -16,10 +16,11 @@ Made by `dist-llm bench --page` from the newest results; do not edit. How each n
 is in [benchmarks/README.md](../benchmarks/README.md).
 
 Times are ratios ours / rival of the same round: median and 95 % interval of order statistics; below 1 ours is faster.
-*peak* is live tensor memory of the fullest rank, *resident* the growth of its process, *sent* what the kernel counted for
-a rank in a step.
+*CPU time* is the same ratio of the processor seconds of all ranks, which other processes disturb less. *peak* is live
+tensor memory of the fullest rank, *resident* the growth of its process, *sent* what the kernel counted for a rank in a
+step.
 """
-COLUMNS = ("row", "rival", "time, ours / rival", "figure", "", "CPU s a rank", "peak MB", "resident MB", "sent MB")
+COLUMNS = ("row", "rival", "time, ours / rival", "figure", "", "CPU time", "peak MB", "resident MB", "sent MB")
 
 
 def write(results: Path, page: Path) -> str:
@@ -79,7 +80,6 @@ def _cells(row: dict[str, Any], rival: dict[str, Any]) -> list[str]:
     if failed:
         return [row["name"], rival["label"], f"could not run: {failed['what']}", *[""] * (len(COLUMNS) - 3)]
     judged = {"missed": "**missed**", "undecided": "**undecided**", "met": "met", None: ""}[rival["verdict"]]
-    cpu = " / ".join(f"{max(one['cpu_seconds']):.2f}" for one in (ours, rival))
     sent = [mb(one["sent_bytes"]) or 0.0 for one in (ours, rival)]
     return [
         row["name"],
@@ -87,7 +87,7 @@ def _cells(row: dict[str, Any], rival: dict[str, Any]) -> list[str]:
         time_of(row, rival),
         rival["figure"] or "",
         judged,
-        cpu,
+        span(rival["cpu"]),
         pair(mb(ours.get("peak_bytes")), mb(rival.get("peak_bytes"))),
         pair(mb(ours["peak_rss_bytes"]), mb(rival["peak_rss_bytes"])),
         " / ".join(shown(value) for value in sent) if any(sent) else "-",

@@ -65,10 +65,9 @@ class Seat:
         return {**self._told(taken), "kept": self.live.now, "peak": self.live.peak}
 
     def _resident(self) -> int:
-        """Growth of resident memory; of a contestant that works in processes of its own, the largest of these."""
-        if getattr(self.rival, "children", False):
-            return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        return max(0, peak_resident() - self.before)
+        """Growth of resident memory; a contestant that works in processes of its own knows theirs."""
+        own = getattr(self.rival, "resident", None)
+        return own() if own else max(0, peak_resident() - self.before)
 
     def _meet(self) -> None:
         if self.world > 1:

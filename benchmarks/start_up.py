@@ -51,10 +51,16 @@ class ColdSetting:
         return asdict(self)
 
 
+# A process inherits the high-water mark of the one that forked it: a light one in between has next to none.
+HIGH_WATER = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
 class Command:
     """A command line of this Python."""
-
-    children = True  # its memory and CPU time are its children's
 
     def __init__(self, words: list[str]) -> None:
         self.words = [sys.executable, *words]
@@ -67,6 +73,11 @@ class Command:
         if done.returncode:
             raise RuntimeError(f"{' '.join(self.words)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         return Taken(0.0)
+
+    def resident(self) -> int:
+        """Runs it once more: the most resident bytes of any of its processes."""
+        words = [sys.executable, "-c", HIGH_WATER, *self.words]
+        return int(subprocess.run(words, env=self.environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     def booked(self) -> dict[str, float]:
         """Nothing."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = ("row", "rival", "time, ours / rival", "figure", "time is", "peak MB, ours / rival", "resident MB", "sent MB")
+from benchmarks.interval import COVERAGE
+
+COLUMNS = ("row", "rival", "time, ours / rival", "figure", "time is", "CPU time", "peak MB, ours / rival", "resident MB", "sent MB")
 
 
 def mb(values: list[float] | None) -> float | None:
@@ -16,13 +18,14 @@ def cells(row: dict[str, Any], rival: dict[str, Any]) -> list[str]:
     """The texts of one line, in the order of COLUMNS."""
     ours, failed = row["ours"], rival["error"]
     if failed:
-        return [row["name"], rival["label"], "could not run", "", "", f"{failed['what']}: {failed['next'] or failed['found']}", "", ""]
+        return [row["name"], rival["label"], "could not run", "", "", f"{failed['what']}: {failed['next'] or failed['found']}", "", "", ""]
     return [
         row["name"],
         rival["label"],
         time_of(row, rival),
         rival["figure"] or "-",
         rival["verdict"] or "-",
+        span(rival["cpu"]),
         pair(mb(ours.get("peak_bytes")), mb(rival.get("peak_bytes"))),
         pair(mb(ours["peak_rss_bytes"]), mb(rival["peak_rss_bytes"])),
         _sent(ours, rival),
@@ -30,12 +33,15 @@ def cells(row: dict[str, Any], rival: dict[str, Any]) -> list[str]:
 
 
 def time_of(row: dict[str, Any], rival: dict[str, Any]) -> str:
-    """`0.84 [0.82, 0.86], 12 rounds`; with fewer than 6 rounds the range, which is said."""
-    time = rival["time"]
-    if time is None:
+    """`0.840 [0.820, 0.860], 12 rounds`."""
+    return f"{span(rival['time'])}, {row['rounds']} rounds" if rival["time"] else "-"
+
+
+def span(found: dict[str, float] | None) -> str:
+    """`0.840 [0.820, 0.860]`; with too few rounds for an interval it is their range, which is said."""
+    if found is None:
         return "-"
-    kind = "" if time["coverage"] >= 0.95 else " (range)"
-    return f"{time['median']:.3f} [{time['low']:.3f}, {time['high']:.3f}]{kind}, {row['rounds']} rounds"
+    return f"{found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" + ("" if found["coverage"] >= COVERAGE else " (range)")
 
 
 def pair(ours: float | None, rival: float | None) -> str:

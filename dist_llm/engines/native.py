@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from dist_llm.engines.optim import Optimizer
 from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context
-from dist_llm.parallel.compose import compose
+from dist_llm.parallel.compose import Options, compose
 from dist_llm.parallel.flat import Piece
 from dist_llm.parallel.pipeline import Pipeline
 from dist_llm.parallel.zero import FlatUnit
@@ -53,32 +52,15 @@ class Item:
 class NativeEngine:
     """Data, tensor and pipeline parallelism and ZeRO 0-3 in any legal mix."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        optimizer: OptimizerConfig,
-        mesh: Mesh,
-        *,
-        sequence: int,
-        micro: int,
-        micro_batches: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        seed: int,
-        fixed: bool = True,
-        smoothing: float = 0.0,
-        compiled: bool = False,
-    ) -> None:
-        """Builds this rank's part. micro: sequences in a micro-batch; micro_batches: of one data-parallel rank a step."""
-        layout = mesh.layout
-        self.model, self.mesh, self.dtype, self.device = model, mesh, dtype, device
-        numbers: dict[str, Any] = {"dtype": dtype, "device": device, "seed": seed, "fixed": fixed}
-        stages = compose(model, mesh, sequence=sequence, smoothing=smoothing, compiled=compiled, **numbers)
-        self.stages = stages
+    def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, options: Options) -> None:
+        """Builds this rank's part."""
+        layout, device, micro_batches = mesh.layout, options.device, options.micro_batches
+        self.model, self.mesh, self.dtype, self.device = model, mesh, options.dtype, device
+        self.stages = stages = compose(model, mesh, options)
         lists = lower(self._compute(micro_batches), reduce=layout.reduce)
         validate(lists, num_stages=layout.stages, micro_batches=micro_batches, reduce=layout.reduce)
         self.pipeline = Pipeline(stages, lists, mesh)
-        self.boundary = (micro, sequence // (layout.tp if layout.sp else 1), model.dim)
+        self.boundary = (options.micro, options.sequence // (layout.tp if layout.sp else 1), model.dim)
         flats = {id(flat): flat for stage in stages for unit in stage.units for flat, _ in unit.flats}
         self.flats: list[FlatUnit] = list(flats.values())
         self.ferry = Ferry(self.flats, device) if layout.offload == "optimizer" else None

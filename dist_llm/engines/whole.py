@@ -22,6 +22,7 @@ from dist_llm.mesh import Group, Mesh, default_backend
 from dist_llm.model.init import initialise
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Block, Context, Embedding, Head, build_unit
+from dist_llm.parallel.compose import Options
 from dist_llm.parallel.flat import Piece, Slot
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.sharding import shard
@@ -97,36 +98,18 @@ class WholeEngine:
     dtypes: tuple[torch.dtype, ...]
     optimizer: torch.optim.Optimizer
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        optimizer: OptimizerConfig,
-        mesh: Mesh,
-        *,
-        sequence: int,
-        micro: int,
-        micro_batches: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        seed: int,
-        fixed: bool = True,
-        smoothing: float = 0.0,
-        compiled: bool = False,
-        offload_dir: str | None = None,
-    ) -> None:
-        """As NativeEngine. `fixed` has no effect here: the library chooses the order of its sums.
-
-        offload_dir: a folder for what is offloaded, instead of host memory, where the library can use one.
-        """
-        self.mesh, self.dtype, self.device, self.config = mesh, dtype, device, optimizer
-        self.micro, self.micro_batches, self.offload_dir = micro, micro_batches, offload_dir
+    def __init__(self, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, options: Options) -> None:
+        """As NativeEngine."""
+        self.mesh, self.dtype, self.device, self.config = mesh, options.dtype, options.device, optimizer
+        self.micro, self.micro_batches, self.offload_dir = options.micro, options.micro_batches, options.offload_dir
         self.offload = mesh.layout.offload != "none"
-        self._refuse(compiled)
+        self._refuse(options.compiled)
         if not dist.is_initialized():  # one process: the libraries need a group where we do not
-            dist.init_process_group(default_backend(device.type), rank=0, world_size=1, store=dist.HashStore())
-        self.whole = Whole(model, dtype=self._weight_dtype(), device=device, seed=seed, smoothing=smoothing)
+            dist.init_process_group(default_backend(self.device.type), rank=0, world_size=1, store=dist.HashStore())
+        dtype, seed, smoothing = self._weight_dtype(), options.seed, options.smoothing
+        self.whole = Whole(model, dtype=dtype, device=self.device, seed=seed, smoothing=smoothing)
         self.moments = moment_keys(optimizer)
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.norm = 0.0
         self._wrap()
 

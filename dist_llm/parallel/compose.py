@@ -23,6 +23,7 @@ there before the reduce-scatter. (3) their gradients are added between the two s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -50,26 +51,36 @@ def stage_units(model: ModelConfig, layout: Layout, sequence: int) -> list[list[
     return [[names[at] for at in part] for part in cut([costs[name] for name in names], layout.stages)]
 
 
-def compose(
-    model: ModelConfig,
-    mesh: Mesh,
-    *,
-    sequence: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    fixed: bool,
-    smoothing: float = 0.0,
-    compiled: bool = False,
-) -> list[Stage]:
-    """This rank's stages, with initial weights. dtype: of weights and activations. fixed: gradients are added in rank order."""
+@dataclass(frozen=True)
+class Options:
+    """What an engine is built from, beside model, optimizer and mesh; read from the config in one place (train/setup.py).
+
+    sequence: tokens. micro: sequences in a micro-batch; micro_batches: of one data-parallel rank a step. dtype: of weights
+    and activations. fixed: gradients are added in rank order (libraries choose their own). smoothing: of the labels.
+    offload_dir: a folder for what is offloaded, instead of host memory, where a library can use one.
+    """
+
+    sequence: int
+    micro: int
+    micro_batches: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    fixed: bool
+    smoothing: float
+    compiled: bool
+    offload_dir: str | None
+
+
+def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
+    """This rank's stages, with initial weights."""
     layout, tp = mesh.layout, mesh.at.tp
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
-    roles = TensorRoles(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=smoothing)
-    parts = stage_units(model, layout, sequence)
+    roles = TensorRoles(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing)
+    parts = stage_units(model, layout, options.sequence)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
     walk = [name for index in mine for name in parts[index]]
-    flats = _flat_units(model, mesh, walk, dtype=dtype, device=device, fixed=fixed, seed=seed)
+    flats = _flat_units(model, mesh, walk, options)
     stages = []
     for index in mine:
         units = []
@@ -79,21 +90,19 @@ def compose(
             block = name.startswith("blocks.")
             if isinstance(module, Block) and layout.recompute == "selective":
                 module.run_mlp = run_again
-            if compiled and block:
+            if options.compiled and block:
                 module.compile()
             units.append(Unit(name, module, own, recomputed=block and layout.recompute == "full", deferred=name == "head"))
         stages.append(Stage(index, units, first=index == 0, last=index == layout.stages - 1))
     return stages
 
 
-def _flat_units(
-    model: ModelConfig, mesh: Mesh, walk: Sequence[str], *, dtype: torch.dtype, device: torch.device, fixed: bool, seed: int
-) -> dict[str, FlatUnit]:
+def _flat_units(model: ModelConfig, mesh: Mesh, walk: Sequence[str], options: Options) -> dict[str, FlatUnit]:
     """A flat unit for each parameter unit that this rank's walk reads, with initial weights.
 
     One after the other: in stage 3 a unit is whole only while it is made.
     """
-    layout = mesh.layout
+    layout, dtype, device = mesh.layout, options.dtype, options.device
     flats: dict[str, FlatUnit] = {}
     for name in walk:
         for unit in uses(model, name):
@@ -104,8 +113,8 @@ def _flat_units(
             plan = pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=mesh.at.tp, **split)
             num_uses = sum(unit in uses(model, other) for other in walk)
             shared = unit == "tied" and layout.pp > 1
-            flats[unit] = FlatUnit(plan, mesh, dtype=dtype, device=device, num_uses=num_uses, fixed=fixed, shared=shared)
-            flats[unit].initialise(seed=seed)
+            flats[unit] = FlatUnit(plan, mesh, dtype=dtype, device=device, num_uses=num_uses, fixed=options.fixed, shared=shared)
+            flats[unit].initialise(seed=options.seed)
     return flats
 
 

@@ -52,13 +52,15 @@ def shown(value: Any) -> str:
     return "\n".join(" ".join(plain(word) for word in line.split(" ")) for line in str(value).splitlines())
 
 
-def described(value: Any) -> str:
-    """A string as it is; an object as `key value, key value`; a list joined by commas; None as the missing mark."""
+def described(value: Any, *, levels: int = 4) -> str:
+    """A string as it is; an object as `key value, key value`; a list joined by commas, `levels` deep; None as the missing mark."""
+    if value is None or (isinstance(value, dict | list) and levels == 0):
+        return MISSING
     if isinstance(value, dict):
-        return ", ".join(f"{shown(key)} {described(item)}" for key, item in value.items())
+        return ", ".join(f"{shown(key)} {described(item, levels=levels - 1)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(described(item) for item in value)
-    return MISSING if value is None else shown(value)
+        return ", ".join(described(item, levels=levels - 1) for item in value)
+    return shown(value)
 
 
 def show_bytes(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from importlib import import_module
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from dist_llm.config.schema import Config, RuntimeConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import UsageError
 from dist_llm.mesh import Mesh, build_mesh, default_backend
+from dist_llm.parallel.compose import Options
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,18 +91,17 @@ ENGINES = {  # imported when asked for: each brings its library
 
 def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype) -> NativeEngine:
     """The engine that `layout.engine` names, with initial weights; the others have the native one's calls."""
-    options: dict[str, Any] = {
-        "sequence": config.data.sequence,
-        "micro": config.batch.micro,
-        "micro_batches": num_micro_batches(config, mesh.layout),
-        "dtype": dtype,
-        "device": device,
-        "seed": config.runtime.seed,
-        "fixed": config.runtime.reduce_order == "fixed",
-        "smoothing": config.optimizer.label_smoothing,
-        "compiled": config.runtime.compile,
-    }
-    if mesh.layout.engine != "native":
-        options["offload_dir"] = config.runtime.offload_dir
+    options = Options(
+        sequence=config.data.sequence,
+        micro=config.batch.micro,
+        micro_batches=num_micro_batches(config, mesh.layout),
+        dtype=dtype,
+        device=device,
+        seed=config.runtime.seed,
+        fixed=config.runtime.reduce_order == "fixed",
+        smoothing=config.optimizer.label_smoothing,
+        compiled=config.runtime.compile,
+        offload_dir=config.runtime.offload_dir,
+    )
     module, name = ENGINES[mesh.layout.engine].split(":")
-    return getattr(import_module(module), name)(config.model, config.optimizer, mesh, **options)
+    return getattr(import_module(module), name)(config.model, config.optimizer, mesh, options)
