@@ -60,12 +60,11 @@ def not_slower() -> Figure:
 
 
 def verdict(found: Interval, figure: Figure) -> Verdict:
-    """Whether a figure is met; with fewer rounds than an interval needs nothing is."""
+    """met by the figure's rule; missed where the whole interval lies above its limit; else more or calmer rounds would have to tell."""
     if found.coverage < COVERAGE:
         return "undecided"
-    if figure.faster:
-        return "met" if found.high < 1 and found.median <= figure.limit else "missed"
-    if found.high <= figure.limit:
+    met = found.high < 1 and found.median <= figure.limit if figure.faster else found.high <= figure.limit
+    if met:
         return "met"
     return "missed" if found.low > figure.limit else "undecided"
 

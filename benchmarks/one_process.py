@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.command import main
 from benchmarks.harness import Against, Row
 from benchmarks.interval import faster
@@ -16,7 +18,10 @@ def rows() -> list[Row]:
         Against("transformers", "transformers", faster(0.85), known_peak=955),
         Against("plain", "plain loop", faster(0.9), known_peak=1036),
     )
-    return [Row("one process", "ours:dp=1", rivals, Setting(), peak=0.5)]
+    return [
+        Row("one process", "ours:dp=1", rivals, Setting(), peak=0.5),
+        Row("one process, two threads", "ours:dp=1", rivals, replace(Setting(), threads=2), peak=0.5),
+    ]
 
 
 if __name__ == "__main__":

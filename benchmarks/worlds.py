@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +116,3 @@ def _serve(rank: int, world: int, say: Callable, ends: list[socket.socket], work
     answer = work(rank, world, *arguments)
     for line in mine.makefile("r", encoding="utf-8"):
         mine.sendall(json.dumps(answer(json.loads(line))).encode() + b"\n")
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A rival that could not take part, and why."""
-
-    failure: Failure

@@ -64,8 +64,8 @@ def of(median: float, low: float, high: float, coverage: float = 0.95) -> Interv
         (of(0.70, 0.60, 0.80, 0.94), not_slower(), "undecided", False),  # too few rounds for any verdict
         (of(0.85, 0.82, 0.88), faster(0.9), "met", True),
         (of(0.90, 0.88, 0.95), faster(0.9), "met", False),  # the median is there, the interval would move it yet
-        (of(0.89, 0.80, 1.00), faster(0.9), "missed", False),  # does not lie below 1
-        (of(0.91, 0.88, 0.95), faster(0.9), "missed", False),
+        (of(0.89, 0.80, 1.00), faster(0.9), "undecided", False),  # does not lie below 1
+        (of(0.91, 0.88, 0.95), faster(0.9), "undecided", False),
         (of(0.95, 0.93, 0.97), faster(0.9), "missed", True),
     ],
 )
