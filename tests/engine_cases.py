@@ -95,14 +95,16 @@ def snapshot(engine: NativeEngine) -> list[torch.Tensor]:
 def persistent_bytes(
     rank: int, world: int, say: Say, given: dict[str, Any], layouts: list[dict[str, Any]], dtype: str
 ) -> list[dict[str, int]]:
-    """After a step under each layout: what the engine says it keeps, and the bytes of all tensors alive in the process."""
+    """Under each layout what the engine says it keeps before the update; and the bytes of all tensors alive then and after it."""
     found = []
     gc.freeze()  # what was there before is not ours, and costs seconds to look through
     for layout in layouts:
         _, engine, trainer = build(given, layout, rank, dtype)
-        trainer.step(0)
+        taken = trainer.gradients(0)
         kept = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in engine.persistent().items()}
-        kept["alive"] = min(alive() for _ in range(4))  # a thread of the backend may hold a transfer's buffer a moment longer
+        kept["alive before"] = min(alive() for _ in range(4))  # a thread of the backend may hold a transfer's buffer a moment longer
+        engine.step(taken.learning_rate)
+        kept["alive after"] = min(alive() for _ in range(4))
         found.append(kept)
         del engine, trainer
     return found

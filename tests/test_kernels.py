@@ -64,13 +64,12 @@ def test_activations_and_their_gradients_are_those_of_torch(kind: str) -> None:
     expected = F.silu(parts[0]) * parts[1] if kind == "swiglu" else F.gelu(parts[0], approximate=approximate)
     slope, plain = random(7, 12, seed=5).detach(), [part.detach() for part in parts]
     close(activate(parts, kind=kind).detach(), expected.detach())
-    out = [torch.empty(7, 12, dtype=torch.float64) for _ in parts]
+    out = [part.clone() for part in plain]
     with torch.no_grad():
-        again = activate_backward(slope.clone(), plain, out, kind=kind)
+        again = activate_backward(slope.clone(), out, kind=kind)
     close(again, expected.detach())
     for a, b in zip(out, torch.autograd.grad(expected, parts, slope), strict=True):
         close(a, b)
-    assert all(torch.equal(part, given.detach()) for part, given in zip(plain, parts, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3 * 8), (2, 6, 3, 8)])

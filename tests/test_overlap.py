@@ -25,29 +25,27 @@ def test_step_reduction_starts_in_the_last_backward_only(ranks: Ranks) -> None:
 
 
 def test_a_reduction_travels_beside_the_next_forward(ranks: Ranks) -> None:
-    """reduce=micro_batch: what the last units of a backward send is waited for when the next backward begins, not where it ends."""
+    """reduce=micro_batch: what the last unit of a backward sends is waited for when the next backward begins, not where it ends."""
     events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=2")[0]
-    for unit in ("embedding", "blocks.0"):
-        again = events.index("forward blocks.3", events.index(f"reduce {unit}"))
-        collected = events.index(f"collect {unit}")
-        assert again < collected < [at for at, event in enumerate(events) if event == "backward head"][1], unit
+    again = events.index("forward blocks.3", events.index("reduce embedding"))
+    assert again < events.index("collect embedding") < [at for at, event in enumerate(events) if event == "backward head"][1]
 
 
 def test_a_stage_s_reduction_travels_beside_other_stages(ranks: Ranks) -> None:
-    """reduce=step with two stages on a rank: the last units of the later stage are on their way while the earlier one computes."""
+    """reduce=step with two stages on a rank: the last unit of the later stage is on its way while the earlier one computes."""
     events = ranks.run(4, "tests.overlap_cases:zero_events", "dp=2,pp=2,zero=1,schedule=interleaved")[0]
     last = max(at for at, event in enumerate(events) if event == "backward embedding")
     assert events.index("reduce blocks.2") < events.index("backward embedding") <= last < events.index("collect blocks.2"), events
 
 
 def test_shards_travel_between_replicas_while_backward_goes_on(ranks: Ranks) -> None:
-    """A unit's sum over replicas is begun as soon as its shard is complete; only those of the last units are left for the end."""
+    """A unit's sum over replicas is begun as soon as its shard is complete; only the last unit's is left for the end."""
     events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=1,shard=1")[0]
     last = len(events) - 1 - events[::-1].index("backward blocks.0")
     for unit in ("head", "blocks.3", "blocks.2"):
         assert events.count(f"cross {unit}") == 1 and events.index(f"cross {unit}") > events.index(f"reduce {unit}")
-    early, late = [events.index(f"cross {unit}") for unit in ("head", "blocks.3")], events.index("cross blocks.2")
-    assert early == sorted(early) and early[-1] < last < late < events.index("cross embedding")
+    early, late = [events.index(f"cross {unit}") for unit in ("head", "blocks.3", "blocks.2")], events.index("cross embedding")
+    assert early == sorted(early) and early[-1] < last < late
 
 
 def test_weights_are_prefetched(ranks: Ranks) -> None:

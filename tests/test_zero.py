@@ -158,7 +158,10 @@ STAGES = ["zero=0", "zero=1", "zero=2", "zero=3", "zero=0,reduce=micro_batch", "
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_persistent_bytes_are_exact(ranks: Ranks, world: int, dtype: str, tied: bool) -> None:
-    """Per parameter bf16 2 + 4 + 12 and fp32 4 + 4 + 8, the padding included, split as the stage says; nothing else stays alive."""
+    """Per parameter bf16 2 + 4 + 12 and fp32 4 + 4 + 8, the padding included, split as the stage says; nothing else stays alive.
+
+    Gradients are there from backward to the update, and not between steps.
+    """
     given = config(tied=tied, layers=2)
     sharded = [f"zero={zero},shard={world // 2}" for zero in (1, 2, 3)] if world > 1 else []
     layouts = [layout_of(f"dp={world},{stage}") for stage in STAGES + sharded]
@@ -173,16 +176,17 @@ def test_persistent_bytes_are_exact(ranks: Ranks, world: int, dtype: str, tied: 
             split, largest = {"shards": layout.shard, "replicas": world // layout.shard}, 0
             for unit in dict.fromkeys(row.unit for row in rows):
                 plan = pack([row for row in rows if row.unit == unit], unit=unit, tp=1, sp=False, coordinate=0, **split)
-                uses = 2 if unit == "tied" else 1  # an accumulator for each
                 expected["weights"] += element * (plan.shard_size if layout.zero == 3 else plan.padded)
-                expected["gradients"] += 4 * uses * (plan.shard_size if layout.reduce == "micro_batch" else plan.padded)
                 owned = plan.shard_size if layout.zero else plan.padded
+                expected["gradients"] += 4 * owned
                 expected[updated] += owned * (12 if updated == "host" else state)  # there the master weights are always apart
                 largest = max(largest, owned)
             expected["host"] += 3 * 4 * largest if updated == "host" else 0  # what goes down and up goes round in three buffers
-            alive = kept.pop("alive")
+            before, after = kept.pop("alive before"), kept.pop("alive after")
             assert kept == expected == persistent_bytes(shape_of(settings, layout, dtype=dtype)), layout
-            assert alive == sum(expected.values()) - 4, f"{alive - sum(expected.values())} bytes more are alive, {layout}"
+            most = sum(expected.values()) - 4
+            assert before == most, f"{before - most} bytes more are alive before the update, {layout}"
+            assert after == most - expected["gradients"], f"{after - most} bytes more are alive after it, {layout}"
 
 
 def test_padding_is_small(ranks: Ranks) -> None:

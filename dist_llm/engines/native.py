@@ -103,8 +103,7 @@ class NativeEngine:
         for flat in reversed(self.flats):  # as backward has begun them
             flat.start_crossing()
         for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
-            flat.gradient = pending.finish()
-            flat.end_step()
+            flat.finish(pending)
         totals = torch.zeros(len(self.units) + 1, dtype=torch.float64, device=self.device)
         for flat in self.flats:
             totals[self.units.index(flat.plan.unit)] += flat.square_sum()
@@ -116,7 +115,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Clips, updates the owned weights and shares them; gradients are zero afterwards."""
+        """Clips, updates the owned weights and shares them; gradients are gone afterwards."""
         factor = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.optimizer.count += 1
         for (flat, gradient), moments in zip(self._gradients(), self.moments, strict=True):
@@ -128,7 +127,7 @@ class NativeEngine:
             if pending is not None:
                 pending.finish()
         for flat in self.flats:
-            flat.clear_gradients()
+            flat.gradient = None
 
     def _gradients(self) -> Iterator[tuple[FlatUnit, Tensor]]:
         """Each unit's owned gradient, where its master weights are."""
@@ -152,13 +151,16 @@ class NativeEngine:
         self.optimizer.count.fill_(count)
 
     def persistent(self) -> dict[str, list[Tensor]]:
-        """The tensors that live between steps: weights, gradients, optimizer (master weights and moments); host: what is offloaded."""
+        """The tensors that the engine keeps: weights, optimizer (master weights and moments); host: what is offloaded.
+
+        gradients: from the first backward of a step to the update.
+        """
         kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [], "host": []}
         updated = kept["host" if self.ferry else "optimizer"]
         updated += [self.optimizer.count, *(self.ferry.buffers if self.ferry else ())]
         for flat, moments in zip(self.flats, self.moments, strict=True):
             kept["weights"] += [flat.shard] if flat.sharded else [flat.weights]
-            kept["gradients"] += [*flat.whole.values(), *flat.sums]
+            kept["gradients"] += [*flat.whole.values(), *flat.sums.values(), *([] if flat.gradient is None else [flat.gradient])]
             master = [flat.master] if flat.master is not flat.owned_weights else []
             updated += [tensor for tensor in (*master, moments.first, moments.second) if tensor is not None]
         return kept

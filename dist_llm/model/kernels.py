@@ -92,16 +92,20 @@ def activate(parts: Sequence[Tensor], *, kind: str) -> Tensor:
     return F.gelu(parts[0], approximate=_APPROXIMATE[kind])
 
 
-def activate_backward(slope: Tensor, parts: Sequence[Tensor], out: Sequence[Tensor], *, kind: str) -> Tensor:
-    """Slope (T, F), parts (T, F) -> the activation again, (T, F); writes the slopes by each part into `out`. May use up `slope`."""
+def activate_backward(slope: Tensor, parts: Sequence[Tensor], *, kind: str) -> Tensor:
+    """Slope (T, F), parts (T, F) -> the activation again, (T, F); the slopes by each part take its place. Uses up `slope`."""
     if kind == "swiglu":
         gate, up = parts
-        y = F.silu(gate)
-        torch.mul(slope, y, out=out[1])
-        out[0].copy_(torch.ops.aten.silu_backward(slope.mul_(up), gate))
-        return y.mul_(up)
-    out[0].copy_(torch.ops.aten.gelu_backward(slope, parts[0], approximate=_APPROXIMATE[kind]))
-    return F.gelu(parts[0], approximate=_APPROXIMATE[kind])
+        by_up = F.silu(gate)
+        y = by_up * up
+        by_up.mul_(slope)
+        torch.ops.aten.silu_backward.grad_input(slope.mul_(up), gate, grad_input=gate)
+        up.copy_(by_up)
+        return y
+    rule = {"approximate": _APPROXIMATE[kind]}
+    y = F.gelu(parts[0], **rule)
+    torch.ops.aten.gelu_backward.grad_input(slope, parts[0], **rule, grad_input=parts[0])
+    return y
 
 
 # --- rotary positions ------------------------------------------------------------------------------------------------------

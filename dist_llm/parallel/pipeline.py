@@ -26,7 +26,8 @@ from dist_llm.schedule.actions import Action, Kind, Span, channel, gives, needs,
 
 COMPUTE = (Kind.F, Kind.B)
 SENDS = 4  # messages on their way at once: each keeps its activations alive
-IN_FLIGHT = 2  # units whose gradients may be on the way at once: overlap with backward, without holding every buffer
+KEPT_UNITS = 2  # units at the end of a stage that keep their weights between a forward and the backward that follows at once
+IN_FLIGHT = 1  # units whose gradients may be on the way at once, beside the backward of the next: each holds a buffer
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Stage:
                 self.units[at + 1].start_gather()  # prefetch: travels while this unit computes
             out = self._run(unit, x, context)
             kept.append(Kept(x, get_gradient_edge(out) if out.requires_grad else None))
-            if not (backward_next and at + IN_FLIGHT >= len(self.units)):
+            if not (backward_next and at + KEPT_UNITS >= len(self.units)):
                 unit.release()
             x = out.detach()
         if context.training:

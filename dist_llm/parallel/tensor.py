@@ -281,36 +281,50 @@ def _row_fake(parts: list[Tensor], activation: str, weight: Tensor, group: str, 
 @operation("row(Tensor[] parts, str activation, Tensor weight, str group, bool sp) -> Tensor", fake=_row_fake)
 def row(parts: list[Tensor], activation: str, weight: Tensor, group: str, sp: bool) -> Tensor:
     """parts (B, S, F), made one by the activation, weight (D, F) -> the sum over ranks (B, S', D)."""
-    return _finish_reduce(_start_reduce(activate(parts, kind=activation) @ weight.T, groups_by_key[group], sp), sp)
+    y = _activated_product(parts, activation, weight)
+    return _finish_reduce(_start_reduce(y, groups_by_key[group], sp), sp)
 
 
-def _row_backward_fake(slope: Tensor, parts: list[Tensor], activation: str, weight: Tensor, group: str, sp: bool) -> list[Tensor]:
-    return [*(part.new_empty(part.shape) for part in parts), torch.empty_like(weight)]
+def _activated_product(parts: list[Tensor], activation: str, weight: Tensor) -> Tensor:
+    """Parts (B, S, F), weight (D, F) -> (B, S, D), partial; on a CPU in pieces whose activation stays in the cache."""
+    if activation == "none" or parts[0].device.type != "cpu":
+        return activate(parts, kind=activation) @ weight.T
+    flat = [part.flatten(0, 1) for part in parts]
+    y = parts[0].new_empty(flat[0].shape[0], weight.shape[0])
+    for at in range(0, y.shape[0], TOKENS):
+        here = slice(at, at + TOKENS)
+        torch.mm(activate([part[here] for part in flat], kind=activation), weight.T, out=y[here])
+    return y.unflatten(0, (parts[0].shape[0], -1))
 
 
-@operation(
-    "row_backward(Tensor slope, Tensor[] parts, str activation, Tensor weight, str group, bool sp) -> Tensor[]", fake=_row_backward_fake
-)
-def row_backward(slope: Tensor, parts: list[Tensor], activation: str, weight: Tensor, group: str, sp: bool) -> list[Tensor]:
-    """Slope (B, S', D) -> [by each part (B, S, F), by weight (D, F)]; the parts' slopes lie side by side."""
+def _row_backward_fake(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape), torch.empty_like(weight)]
+
+
+@operation("row_backward(Tensor slope, Tensor x, Tensor weight, str group, bool sp) -> Tensor[]", fake=_row_backward_fake)
+def row_backward(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool) -> list[Tensor]:
+    """Slope (B, S', D), x (B, S, F) -> [by x (B, S, F), by weight (D, F)]."""
+    whole = _gather(slope.contiguous(), groups_by_key[group], sp).flatten(0, 1)
+    return [(whole @ weight).view(x.shape), whole.T @ x.flatten(0, 1)]
+
+
+def activated_row_backward(slope: Tensor, parts: list[Tensor], activation: str, weight: Tensor, group: str, sp: bool) -> Tensor:
+    """Slope (B, S', D), parts (B, S, F) -> by weight (D, F); the slopes by each part take its place.
+
+    Nobody else reads the parts: what a projection has made goes through the activation alone. Never traced by a compiler.
+    """
     whole = _gather(slope.contiguous(), groups_by_key[group], sp).flatten(0, 1)
     flat = [part.flatten(0, 1) for part in parts]
-    if activation == "none":
-        return [(whole @ weight).view(parts[0].shape), whole.T @ flat[0]]
-    width = flat[0].shape[1]
-    joined = whole.new_empty(whole.shape[0], len(parts) * width)
     by_weight = torch.zeros_like(weight, dtype=vocabulary.wide(weight.dtype))
     some = TOKENS if whole.device.type == "cpu" else whole.shape[0]
     for at in range(0, whole.shape[0], some):
         here = slice(at, at + some)
-        out = joined[here].split(width, dim=1)
-        y = activate_backward(whole[here] @ weight, [part[here] for part in flat], out, kind=activation)
+        y = activate_backward(whole[here] @ weight, [part[here] for part in flat], kind=activation)
         if by_weight.dtype == y.dtype:
             by_weight.addmm_(whole[here].T, y)
         else:
             by_weight += whole[here].T @ y
-    by_parts = joined.unflatten(0, (parts[0].shape[0], -1)).split(width, dim=-1)
-    return [*by_parts, by_weight.to(weight.dtype)]
+    return by_weight.to(weight.dtype)
 
 
 def _row_setup(ctx, inputs, output) -> None:
@@ -320,8 +334,12 @@ def _row_setup(ctx, inputs, output) -> None:
 
 def _row_backward(ctx, slope: Tensor):
     weight, *parts = ctx.saved_tensors
-    *by_parts, by_weight = row_backward(slope, parts, ctx.activation, weight, ctx.group, ctx.sp)
-    return by_parts, None, by_weight, None, None
+    if ctx.activation == "none":
+        by_x, by_weight = row_backward(slope, parts[0], weight, ctx.group, ctx.sp)
+        return [by_x], None, by_weight, None, None
+    parts = [part.detach() for part in parts]
+    by_weight = activated_row_backward(slope, parts, ctx.activation, weight, ctx.group, ctx.sp)
+    return parts, None, by_weight, None, None
 
 
 differentiable("row", backward=_row_backward, setup=_row_setup)

@@ -11,6 +11,9 @@
 shard and the whole buffer lives only during the unit's backward. Either value goes with any stage. Stage 0 reduces by
 reduce_scatter and all_gather, so that all stages take the same sums in the same order: they are equal to the bit.
 
+Gradients live from a unit's first backward of a step to the update: where activations are most, with one micro-batch,
+there are none yet.
+
 "Shard" is over the ranks of `mesh.shard`: all of the data group, or with the layout key `shard` some neighbours in it
 (hybrid sharding, arXiv:2304.11277). The ranks of `mesh.replica` then hold the same shard: its gradient, complete inside
 the shard group, is summed over them once a step, each rank adding up an equal part and all gathering the parts, so that
@@ -37,9 +40,9 @@ class FlatUnit:
     """One unit's parameters on this rank, as the residency table says.
 
     weights (padded,), or nothing between uses in stage 3; shard (padded / N,) this rank's part of it; master (owned,)
-    float32 weights beside bfloat16 ones, else the weights themselves, and in host memory with `offload`; gradients per
-    use. `owned` is the range of the buffer that this rank updates: all of it in stage 0, its shard otherwise.
-    N: ranks of `mesh.shard`.
+    float32 weights beside bfloat16 ones, else the weights themselves, and in host memory with `offload`. During a step,
+    per use: whole (padded,) gradients not yet reduced, and sums (padded / N,) of reduced ones. `owned` is the range of the
+    buffer that this rank updates: all of it in stage 0, its shard otherwise. N: ranks of `mesh.shard`.
     """
 
     def __init__(
@@ -60,8 +63,8 @@ class FlatUnit:
         # .data: in-place writes to the buffer are ours to order, autograd's version counter must not see them.
         views = {slot.name: _view(self.weights, slot) for slot in plan.slots}
         self.parameters = [{name: nn.Parameter(view.data) for name, view in views.items()} for _ in range(num_uses)]
-        self.whole: dict[int, Tensor] = {use: self._zeros(plan.padded) for use in range(num_uses)} if self.by_step else {}
-        self.sums: list[Tensor] = [] if self.by_step else [self._zeros(plan.shard_size) for _ in range(num_uses)]
+        self.whole: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
         self.reducing: dict[int, comm.Pending] = {}
         self.crossing: comm.Pending | None = None  # the sum over replicas, of this rank's part of the shard
         self.gathering: comm.Pending | None = None
@@ -69,9 +72,6 @@ class FlatUnit:
         self.tied = mesh.tied if shared else None
         self.counted = mesh.replica.index == 0 and (self.tied is None or self.tied.index == 0)
         self.gradient: Tensor | None = None  # (owned,) between the last backward and the update
-
-    def _zeros(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=self.gradient_dtype, device=self.device)
 
     # --- build -------------------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class FlatUnit:
         """Gives autograd the place to add this use's gradients."""
         assert use not in self.reducing, self.plan.unit
         if use not in self.whole:
-            self.whole[use] = self._zeros(self.plan.padded)
+            self.whole[use] = torch.zeros(self.plan.padded, dtype=self.gradient_dtype, device=self.device)
         if self.dtype == self.gradient_dtype:
             for slot in self.plan.slots:
                 self.parameters[use][slot.name].grad = _view(self.whole[use], slot)
@@ -174,35 +174,38 @@ class FlatUnit:
         `reduce=step`: once, when the last use of this stage is done, the uses added first. `micro_batch`: each use by itself.
         """
         if self.by_step:
-            for other in range(1, len(self.whole)):
-                self.whole[0].add_(self.whole[other])
+            for other in [other for other in self.whole if other]:
+                self.whole[0].add_(self.whole.pop(other))
             use = 0
         buffer = self.whole[use]
         self._sum_partial(buffer)
-        out = buffer[slice(*self.own)] if self.by_step else None
+        out = buffer[slice(*self.own)] if self.by_step and not self.stage else None  # stage 0 gathers the whole again
         assert use not in self.reducing
         self.reducing[use] = comm.start_reduce_scatter(buffer, self.group, fixed=self.fixed, out=out)
 
     def collect(self) -> None:
-        """Finishes the reductions under way; with `reduce=micro_batch` adds them to the shard's sums and frees the buffers.
+        """Finishes the reductions under way; with `reduce=micro_batch` adds them to the shard's sums. Frees what was reduced.
 
         `step`: the shard is complete inside its group, so its sum over replicas begins, while backward goes on below.
         """
         for use, pending in self.reducing.items():
             reduced = pending.finish()
-            if self.by_step:
-                self.crossing = self._start_sum_of_replicas(reduced)
-            else:
+            if use in self.sums:
                 self.sums[use].add_(reduced)
+            else:
+                self.sums[use] = reduced
+            if self.stage or not self.by_step:
                 del self.whole[use]
+            if self.by_step:
+                self.crossing = self._start_sum_of_replicas(self.sums[use])
         self.reducing.clear()
 
     def start_crossing(self) -> None:
         """After the last micro-batch: begins the sum over replicas, if `collect` did not."""
         self.collect()
         if self.crossing is None:
-            for other in self.sums[1:]:
-                self.sums[0].add_(other)
+            for other in [other for other in self.sums if other]:
+                self.sums[0].add_(self.sums.pop(other))
             self.crossing = self._start_sum_of_replicas(self.sums[0])
 
     def _start_sum_of_replicas(self, shard: Tensor) -> comm.Pending:
@@ -211,17 +214,22 @@ class FlatUnit:
         return comm.start_reduce_scatter(shard, self.replica, fixed=self.fixed, out=part)
 
     def start_finish(self) -> comm.Pending:
-        """After the last micro-batch: the pending's result is the global gradient of the owned range."""
+        """After the last micro-batch: the pending's result is the global gradient of the owned range, for `finish`."""
         self.start_crossing()
         assert self.crossing is not None
         part, self.crossing = self.crossing.finish(), None
         if self.tied is not None:
             comm.all_reduce(part, self.tied)  # the other use of the weight, on the last or first stage
         if self.stage:
-            shard = self.whole[0][slice(*self.own)] if self.by_step else self.sums[0]
-            return comm.start_all_gather(part, self.replica, out=shard)
-        whole = self.whole[0] if self.by_step else self._zeros(self.plan.padded)
-        return comm.start_all_gather(part, self.group, out=whole)
+            return comm.start_all_gather(part, self.replica, out=self.sums[0])
+        return comm.start_all_gather(part, self.group, out=self.whole.get(0))
+
+    def finish(self, pending: comm.Pending) -> None:
+        """Leaves with the gradient of the owned range alone, and in stage 3 with a shard of the weights."""
+        self.gradient = pending.finish()
+        self.whole.clear()
+        self.sums.clear()
+        self.end_step()
 
     def _sum_partial(self, buffer: Tensor) -> None:
         """Adds up gradients of which each tensor-parallel rank has only a part (Sharding.partial)."""
@@ -261,12 +269,6 @@ class FlatUnit:
         if self.stage in (1, 2):
             return comm.start_all_gather(self.shard, self.group, out=self.weights)
         return None
-
-    def clear_gradients(self) -> None:
-        """Zero accumulators for the next step; the last step's gradient is gone."""
-        self.gradient = None
-        for buffer in (*self.whole.values(), *self.sums):
-            buffer.zero_()
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -212,8 +212,9 @@ def _control(total: defaultdict[str, float], shape: Shape) -> None:
 
 
 def persistent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0, moments: int = 2) -> dict[str, int]:
-    """Bytes that live between steps on a rank: weights, gradients, optimizer (masters and moments), padding included.
+    """Bytes that a rank keeps: weights and optimizer (masters and moments) always, gradients from the end of backward to the update.
 
+    Padding included.
     moments: 2 for AdamW, 1 for SGD with momentum, 0 without. The optimizer's float32 count of updates is 4 bytes.
     host: with `offload=optimizer` masters, moments and count, and the buffers between device and host; else 0.
     """
@@ -224,11 +225,11 @@ def persistent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0, moments: int = 2
     found[updated] = 4
     if offload:
         found["host"] += HOST_BUFFERS * wide.gradient * max(plan.shard_size if layout.zero else plan.padded for plan, _ in plans)
-    for plan, num_uses in plans:
+    for plan, _ in plans:
         sharded = layout.zero == 3 and layout.shard > 1
         owned = plan.shard_size if layout.zero else plan.padded
         found["weights"] += (plan.shard_size if sharded else plan.padded) * wide.weight
-        found["gradients"] += num_uses * (plan.padded if layout.reduce == "step" else plan.shard_size) * wide.gradient
+        found["gradients"] += owned * wide.gradient
         masters = wide.gradient if offload or wide.gradient != wide.weight else 0
         found[updated] += owned * (masters + moments * wide.gradient)
     return found
