@@ -89,6 +89,15 @@ def snapshot(engine: NativeEngine) -> list[torch.Tensor]:
     return [tensor.clone() for name in ("weights", "optimizer", "host") for tensor in engine.persistent()[name]]
 
 
+def sent_in_a_step(rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any], dtype: str) -> dict[str, float]:
+    """Bytes that this rank sends in its second step, per axis."""
+    _, _, trainer = build(given, layout, rank, dtype)
+    trainer.step(0)
+    comm.ledger.take()
+    trainer.step(1)
+    return comm.ledger.take()
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

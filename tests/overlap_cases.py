@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_llm.config.schema import Config
 from dist_llm.parallel import tensor
-from dist_llm.parallel.operation import bodies
 from dist_llm.parallel.pipeline import Unit
 from dist_llm.parallel.zero import FlatUnit
 from dist_llm.train.proof import MadeUp
@@ -74,5 +73,5 @@ def column_events(rank: int, world: int, say: Any, sp: bool) -> list[str]:
     x, weights = torch.randn(2, 4 if sp else 8, 6), [torch.randn(5, 6) for _ in range(3)]
     slopes = [torch.randn(2, 8, 5) for _ in range(3)]
     with _Products(events):
-        bodies["dist_llm::column_backward"](slopes, x, None, None, "none", 0.0, weights, False, False, mesh.tp.key, sp)
+        tensor.columns_backward([slope.flatten(0, 1) for slope in slopes], x, weights, tensor.Split(mesh.tp, sp))
     return events

@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # Inside parallel/: strategies never import each other, only compose knows all.
-STRATEGIES: tuple[tuple[str, ...], ...] = (("flat", "operation"), ("tensor", "zero", "recompute"), ("pipeline",), ("compose",))
+STRATEGIES: tuple[tuple[str, ...], ...] = (("flat", "operation"), ("tensor", "zero", "recompute"), ("compiled", "pipeline"), ("compose",))
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}
 WITHOUT_TORCH = (
     "errors",
@@ -62,7 +62,10 @@ ROAD = (
 )  # fmt: skip
 LAUNCH = {"cli/main.py", "ranks.py"}  # how a verb is found and ranks are forked: no part of a step
 BESIDE = {
-    "the model": {"model/transformer.py", "model/parts.py", "model/kernels.py", "model/loss.py", "model/roles.py", "parallel/tensor.py"},
+    "the model": {
+        *("model/transformer.py", "model/parts.py", "model/kernels.py", "model/products.py", "model/loss.py", "model/roles.py"),
+        *("model/fused.py", "parallel/tensor.py"),
+    },
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "small tables": {"mesh.py", "config/layout.py", "sharding.py", "parallel/flat.py", "schedule/actions.py", "train/learning_rate.py"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from dist_llm.config.rules import problems
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.mesh import build_mesh
 from dist_llm.model.kernels import activate
+from dist_llm.model.loss import Slice
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
-from dist_llm.parallel import tensor
-from dist_llm.parallel.tensor import TensorRoles
+from dist_llm.parallel import compiled, tensor
+from dist_llm.parallel.compiled import CompiledRoles
+from dist_llm.parallel.tensor import Split, TensorRoles
 from tests.engine_cases import build, config, layout_of
 from tests.ranks import Ranks
 
@@ -70,85 +73,83 @@ def test_sequence_slices_do_not_hold_the_whole_sequence(ranks: Ranks) -> None:
 # --- registration ----------------------------------------------------------------------------------------------------
 
 
-def single() -> str:
-    """The key of a group of one rank."""
-    return build_mesh(Layout(), 0).tp.key
+def single() -> Split:
+    """A group of one rank."""
+    return Split(build_mesh(Layout(), 0).tp, sp=False)
 
 
-def operations(key: str) -> dict[str, tuple[Any, tuple]]:
-    """Every differentiable operation with arguments for one rank."""
-    x, weight = torch.randn(2, 4, 6).requires_grad_(), torch.randn(5, 6).requires_grad_()
-    back, labels = torch.randn(6, 4).requires_grad_(), torch.tensor([[0, 1, -100, 4], [2, -100, 3, 4]])
-    gain, shift, bias = (torch.randn(width).requires_grad_() for width in (6, 6, 5))
-    wide = [torch.randn(2, 4, 4).requires_grad_() for _ in range(2)]
-    bare, rms, layer = (None, None, "none", 0.0), (gain, None, "rms", 1e-5), (gain, shift, "layer", 1e-5)
-    other = weight.detach().clone().requires_grad_()
+def leaves_of(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Normal numbers that collect gradients."""
+    return [torch.randn(*shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def compiled_operations(key: str) -> dict[str, tuple[Any, tuple]]:
+    """Every operation of compiled blocks with arguments for one rank."""
+    x, weight, other, bias, back, wide = leaves_of((2, 4, 6), (5, 6), (5, 6), (5,), (6, 4), (2, 4, 4), dtype=torch.float32)
+    low_x, low = leaves_of((2, 8, 16), (32, 16), dtype=torch.bfloat16)
+    beside = list(torch.randn(10, 6).split(5))
     return {
-        "column": (tensor.column.default, (x, *bare, [weight, other], [], False, key, False)),
-        "column, biased": (tensor.column.default, (x, *bare, [weight], [bias], False, key, False)),
-        "column, rms": (tensor.column.default, (x, *rms, [weight, other], [], False, key, False)),
-        "column, layer": (tensor.column.default, (x, *layer, [weight], [], False, key, False)),
-        "row": (tensor.row.default, (wide[:1], "none", back, key, False)),
-        "row, swiglu": (tensor.row.default, (wide, "swiglu", back, key, False)),
-        "row, gelu": (tensor.row.default, (wide[:1], "gelu", back, key, False)),
-        "row, gelu_tanh": (tensor.row.default, (wide[:1], "gelu_tanh", back, key, False)),
-        "embed": (tensor.embed.default, (labels.clamp(min=0), weight, 0, key, False)),
-        "loss": (tensor.vocabulary_loss.default, (x, *rms, weight, labels, 0, 5, 0.1, True, key, False)),
-        "loss, layer": (tensor.vocabulary_loss.default, (x, *layer, weight, labels, 0, 5, 0.0, True, key, False)),
+        "column": (compiled.column.default, (x, [weight, other], [], False, key, False, "off")),
+        "column, biased": (compiled.column.default, (x, [weight], [bias], False, key, False, "off")),
+        "column, joined": (compiled.column.default, (x, beside, [], True, key, False, "off")),
+        "column, fp8": (compiled.column.default, (low_x, [low], [], False, key, False, "tensorwise")),
+        "row": (compiled.row.default, (wide, back, key, False, "off")),
+        "row, fp8": (compiled.row.default, (low_x, low, key, False, "rowwise")),
     }
 
 
-OPERATIONS = list(operations(single()))
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", compiled_operations(""))
 def test_operations_are_registered_as_torch_wants_them(name: str) -> None:
-    operation, arguments = operations(single())[name]
+    operation, arguments = compiled_operations(single().group.key)[name]
     torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.startswith("row, ")])
+LABELS = torch.tensor([[0, 1, -100, 4], [2, -100, 3, 4]])
+SLICE = Slice(0, 5, 0.1, lambda known: known)
+RMS, LAYER = tensor.Rule("rms", 1e-5), tensor.Rule("layer", 1e-5)
+OPERATIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {  # with the shapes of what collects gradients
+    "column": (lambda x, g, *w: tensor.Column.apply(x, g, None, RMS, False, 2, single(), *w), [(2, 4, 6), (6,), (5, 6), (3, 6)]),
+    "column, biased": (lambda x, g, *w: tensor.Column.apply(x, g, None, RMS, False, 1, single(), *w), [(2, 4, 6), (6,), (5, 6), (5,)]),
+    "column, layer": (lambda x, g, s, *w: tensor.Column.apply(x, g, s, LAYER, False, 1, single(), *w), [(2, 4, 6), (6,), (6,), (5, 6)]),
+    "row": (lambda x, w: tensor.Row.apply("none", single(), w, x), [(2, 4, 4), (6, 4)]),
+    "embed": (lambda w: tensor.Embed.apply(LABELS.clamp(min=0), w, 0, single()), [(5, 6)]),
+    "loss": (lambda x, g, w: tensor.VocabularyLoss.apply(x, g, None, w, RMS, LABELS, SLICE, True, single()), [(2, 4, 6), (6,), (5, 6)]),
+    "loss, layer": (
+        lambda x, g, s, w: tensor.VocabularyLoss.apply(x, g, s, w, LAYER, LABELS, SLICE, True, single()),
+        [(2, 4, 6), (6,), (6,), (5, 6)],
+    ),
+    "compiled column": (
+        lambda x, *w: compiled.column(x, list(w), [], False, single().group.key, False, "off"),
+        [(2, 4, 6), (5, 6), (3, 6)],
+    ),
+    "compiled column, biased": (
+        lambda x, w, b: compiled.column(x, [w], [b], False, single().group.key, False, "off"),
+        [(2, 4, 6), (5, 6), (5,)],
+    ),
+    "compiled row": (lambda x, w: compiled.row(x, w, single().group.key, False, "off"), [(2, 4, 4), (6, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    operation, arguments = operations(single())[name]
-
-    def exact(value: Any) -> Any:
-        if isinstance(value, list):
-            return [exact(item) for item in value]
-        return value.detach().double().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    given = [exact(value) for value in arguments]
-    places = [(at, None) for at, value in enumerate(given) if isinstance(value, torch.Tensor) and value.requires_grad]
-    places += [(at, item) for at, value in enumerate(given) if isinstance(value, list) for item in range(len(value))]
-
-    def call(*leaves: torch.Tensor) -> Any:
-        filled = [list(value) if isinstance(value, list) else value for value in given]
-        for (at, item), tensor_here in zip(places, leaves, strict=True):
-            if item is None:
-                filled[at] = tensor_here
-            else:
-                filled[at][item] = tensor_here
-        out = operation(*filled)
-        return out[0] if name.startswith("loss") else out
-
-    leaves = [given[at] if item is None else given[at][item] for at, item in places]
-    assert torch.autograd.gradcheck(call, leaves)
+    operation, shapes = OPERATIONS[name]
+    assert torch.autograd.gradcheck(operation, leaves_of(*shapes))
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
 def test_an_activated_row_goes_back_as_plain_torch_does(kind: str) -> None:
     """Its backward uses up the parts, so that a graph is good for one: finite differences want more."""
-    _, (parts, _, weight, key, sp) = operations(single())[f"row, {kind}"]
-    leaves = [value.detach().double().requires_grad_() for value in (*parts, weight)]
+    leaves = leaves_of(*[(2, 4, 4)] * (2 if kind == "swiglu" else 1), (6, 4))
     made, weight = [leaf * 1.0 for leaf in leaves[:-1]], leaves[-1]  # as a projection makes them: no leaves
     slope = torch.randn(2, 4, 6, dtype=torch.float64)
     expected = torch.autograd.grad(activate(leaves[:-1], kind=kind) @ weight.T, leaves, slope)
-    found = torch.autograd.grad(tensor.row(made, kind, weight, key, sp), leaves, slope)
+    found = torch.autograd.grad(tensor.Row.apply(kind, single(), weight, *made), leaves, slope)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 1e-14 * b.abs().max()
 
 
-def block_of(changes: dict[str, Any]) -> tuple[ModelConfig, torch.nn.Module]:
-    """A block through the operations on one rank."""
+def block_of(changes: dict[str, Any], roles: type[TensorRoles]) -> tuple[ModelConfig, torch.nn.Module]:
+    """A block through the operations on one rank; the same weights every time."""
     model = ModelConfig(**{"family": "llama", "layers": 1, "dim": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab": 11, **changes})
     mesh = build_mesh(Layout(), 0)
     rows = {row.name: row for row in table(model)}
@@ -158,7 +159,7 @@ def block_of(changes: dict[str, Any]) -> tuple[ModelConfig, torch.nn.Module]:
         values = torch.randn(rows[name].shape, generator=source, dtype=torch.float64) if name in rows else None
         return None if values is None else torch.nn.Parameter(values)
 
-    return model, build_unit("blocks.0", model, make, TensorRoles(mesh.tp, sp=False, vocab=model.vocab, first=0))
+    return model, build_unit("blocks.0", model, make, roles(mesh.tp, sp=False, vocab=model.vocab, first=0))
 
 
 def outputs(module: Any, block: torch.nn.Module, context: Context) -> list[torch.Tensor]:
@@ -177,23 +178,24 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("changes", [{}, {"family": "gpt2"}], ids=str)
 def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
     """A block under torch.compile: one graph, and the same output and gradients."""
-    model, block = block_of(changes)
+    (model, block), (_, plain) = block_of(changes, CompiledRoles), block_of(changes, TensorRoles)
     tokens = torch.arange(16).view(2, 8) % 11
     context = make_context(model, tokens, tokens, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    same(outputs(compiled, block, context), outputs(block, block, context))
+    same(outputs(compiled, block, context), outputs(plain, plain, context))
+    same(outputs(block, block, context), outputs(plain, plain, context))
 
 
 def test_blocks_with_dropout_compile_for_all_steps() -> None:
     """The mask is another one at every step, and a changed step is no reason to compile again for ever."""
-    model, block = block_of({"dropout": 0.3})
+    (model, block), (_, plain) = (block_of({"dropout": 0.3}, roles) for roles in (CompiledRoles, TensorRoles))
     tokens = torch.arange(16).view(2, 8) % 11
     torch._dynamo.reset()
     compiled, graphs = torch.compile(block, backend="aot_eager"), []
     for step in range(5):
         context = make_context(model, tokens, tokens, dtype=torch.float64, step=step)
-        same(outputs(compiled, block, context), outputs(block, block, context))
+        same(outputs(compiled, block, context), outputs(plain, plain, context))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[1]
 
@@ -203,9 +205,9 @@ def test_blocks_with_dropout_compile_for_all_steps() -> None:
 def test_compiled_training_has_the_same_gradients_whatever_is_recomputed(recompute: str) -> None:
     """With torch's default compiler, for every way to recompute that a compiled run accepts."""
     layout, gradients = layout_of(f"dp=1,recompute={recompute}"), []
-    for compiled in (False, True):
+    for compiling in (False, True):
         given = config(layers=1)
-        given["runtime"]["compile"] = compiled
+        given["runtime"]["compile"] = compiling
         if {"runtime.compile", "layout.recompute"} & {problem.key for problem in problems(Config.model_validate(given), layout)}:
             return
         torch._dynamo.reset()

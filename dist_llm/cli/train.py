@@ -34,6 +34,7 @@ def train(
     resume: Annotated[str | None, typer.Option("--resume", metavar="auto|CKPT", help="Go on from a checkpoint of any layout.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float64, float32 or bfloat16")] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="data.source: text to train on.")] = None,
+    profile: Annotated[str | None, typer.Option("--profile", metavar="FIRST:LAST", help="Steps to trace, into the run's logs/.")] = None,
 ) -> None:
     """Train a model from a config, on local ranks (--nproc) or under torchrun.
 
@@ -46,10 +47,11 @@ def train(
         raise UsageError("torchrun has started the ranks", where="--nproc", next="leave --nproc out")
     world = place[1] if place else nproc or world_of(loaded.config.layout)
     concrete = check_rules(loaded.config, world)
+    window = None if profile is None else profile_window(profile, steps=loaded.config.schedule.steps)
     if place is None:
-        _train_here(loaded, concrete, resume)
+        _train_here(loaded, concrete, resume, window)
     else:
-        _train_under_torchrun(loaded, concrete, resume, rank=place[0], local_rank=place[2])
+        _train_under_torchrun(loaded, concrete, resume, window, rank=place[0], local_rank=place[2])
 
 
 def short_overrides(values: dict[str, Any], data: str | None) -> list[str]:
@@ -57,6 +59,16 @@ def short_overrides(values: dict[str, Any], data: str | None) -> list[str]:
     given = {key: value for key, value in values.items() if value is not None}
     texts = [f"{key}={value if key == 'layout' else json.dumps(value)}" for key, value in given.items()]
     return texts if data is None else [*texts, f"data.source={json.dumps(data)}", "data.mix=null"]
+
+
+def profile_window(text: str, *, steps: int) -> tuple[int, int]:
+    """`10:13` as (10, 13), `10` as (10, 10): the first and the last step, as metrics.jsonl counts. Raises UsageError."""
+    first, _, last = text.partition(":")
+    numbers = [int(part) for part in (first, last or first) if part.isascii() and part.isdigit()]
+    if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= steps:
+        expected = f"FIRST:LAST, two steps from 1 to {steps}"
+        raise UsageError("no such steps to profile", where="--profile", expected=expected, found=text)
+    return numbers[0], numbers[1]
 
 
 def torchrun_place() -> tuple[int, int, int] | None:
@@ -67,7 +79,7 @@ def torchrun_place() -> tuple[int, int, int] | None:
     return rank, world, local_rank
 
 
-def _train_here(loaded: Loaded, layout: Layout, resume: str | None) -> None:
+def _train_here(loaded: Loaded, layout: Layout, resume: str | None, profile: tuple[int, int] | None) -> None:
     """Starts local ranks, and shows what they do."""
     with Console(steps=loaded.config.schedule.steps) as console:
         _introduce(loaded, layout, console)
@@ -75,18 +87,20 @@ def _train_here(loaded: Loaded, layout: Layout, resume: str | None) -> None:
         from dist_llm.train.storage import RunFolder
 
         folder = RunFolder(Path(loaded.config.save.dir).expanduser())
-        candidates = run.candidates(folder.path, resume)
+        found: dict[str, Any] = {"candidates": run.candidates(folder.path, resume), "profile": profile}
         folder.write_config(loaded.config)
-        result = run.run_local(loaded.config, layout, folder.path, candidates=candidates, tell=console.take)
+        result = run.run_local(loaded.config, layout, folder.path, **found, tell=console.take)
         _conclude(loaded, folder.path, result, console)
 
 
-def _train_under_torchrun(loaded: Loaded, layout: Layout, resume: str | None, *, rank: int, local_rank: int) -> None:
+def _train_under_torchrun(
+    loaded: Loaded, layout: Layout, resume: str | None, profile: tuple[int, int] | None, *, rank: int, local_rank: int
+) -> None:
     """Joins torchrun's ranks as one of them; rank 0 shows what they do."""
     path = Path(loaded.config.save.dir).expanduser()
     try:
         with Console(steps=loaded.config.schedule.steps) as console:
-            result = _join(loaded, layout, resume, path, console, rank=rank, local_rank=local_rank)
+            result = _join(loaded, layout, resume, profile, path, console, rank=rank, local_rank=local_rank)
             if rank == 0:
                 _conclude(loaded, path, result, console)
     except Exception as error:
@@ -102,7 +116,15 @@ def _train_under_torchrun(loaded: Loaded, layout: Layout, resume: str | None, *,
 
 
 def _join(
-    loaded: Loaded, layout: Layout, resume: str | None, path: Path, console: Console, *, rank: int, local_rank: int
+    loaded: Loaded,
+    layout: Layout,
+    resume: str | None,
+    profile: tuple[int, int] | None,
+    path: Path,
+    console: Console,
+    *,
+    rank: int,
+    local_rank: int,
 ) -> dict[str, Any]:
     config, tell = loaded.config, console.take if rank == 0 else lambda message: None
     if rank == 0:
@@ -119,7 +141,7 @@ def _join(
     tell({"data": ready})
     mesh.connect(rank=rank, world=layout.world, backend=ready["backend"], timeout_seconds=config.runtime.timeout_seconds)
     places = [str(one) for one in candidates]
-    result = run.train_rank(rank, layout.world, tell, config_tree(config), asdict(layout), str(path), places, local_rank)
+    result = run.train_rank(rank, layout.world, tell, config_tree(config), asdict(layout), str(path), places, local_rank, profile)
     mesh.disconnect()
     return result
 

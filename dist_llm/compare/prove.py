@@ -3,6 +3,7 @@
 The model itself is proved on short sequences; a model too large for that is replaced by a reduced twin of the same family
 with the same axes and odd shapes. Each layout trains under the config's optimizer and under SGD with momentum, because
 AdamW hides a gradient that is wrong by a constant factor. With `runtime.compile` the layouts are compiled and the reference is not.
+A proof is float64, so `runtime.fp8` is off in it, and `runtime.cuda_graph` too: three steps are hardly more than its warming up.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Prover:
         """Trains the subject under a layout and returns every tensor of every step."""
         shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
         folder = Path(tempfile.mkdtemp(prefix="dist-llm-proof-", dir=shared))
-        tree = changed(self.subject.config, {"runtime.compile": compiled}).model_dump(by_alias=True)
+        runtime = {"runtime.compile": compiled, "runtime.fp8": "off", "runtime.cuda_graph": False}
+        tree = changed(self.subject.config, runtime).model_dump(by_alias=True)
         job = {"config": tree, "steps": self.subject.steps, "dtype": dtype, "optimizers": [tree["optimizer"], SGD]}
         try:
             run_ranks(layout.world, proof_rank, job, asdict(layout), str(folder), **self.options)

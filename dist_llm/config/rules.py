@@ -15,6 +15,7 @@ from dist_llm.config.schema import BYTES, Config
 from dist_llm.errors import UsageError
 
 MAX_WORLD = 1_000_000
+FP8_MULTIPLE = 16  # of features and tokens: what the kernels of 8-bit products take
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Problem:
 
 def problems(config: Config, layout: Layout) -> list[Problem]:
     """Every rule that `config` breaks under `layout`; empty when it can run."""
-    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _offload, _numbers, _text, _machine)
+    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _offload, _fp8, _graph, _numbers, _text, _machine)
     return [problem for rule in rules for problem in rule(config, layout)]
 
 
@@ -152,6 +153,47 @@ def _offload(config: Config, layout: Layout) -> Iterator[Problem]:
     if config.runtime.offload_dir is not None and (layout.engine, layout.zero) != ("deepspeed", 3):
         found = f"engine={layout.engine} with zero={layout.zero} offloads to host memory"
         yield Problem("runtime.offload_dir", f"serves engine=deepspeed with zero=3 alone; {found}: leave it out")
+
+
+def _fp8(config: Config, layout: Layout) -> Iterator[Problem]:
+    """8-bit products: of bfloat16 blocks of our own, whose sizes on a rank the kernels take."""
+    model, runtime, tp = config.model, config.runtime, layout.tp
+    if runtime.fp8 == "off":
+        return
+    if runtime.dtype in ("float32", "float64") or (runtime.dtype == "auto" and runtime.device == "cpu"):
+        dtype = runtime.dtype if runtime.dtype != "auto" else "float32, as auto is on a CPU"
+        yield Problem("runtime.fp8", f"8-bit products belong to bfloat16 blocks, dtype is {dtype}")
+    if layout.engine != "native":
+        yield Problem("runtime.fp8", f"engine={layout.engine} makes its own products; native has 8-bit ones")
+    widths = {"dim": (model.dim, 1), "queries": (model.heads * model.head_dim, tp), "ffn": (model.ffn, tp)}
+    widths["keys"] = (model.kv_heads * model.head_dim, min(tp, model.kv_heads))
+    for name, (width, parts) in widths.items():
+        if left := width % (FP8_MULTIPLE * parts):
+            over = f" over tp={parts}" if parts > 1 else ""
+            yield Problem("runtime.fp8", f"{name} {width}{over} must be a multiple of {FP8_MULTIPLE} on each rank, {left} are left")
+    tokens = config.batch.micro * config.data.sequence
+    if runtime.fp8 == "tensorwise" and tokens % FP8_MULTIPLE:
+        text = f"micro {config.batch.micro} x sequence {config.data.sequence} = {tokens} tokens, not a multiple of {FP8_MULTIPLE}"
+        yield Problem("runtime.fp8", f"{text}; rowwise takes them")
+
+
+def _graph(config: Config, layout: Layout) -> Iterator[Problem]:
+    """A CUDA graph repeats the same calls on the same memory; what the host decides or moves in between cannot be in it."""
+    runtime, key = config.runtime, "runtime.cuda_graph"
+    if not runtime.cuda_graph:
+        return
+    if runtime.device == "cpu":
+        yield Problem(key, "a CPU has no graphs, device is cpu")
+    if layout.engine != "native":
+        yield Problem(key, f"engine={layout.engine} calls its own library in between; native has graphs")
+    if layout.pp > 1:
+        yield Problem(key, f"pp={layout.pp}: the host posts the messages between stages; pp=1 has none")
+    if layout.zero == 3:
+        yield Problem(key, "zero=3 gives weights new memory whenever they are gathered; zero=0, 1 or 2 keep theirs")
+    if layout.offload != "none":
+        yield Problem(key, f"offload={layout.offload}: the host paces the copies; offload=none has none")
+    if layout.world > 1 and runtime.backend == "gloo":
+        yield Problem(key, "gloo's transfers pass through the host; nccl's are kernels")
 
 
 def _numbers(config: Config, layout: Layout) -> Iterator[Problem]:

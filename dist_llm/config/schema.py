@@ -201,6 +201,8 @@ class RuntimeConfig(Section):
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     compile: Switch = False
+    fp8: Literal["off", "tensorwise", "rowwise"] = "off"  # the blocks' matrix products in 8-bit floats
+    cuda_graph: Switch = False  # forward and backward of a step as one CUDA graph
     seed: Seed = 7
     timeout_seconds: Positive = 600.0
     reduce_order: Literal["fixed", "fast"] = "fixed"  # of data-parallel gradients; fixed: in rank order; fast: left to the library

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_llm import comm
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
+from dist_llm.engines.graph import CudaRecorder, StepGraph
 from dist_llm.engines.offload import HOST, Ferry
 from dist_llm.engines.optim import Optimizer
 from dist_llm.mesh import Mesh
@@ -68,6 +69,9 @@ class NativeEngine:
         self.moments = [self.optimizer.moments(flat.master) for flat in self.flats]
         self.units = list(dict.fromkeys(row.unit for row in table(model)))
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.scale = torch.zeros((), dtype=torch.float64, device=device)
+        self.graph = StepGraph(self.flats, CudaRecorder(device)) if options.graph else None
+        self.totals: Tensor | None = None  # of a step that has been recorded, until it is read
         self.norm = 0.0
 
     def _compute(self, micro_batches: int) -> list[list[Action]]:
@@ -79,8 +83,19 @@ class NativeEngine:
 
     def run(self, contexts: Sequence[Context], *, targets: int) -> None:
         """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
-        scale = torch.tensor(1.0 / targets, dtype=torch.float64, device=self.device)
-        self.loss = self.pipeline.run(contexts, scale=scale, boundary=self._boundary)
+        self.scale.fill_(1.0 / targets)
+        if self.graph is not None and not self.pipeline.recording:  # spans are marked by the host
+            self.totals = self.graph.run(contexts, self._gradients_of)
+        else:
+            self._walk(contexts)
+
+    def _walk(self, contexts: Sequence[Context]) -> None:
+        self.loss = self.pipeline.run(contexts, scale=self.scale, boundary=self._boundary)
+
+    def _gradients_of(self, contexts: Sequence[Context]) -> Tensor:
+        """`run` and `finish_gradients` up to where the host reads."""
+        self._walk(contexts)
+        return self._finish()
 
     def evaluate(self, contexts: Sequence[Context]) -> float:
         """The summed loss of forward-only micro-batches over all ranks, equal on all ranks.
@@ -100,6 +115,13 @@ class NativeEngine:
 
         Sums of squares are float64 per unit and added in the order of units, so that the cut into stages cannot change a bit.
         """
+        totals, self.totals = self._finish() if self.totals is None else self.totals, None
+        *squares, loss = totals.tolist()  # the host waits for the device here
+        self.norm = sum(squares) ** 0.5
+        return Totals(loss, self.norm)
+
+    def _finish(self) -> Tensor:
+        """Global gradients on the ranks that own them -> the sum of squares of each unit and the summed loss, float64, on the device."""
         for flat in reversed(self.flats):  # as backward has begun them
             flat.start_crossing()
         for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
@@ -109,9 +131,7 @@ class NativeEngine:
             totals[self.units.index(flat.plan.unit)] += flat.square_sum()
         if self.mesh.at.tp == 0:
             totals[-1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
-        *squares, loss = comm.all_reduce(totals, self.mesh.world).tolist()  # the host waits for the device here
-        self.norm = sum(squares) ** 0.5
-        return Totals(loss, self.norm)
+        return comm.all_reduce(totals, self.mesh.world)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

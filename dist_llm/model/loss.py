@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_llm.model.fused import fused
 from dist_llm.model.kernels import wide
 
 CHUNK = 1024  # tokens whose logits exist at once
@@ -79,21 +80,48 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> tuple[Tens
     Smoothing e mixes the label with the uniform distribution over the global vocabulary (arXiv:1512.00567).
     """
     logits = (x @ weight.T).to(wide(x.dtype))  # (chunk, v)
-    inside, local = _local(labels, first=part.first, rows=weight.shape[0])
+    here = _statistics(logits, labels, part.first, part.smoothing > 0)
+    largest = here[0].clone()  # `share` may write over the one it is given
+    known = part.share(Statistics(*here))
+    shared = (known.largest, known.exponentials, known.label, known.total)
+    return _loss_and_slope(logits, labels, largest, *shared, part.first, part.vocab, part.smoothing), logits
+
+
+@fused
+def _statistics(logits: Tensor, labels: Tensor, first: int, smoothed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Logits (chunk, v) become exp(logit - largest) in place; leaves what `Statistics` holds, of this slice."""
+    inside, local = _local(labels, first=first, rows=logits.shape[1])
     label = logits.gather(1, local[:, None])[:, 0].masked_fill_(~inside, 0.0)
-    largest, total = logits.amax(-1), logits.sum(-1) if part.smoothing else None
-    slope = logits.sub_(largest[:, None]).exp_()
-    known = part.share(Statistics(largest.clone(), slope.sum(-1), label, total))
-    counted, uniform = (labels >= 0).to(logits.dtype), part.smoothing / part.vocab
-    loss = known.largest + known.exponentials.log() - (1.0 - part.smoothing) * known.label
-    if known.total is not None:
-        loss -= uniform * known.total
+    largest, total = logits.amax(-1), logits.sum(-1) if smoothed else None
+    exponentials = logits.sub_(largest[:, None]).exp_().sum(-1)
+    return largest, exponentials, label, total
+
+
+@fused
+def _loss_and_slope(
+    slope: Tensor,
+    labels: Tensor,
+    local_largest: Tensor,
+    largest: Tensor,
+    exponentials: Tensor,
+    label: Tensor,
+    total: Tensor | None,
+    first: int,
+    vocab: int,
+    smoothing: float,
+) -> Tensor:
+    """exp(logit - local_largest) (chunk, v) becomes the slope in place; the rest is of the whole vocabulary, (chunk,). Leaves the loss."""
+    inside, local = _local(labels, first=first, rows=slope.shape[1])
+    counted, uniform = (labels >= 0).to(slope.dtype), smoothing / vocab
+    loss = largest + exponentials.log() - (1.0 - smoothing) * label
+    if total is not None:
+        loss = loss - uniform * total
     # Of a softmax relative to this slice's largest logit only one factor a token is missing.
-    slope.mul_(((largest - known.largest).exp_() / known.exponentials * counted)[:, None])
-    if part.smoothing:
+    slope.mul_(((local_largest - largest).exp() / exponentials * counted)[:, None])
+    if smoothing:
         slope.sub_((uniform * counted)[:, None])
-    slope.scatter_add_(1, local[:, None], inside[:, None].to(slope.dtype) * (part.smoothing - 1.0))
-    return loss.masked_fill_(labels < 0, 0.0).sum(dtype=torch.float64), slope
+    slope.scatter_add_(1, local[:, None], inside[:, None].to(slope.dtype) * (smoothing - 1.0))
+    return loss.masked_fill(labels < 0, 0.0).sum(dtype=torch.float64)
 
 
 def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:

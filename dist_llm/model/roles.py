@@ -21,7 +21,9 @@ from dist_llm.model.parts import Norm, Projections
 
 
 class Roles:
-    """Single device: plain linear algebra."""
+    """Single device: plain linear algebra. in_place: what `columns` leaves may be overwritten."""
+
+    in_place = True
 
     def __init__(self, *, smoothing: float = 0.0) -> None:
         self.smoothing = smoothing

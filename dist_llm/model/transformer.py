@@ -135,7 +135,7 @@ class Attention(nn.Module):
             x = norm(self._heads(x))
         if context.rotary is None:
             return x
-        if torch.compiler.is_compiling():
+        if not self.roles.in_place:
             return rotated(self._heads(x), *context.rotary)
         return RotateInPlace.apply(x, *context.rotary)
 

@@ -32,8 +32,10 @@ from dist_llm.config.layout import Layout
 from dist_llm.config.schema import ModelConfig
 from dist_llm.mesh import Mesh
 from dist_llm.model.cost import forward_flops
+from dist_llm.model.fused import fuse
 from dist_llm.model.table import table, unit_names, uses
 from dist_llm.model.transformer import Block, build_unit
+from dist_llm.parallel.compiled import CompiledRoles
 from dist_llm.parallel.flat import pack
 from dist_llm.parallel.pipeline import Stage, Unit
 from dist_llm.parallel.recompute import run_again
@@ -57,7 +59,8 @@ class Options:
 
     sequence: tokens. micro: sequences in a micro-batch; micro_batches: of one data-parallel rank a step. dtype: of weights
     and activations. fixed: gradients are added in rank order (libraries choose their own). smoothing: of the labels.
-    offload_dir: a folder for what is offloaded, instead of host memory, where a library can use one.
+    offload_dir: a folder for what is offloaded, instead of host memory, where a library can use one. fp8: how the blocks'
+    matrix products are made (model/products.py). graph: a step is replayed as a CUDA graph (engines/graph.py).
     """
 
     sequence: int
@@ -70,13 +73,17 @@ class Options:
     smoothing: float
     compiled: bool
     offload_dir: str | None
+    fp8: str = "off"
+    graph: bool = False
 
 
 def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     """This rank's stages, with initial weights."""
     layout, tp = mesh.layout, mesh.at.tp
+    fuse(options.compiled and options.device.type == "cuda")
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
-    roles = TensorRoles(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing)
+    kind = CompiledRoles if options.compiled else TensorRoles
+    roles = kind(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing, fp8=options.fp8)
     parts = stage_units(model, layout, options.sequence)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
     walk = [name for index in mine for name in parts[index]]

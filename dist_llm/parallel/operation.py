@@ -1,4 +1,4 @@
-"""Registers our custom operations with torch.library, fake and autograd included, so that blocks compile around them.
+"""Registers the operations of compiled blocks with torch.library, fake and autograd included.
 
 The low-level `Library` is used because `torch.library.custom_op` imports torch._dynamo at the first call
 (1.7 s and 67 MB in every rank) and adds a wrapper to each.
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 _library = torch.library.Library("dist_llm", "DEF")
-bodies: dict[str, Callable] = {}  # "dist_llm::name" -> what it runs: the memory tracker looks inside
 
 
 def operation(schema: str, *, fake: Callable) -> Callable[[Callable], Any]:
@@ -23,7 +22,6 @@ def operation(schema: str, *, fake: Callable) -> Callable[[Callable], Any]:
         _library.define(schema)
         _library.impl(name, body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dist_llm::{name}", fake, lib=_library)
-        bodies[f"dist_llm::{name}"] = body
         return getattr(torch.ops.dist_llm, name)
 
     return register

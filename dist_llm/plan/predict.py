@@ -15,7 +15,7 @@ def shape_of(config: Config, layout: Layout, *, dtype: str) -> Shape:
     """The numbers that traffic and memory depend on."""
     batches = config.batch.global_ // (layout.dp * config.batch.micro)
     smoothed = config.optimizer.label_smoothing > 0
-    return Shape(config.model, layout, config.data.sequence, config.batch.micro, batches, dtype, smoothed)
+    return Shape(config.model, layout, config.data.sequence, config.batch.micro, batches, dtype, smoothed, config.runtime.fp8)
 
 
 def predicted(shape: Shape) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Shape:
     micro_batches: int
     dtype: str
     smoothing: bool = False
+    fp8: str = "off"
 
     @property
     def widths(self) -> Widths:
@@ -186,12 +187,30 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
         for name in units:
             each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
             total["tp"] += shape.micro_batches * (each * moved + (scalars if name == "head" else 0))
+            total["tp"] += shape.micro_batches * (_scales(shape) if name.startswith("blocks.") else 0)
     for plan, num_uses in shape.flat_plans(pp, tp).values():
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         for slot in plan.slots:
             if slot.sharding.partial:
                 sharing = len(slot.sharding.replicas(tp))
                 total["tp"] += reductions * 2 * (sharing - 1) / sharing * slot.numel * wide.gradient
+
+
+def _scales(shape: Shape) -> float:
+    """The largest magnitudes that a block's 8-bit products share over the tensor-parallel ranks, bytes a micro-batch.
+
+    tensorwise: two numbers a product; forward has one product a projection input, backward twice as many, q, k and v apart.
+    rowwise: a number for each row of what is cut along it (tokens, output features), one for a weight in a gradient by input.
+    """
+    layout, tokens, dim = shape.layout, shape.micro * shape.sequence, shape.model.dim
+    if shape.fp8 == "tensorwise":
+        mlp_forward, forward, backward = 2 * 2, 2 * 4, 2 * (6 + 2 + 2 + 2)
+    elif shape.fp8 == "rowwise":
+        mlp_forward, forward, backward = tokens + dim, 2 * (tokens + dim), 4 * (tokens + 1) + 2
+    else:
+        return 0.0
+    again = {"none": 0, "selective": mlp_forward, "full": forward}[layout.recompute]
+    return 2 * (layout.tp - 1) / layout.tp * 4 * (forward + backward + again)
 
 
 def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:

@@ -10,20 +10,25 @@ from dist_llm.data.prepare import Prepared
 from dist_llm.train import checkpoint
 from dist_llm.train.evaluate import Validation
 from dist_llm.train.metrics import Lines, Meter
+from dist_llm.train.profile import Profile
 from dist_llm.train.sample import Samples
 from dist_llm.train.trainer import Trainer
 
 Tell = Callable[[dict[str, Any]], None]
 
 
-def fit(trainer: Trainer, prepared: Prepared, *, folder: Path, start: int, tell: Tell) -> dict[str, Any]:
+def fit(
+    trainer: Trainer, prepared: Prepared, *, folder: Path, start: int, tell: Tell, profile: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Trains from step `start` (updates already made) to `schedule.steps`; every rank calls it, rank 0 writes and tells.
 
+    profile: the first and the last step to be profiled (train/profile.py).
     tell: gets {"step": metrics}, {"sample": ...}, {"checkpoint": path}. Returns the last step's metrics and checkpoint.
     """
     config, engine, writes = trainer.config, trainer.engine, trainer.mesh.rank == 0
     steps, save, track = config.schedule.steps, config.save, config.track
     meter = Meter(trainer, start=start, steps=steps)
+    profiled = Profile(profile, folder=folder / "logs", rank=trainer.mesh.rank, device=engine.device)
     validation = Validation(trainer, prepared)
     samples = Samples(engine, config, prepared, folder)
     metrics = Lines(folder / "metrics.jsonl", start=start, writes=writes)
@@ -38,7 +43,7 @@ def fit(trainer: Trainer, prepared: Prepared, *, folder: Path, start: int, tell:
     if track.sample_every and start == 0:
         take_samples(0)
     for done in range(start + 1, steps + 1):
-        with meter.measure(done - 1):
+        with meter.measure(done - 1), profiled.step(done):
             taken = trainer.step(done - 1)
         record = meter.record(taken)
         if done == steps or _due(done, track.validate_every):

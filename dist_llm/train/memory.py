@@ -1,8 +1,8 @@
 """Live tensor memory on CPU: the peak of all storages alive at once, byte by byte, seen by a dispatch mode.
 
 A CPU allocator keeps no such count. The mode sees the result of every operation and remembers its storage until that
-dies; it looks inside our own operations and inside tensors made of tensors (DTensor), and it hears of storages that are
-emptied and filled again (ZeRO-3 here, FSDP2 elsewhere). It slows a step down, so it runs in a step of its own.
+dies; it looks inside tensors made of tensors (DTensor), and it hears of storages that are emptied and filled again
+(ZeRO-3 here, FSDP2 elsewhere). It slows a step down, so it runs in a step of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-
-from dist_llm.parallel.operation import bodies
 
 
 class LiveMemory(TorchDispatchMode):
@@ -63,12 +61,7 @@ class LiveMemory(TorchDispatchMode):
         """Runs the operation, then counts what is alive."""
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a tensor made of tensors: it runs first, and what it does to its parts comes here
-        body = bodies.get(function._schema.name)
-        if body is not None:
-            with self:
-                out = body(*args, **(kwargs or {}))
-        else:
-            out = function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._see(value)

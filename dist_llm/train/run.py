@@ -25,7 +25,7 @@ from dist_llm.ranks import run_ranks
 from dist_llm.train import checkpoint
 from dist_llm.train.checkpoint import Checkpoint, newest, step_folders
 from dist_llm.train.fit import fit
-from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, settle_rank
+from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, refuse_fp8, refuse_graph, settle_rank
 from dist_llm.train.storage import together
 from dist_llm.train.trainer import Trainer
 
@@ -53,10 +53,13 @@ def candidates(run: Path, resume: str | None) -> list[Path]:
     return given
 
 
-def run_local(config: Config, layout: Layout, folder: Path, *, candidates: list[Path], tell: Tell) -> dict[str, Any]:
+def run_local(
+    config: Config, layout: Layout, folder: Path, *, candidates: list[Path], tell: Tell, profile: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Prepares the data and trains on forked local ranks; returns what `fit` does on rank 0.
 
     tell: gets what `fit` tells, and before that {"progress": [message, fraction]}, {"note": ...}, {"data": ...}, {"stage": ...}.
+    profile: the first and the last step to be profiled.
     Nothing but torch's import may have happened in this process: ranks are forked from it.
     """
     tree, logs = config_tree(config), folder / "logs"
@@ -67,7 +70,7 @@ def run_local(config: Config, layout: Layout, folder: Path, *, candidates: list[
     (ready,) = run_ranks(1, prepare_rank, tree, layout.world, log_dir=logs, on_message=hear)
     tell({"data": ready})
     where: dict[str, Any] = {"backend": ready["backend"], "timeout_seconds": config.runtime.timeout_seconds, "log_dir": logs}
-    arguments = (tree, asdict(layout), str(folder), [str(path) for path in candidates])
+    arguments = (tree, asdict(layout), str(folder), [str(path) for path in candidates], None, profile)
     return run_ranks(layout.world, train_rank, *arguments, on_message=hear, **where)[0]
 
 
@@ -83,6 +86,8 @@ def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, A
     """
     device = choose_device(config.runtime, local_rank=local_ranks - 1)
     on_cuda = device.type == "cuda"
+    refuse_fp8(config.runtime, device, choose_dtype(config.runtime, device))
+    refuse_graph(config.runtime, device, world=local_ranks)
     prepared = prepare_data(config, tell=tell)
     return {
         "backend": backend_name(config.runtime),
@@ -106,7 +111,15 @@ def prepare_data(config: Config, *, tell: Tell) -> Prepared:
 
 
 def train_rank(
-    rank: int, world: int, say: Tell, config: dict, layout: dict, folder: str, candidates: list[str], local_rank: int | None = None
+    rank: int,
+    world: int,
+    say: Tell,
+    config: dict,
+    layout: dict,
+    folder: str,
+    candidates: list[str],
+    local_rank: int | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """One rank of a run: builds its part, takes up a checkpoint if there is one to, and trains. Rank 0 tells."""
     settings, shape = Config.model_validate(config), Layout(**layout)
@@ -121,7 +134,7 @@ def train_rank(
     order = training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
     trainer = Trainer(settings, mesh, engine, order)
     start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell) if candidates else 0
-    return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell)
+    return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
 
 
 def resume(trainer: Trainer, prepared: Prepared, candidates: list[Path], *, run: Path, tell: Tell) -> int:

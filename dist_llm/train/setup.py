@@ -63,6 +63,31 @@ def choose_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
     return DTYPES[runtime.dtype]
 
 
+FP8_NEEDS = {"tensorwise": (8, 9), "rowwise": (9, 0)}  # CUDA compute capability
+
+
+def refuse_fp8(runtime: RuntimeConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UsageError where the device has no 8-bit products, or the blocks are not bfloat16. A CPU computes them, slowly."""
+    if runtime.fp8 == "off":
+        return
+    if dtype != torch.bfloat16:
+        found = str(dtype).removeprefix("torch.")
+        raise UsageError("8-bit products belong to bfloat16 blocks", where="runtime.fp8", expected="runtime.dtype=bfloat16", found=found)
+    needed = FP8_NEEDS[runtime.fp8]
+    if device.type == "cuda" and (has := torch.cuda.get_device_capability(device)) < needed:
+        expected, found = (f"compute capability {major}.{minor}" for major, minor in (needed, has))
+        raise UsageError("this GPU has no 8-bit products", where="runtime.fp8", expected=f"at least {expected}", found=found)
+
+
+def refuse_graph(runtime: RuntimeConfig, device: torch.device, *, world: int) -> None:
+    """Raises UsageError where a step cannot be a CUDA graph on what is here."""
+    if runtime.cuda_graph and device.type != "cuda":
+        raise UsageError("only a CUDA device has graphs", where="runtime.cuda_graph", expected="a CUDA device", found=device.type)
+    if runtime.cuda_graph and world > 1 and backend_name(runtime) != "nccl":
+        expected, found = "backend nccl, whose transfers are kernels", f"backend {backend_name(runtime)}"
+        raise UsageError("this backend's transfers cannot be in a graph", where="runtime.cuda_graph", expected=expected, found=found)
+
+
 def backend_name(runtime: RuntimeConfig) -> str:
     """NCCL where ranks get CUDA devices, gloo on CPU, unless `runtime.backend` says otherwise; touches no device."""
     cuda = runtime.device != "cpu" and torch.cuda.is_available()
@@ -90,7 +115,12 @@ ENGINES = {  # imported when asked for: each brings its library
 
 
 def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype) -> NativeEngine:
-    """The engine that `layout.engine` names, with initial weights; the others have the native one's calls."""
+    """The engine that `layout.engine` names, with initial weights; the others have the native one's calls.
+
+    Raises UsageError where `runtime.fp8` or `runtime.cuda_graph` asks for what the device cannot do.
+    """
+    refuse_fp8(config.runtime, device, dtype)
+    refuse_graph(config.runtime, device, world=mesh.layout.world)
     options = Options(
         sequence=config.data.sequence,
         micro=config.batch.micro,
@@ -102,6 +132,8 @@ def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torc
         smoothing=config.optimizer.label_smoothing,
         compiled=config.runtime.compile,
         offload_dir=config.runtime.offload_dir,
+        fp8=config.runtime.fp8,
+        graph=config.runtime.cuda_graph,
     )
     module, name = ENGINES[mesh.layout.engine].split(":")
     return getattr(import_module(module), name)(config.model, config.optimizer, mesh, options)

@@ -1,0 +1,124 @@
+"""The three matrix products of a projection, in one place: forward, gradient by input, gradient by weight.
+
+`off` is the plain product. The other two kinds are 8-bit floats with dynamic scales (arXiv:2209.05433): an operand is
+divided by its largest magnitude, cast, and `torch._scaled_mm` puts the scales back. The recipes are torchao's:
+
+| kind       | scales of                               | forward    | by input             | by weight           |
+|------------|-----------------------------------------|------------|----------------------|---------------------|
+| tensorwise | a whole operand                         | e4m3, e4m3 | slope e5m2, w e4m3   | slope e5m2, x e4m3  |
+| rowwise    | a row along which is summed; for the    | e4m3, e4m3 | slope e4m3, w e4m3   | the plain product   |
+|            | weight in `by input` the whole operand  |            |                      |                     |
+
+rowwise is `rowwise_with_gw_hp`: a weight gradient sums over tokens, where one loud token would set the scale of a whole
+feature, and both operands would have to be cast a second time, transposed. Scales are rounded to powers of two there, so
+that they cost no digits. Results are bfloat16.
+
+A scale is one number of the whole operand, also where ranks hold parts of it: `share` takes the maximum over them. So
+the casts, and with them the run, are those of one process under every layout.
+
+Legend: T tokens, D input features, O output features, of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dist_llm.model.fused import fused
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SMALLEST = 1e-12  # of a largest magnitude: an operand of zeros has a finite scale
+
+
+def _alone(largest: Tensor) -> Tensor:
+    return largest
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of one projection under one rule.
+
+    cut: which features are spread over ranks, "output" (column parallel) or "input" (row parallel). share: largest
+    magnitudes of this rank's part, float32 -> those over all ranks.
+    """
+
+    kind: str = "off"
+    cut: Literal["input", "output"] = "output"
+    share: Callable[[Tensor], Tensor] = _alone
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (T, D), weight (O, D), bias (O,) -> (T, O)."""
+        if self.kind == "off":
+            return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+        over_ranks = self.cut == "input"
+        y = self._scaled(x, weight.T, (E4M3, E4M3), whole=(False, False), over_ranks=over_ranks, fast=True)
+        return y if bias is None else y.add_(bias)
+
+    def by_input(self, slope: Tensor, weight: Tensor, *, total: Tensor | None = None) -> Tensor:
+        """Slope (T, O), weight (O, D) -> (T, D), added to `total` where there is one."""
+        if self.kind == "off":
+            return slope @ weight if total is None else total.addmm_(slope, weight)
+        dtype = E5M2 if self.kind == "tensorwise" else E4M3
+        over_ranks = self.cut == "output"
+        y = self._scaled(slope, weight, (dtype, E4M3), whole=(False, True), over_ranks=over_ranks, fast=self.kind == "rowwise")
+        return y if total is None else total.add_(y)
+
+    def by_weight(self, slope: Tensor, x: Tensor, *, total: Tensor | None = None) -> Tensor:
+        """Slope (T, O), x (T, D) -> (O, D), added to `total` where there is one, which may be wider."""
+        if self.kind != "tensorwise":
+            if total is not None and total.dtype == x.dtype:
+                return total.addmm_(slope.T, x)
+            y = slope.T @ x
+        else:
+            y = self._scaled(slope.T, x, (E5M2, E4M3), whole=(True, True), over_ranks=True, fast=False)
+        return y if total is None else total.add_(y)
+
+    def _scaled(
+        self, left: Tensor, right: Tensor, dtypes: Sequence[torch.dtype], *, whole: tuple[bool, bool], over_ranks: bool, fast: bool
+    ) -> Tensor:
+        """left (M, K) @ right (K, N) in 8 bits -> (M, N). whole: operands with one scale where the kind is rowwise.
+
+        over_ranks: K is cut, so that rows are spread over ranks; whole operands always may be. fast: sums in fewer digits.
+        """
+        one = (True, True) if self.kind == "tensorwise" else whole
+        operands = (left, right.T)  # both with the dimension that is summed over last
+        largest = self._largest(operands, one, over_ranks)
+        power = self.kind == "rowwise"
+        (a, back_a), (b, back_b) = (cast(*each, power=power) for each in zip(operands, largest, dtypes, strict=True))
+        if self.kind == "rowwise":  # the kernel takes a scale for each row of both, or one for each
+            back_a, back_b = (back.expand(len(y), 1).contiguous() for back, y in ((back_a, a), (back_b, b)))
+        return torch._scaled_mm(a, b.T, scale_a=back_a, scale_b=back_b.T, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+    def _largest(self, operands: tuple[Tensor, Tensor], one: tuple[bool, bool], over_ranks: bool) -> list[Tensor]:
+        """The largest magnitude of each operand, (1, 1), or of each of its rows, (rows, 1); over all ranks in one exchange."""
+        found = [largest(operand, whole=whole) for operand, whole in zip(operands, one, strict=True)]
+        spread = [at for at in range(2) if over_ranks or one[at]]
+        if spread:
+            shared = self.share(torch.cat([found[at] for at in spread]))
+            for at, part in zip(spread, shared.split([len(found[at]) for at in spread]), strict=True):
+                found[at] = part
+        return found
+
+
+@fused
+def largest(x: Tensor, *, whole: bool) -> Tensor:
+    """The largest magnitude of x (rows, K), float32: (1, 1), or of each row (rows, 1)."""
+    return (x.abs().amax().view(1, 1) if whole else x.abs().amax(1, keepdim=True)).float()
+
+
+@fused
+def cast(x: Tensor, largest: Tensor, dtype: torch.dtype, *, power: bool) -> tuple[Tensor, Tensor]:
+    """x (rows, K) and its largest magnitudes -> (x in 8 bits, row-major; the factors that give it back, shaped as `largest`).
+
+    power: factors are powers of two.
+    """
+    limit = torch.finfo(dtype).max
+    scale = limit / largest.clamp(min=SMALLEST)
+    if power:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    scaled = (x.float() * scale).clamp_(-limit, limit)
+    return scaled.to(dtype).contiguous(), scale.reciprocal()

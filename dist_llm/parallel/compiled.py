@@ -1,0 +1,140 @@
+"""Column and row for compiled blocks: the same work as in `tensor.py`, as operations that torch.compile leaves alone.
+
+Norms and activations stay outside, for the compiler. The operations are registered with torch.library (fake and
+autograd). None of their results share memory, as the compiler wants it: neighbouring projections come as one tensor and
+are cut outside.
+
+Legend: as in `tensor.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_llm.mesh import groups_by_key
+from dist_llm.model.kernels import activate
+from dist_llm.model.parts import Norm, Projections
+from dist_llm.parallel import tensor
+from dist_llm.parallel.operation import differentiable, operation
+from dist_llm.parallel.tensor import Split, TensorRoles, beside
+
+
+class CompiledRoles(TensorRoles):
+    """The seams of blocks that are compiled; should one run as it is after all, it runs the same lines."""
+
+    in_place = False  # neighbouring projections are views of one tensor
+
+    def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
+        """Enters with (B, S', D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
+        weights, joined, split = projections.weights, projections.joined, self.split
+        outputs = column(norm(x), weights, projections.biases, joined, split.group.key, split.sp, split.fp8)
+        return list(outputs[0].split_with_sizes([weight.shape[0] for weight in weights], dim=-1)) if joined else outputs
+
+    def row(self, parts: Sequence[Tensor], activation: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
+        split = self.split
+        y = row(activate(parts, kind=activation), weight, split.group.key, split.sp, split.fp8)
+        return y if bias is None else y + bias
+
+
+def _split(group: str, sp: bool, fp8: str) -> Split:
+    return Split(groups_by_key[group], sp, fp8)
+
+
+# --- column ----------------------------------------------------------------------------------------------------------
+
+
+def _column_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor], joined: bool, group: str, sp: bool, fp8: str) -> list[Tensor]:
+    widths = [weight.shape[0] for weight in weights]
+    length = x.shape[1] * (groups_by_key[group].size if sp else 1)
+    return [x.new_empty(x.shape[0], length, width) for width in ([sum(widths)] if joined else widths)]
+
+
+@operation(
+    "column(Tensor x, Tensor[] weights, Tensor[] biases, bool joined, str group, bool sp, str fp8) -> Tensor[]",
+    fake=_column_fake,
+)
+def column(x: Tensor, weights: list[Tensor], biases: list[Tensor], joined: bool, group: str, sp: bool, fp8: str) -> list[Tensor]:
+    """x (B, S', D), weights (O_i, D), biases (O_i,) for all or none -> (B, S, O_i); joined: one output, side by side."""
+    if joined:
+        weights, biases = [beside(weights, 0)], [torch.cat(biases)] if biases else []
+    return tensor.columns_forward(x, weights, biases, _split(group, sp, fp8))
+
+
+def _column_backward_fake(
+    slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str
+) -> list[Tensor]:
+    return [torch.empty_like(x), *(slope.new_empty(slope.shape[-1], x.shape[-1]) for slope in slopes)]
+
+
+@operation(
+    "column_backward(Tensor[] slopes, Tensor x, Tensor[] weights, bool joined, str group, bool sp, str fp8) -> Tensor[]",
+    fake=_column_backward_fake,
+)
+def column_backward(
+    slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str
+) -> list[Tensor]:
+    """Slopes (B, S, O_i) -> [by x (B, S', D), by each weight (O_i, D)]; joined: of one slope and one weight."""
+    inner = [beside(weights, 0)] if joined else weights
+    by_x, by_weights = tensor.columns_backward([slope.reshape(-1, slope.shape[-1]) for slope in slopes], x, inner, _split(group, sp, fp8))
+    return [by_x, *by_weights]
+
+
+def _column_setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, weights, biases, ctx.joined, *ctx.rest = inputs
+    ctx.biased = bool(biases)
+    ctx.save_for_backward(x, *weights)
+
+
+def _column_backward(ctx: Any, slopes: list[Tensor]) -> Any:
+    x, *weights = ctx.saved_tensors
+    by_x, *by_weights = column_backward(slopes, x, weights, ctx.joined, *ctx.rest)
+    by_biases = [slope.flatten(0, 1).sum(0) for slope in slopes] if ctx.biased else []
+    if ctx.joined:
+        widths = [weight.shape[0] for weight in weights]
+        by_weights = list(by_weights[0].split_with_sizes(widths))
+        by_biases = list(by_biases[0].split_with_sizes(widths)) if ctx.biased else []
+    return by_x, by_weights, by_biases, *[None] * 4
+
+
+differentiable("column", backward=_column_backward, setup=_column_setup)
+
+
+# --- row -------------------------------------------------------------------------------------------------------------
+
+
+def _row_fake(x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // (groups_by_key[group].size if sp else 1), weight.shape[0])
+
+
+@operation("row(Tensor x, Tensor weight, str group, bool sp, str fp8) -> Tensor", fake=_row_fake)
+def row(x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> Tensor:
+    """x (B, S, F), weight (D, F) -> the sum over ranks (B, S', D)."""
+    return tensor.row_forward([x], "none", weight, _split(group, sp, fp8))
+
+
+def _row_backward_fake(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> list[Tensor]:
+    return [x.new_empty(x.shape), torch.empty_like(weight)]
+
+
+@operation("row_backward(Tensor slope, Tensor x, Tensor weight, str group, bool sp, str fp8) -> Tensor[]", fake=_row_backward_fake)
+def row_backward(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> list[Tensor]:
+    """Slope (B, S', D), x (B, S, F) -> [by x (B, S, F), by weight (D, F)]."""
+    return list(tensor.row_backward(slope, x, weight, _split(group, sp, fp8)))
+
+
+def _row_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, *ctx.rest = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _row_backward(ctx: Any, slope: Tensor) -> Any:
+    by_x, by_weight = row_backward(slope, *ctx.saved_tensors, *ctx.rest)
+    return by_x, by_weight, *[None] * 3
+
+
+differentiable("row", backward=_row_backward, setup=_row_setup)
