@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,9 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_llm.mesh import Group
+from dist_llm.staging import HostCopies
 
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_direct = SimpleNamespace(
+    all_reduce=dist.all_reduce,
+    all_gather_single=getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor,
+    reduce_scatter_single=getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor,
+    all_to_all_single=dist.all_to_all_single,
+    isend=dist.isend,
+    irecv=dist.irecv,
+)
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -80,6 +88,16 @@ class Pending:
         return self.result()
 
 
+def _by(x: Tensor, group: Group) -> Any:
+    """Who moves tensors like x in a group: torch.distributed itself, or its calls on host copies (staging.py)."""
+    return HostCopies(_direct, x.device) if _through_host(x, group) else _direct
+
+
+def _through_host(x: Tensor, group: Group) -> bool:
+    """Whether the group's backend cannot reach the memory of x."""
+    return x.is_cuda and dist.get_backend(group.handle) == "gloo"
+
+
 def _begin(name: str, group: Group, sent: float, post: Callable[[], Any], result: Callable[[], Tensor]) -> Pending:
     ledger.book(group.axis, sent)
     return Pending(post(), result, (name, group.axis, time.perf_counter(), sent))
@@ -94,8 +112,8 @@ def start_all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
     if group.size == 1:
         return _done(x)
     assert x.is_contiguous()
-    sent = 2 * (group.size - 1) * x.nbytes / group.size
-    return _begin("all_reduce", group, sent, lambda: dist.all_reduce(x, op=_OPERATIONS[op], group=group.handle, async_op=True), lambda: x)
+    sent, by = 2 * (group.size - 1) * x.nbytes / group.size, _by(x, group)
+    return _begin("all_reduce", group, sent, lambda: by.all_reduce(x, op=_OPERATIONS[op], group=group.handle, async_op=True), lambda: x)
 
 
 def all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
@@ -110,8 +128,8 @@ def start_all_gather(x: Tensor, group: Group, *, out: Tensor | None = None) -> P
             out.copy_(x)
         return _done(x if out is None else out)
     whole = x.new_empty((group.size * x.shape[0], *x.shape[1:])) if out is None else out
-    sent = (group.size - 1) * whole.nbytes / group.size
-    return _begin("all_gather", group, sent, lambda: _all_gather_single(whole, x, group=group.handle, async_op=True), lambda: whole)
+    sent, by = (group.size - 1) * whole.nbytes / group.size, _by(x, group)
+    return _begin("all_gather", group, sent, lambda: by.all_gather_single(whole, x, group=group.handle, async_op=True), lambda: whole)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -130,10 +148,10 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
             out.copy_(x)
         return _done(x if out is None else out)
     shard = x.new_empty(x.shape[0] // group.size, *x.shape[1:]) if out is None else out
-    sent = (group.size - 1) * x.nbytes / group.size
+    sent, by = (group.size - 1) * x.nbytes / group.size, _by(x, group)
     if not fixed:
         return _begin(
-            "reduce_scatter", group, sent, lambda: _reduce_scatter_single(shard, x, group=group.handle, async_op=True), lambda: shard
+            "reduce_scatter", group, sent, lambda: by.reduce_scatter_single(shard, x, group=group.handle, async_op=True), lambda: shard
         )
     parts = torch.empty_like(x)
 
@@ -145,7 +163,7 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
         return shard
 
     return _begin(
-        "reduce_scatter", group, sent, lambda: dist.all_to_all_single(parts, x, group=group.handle, async_op=True), add_in_rank_order
+        "reduce_scatter", group, sent, lambda: by.all_to_all_single(parts, x, group=group.handle, async_op=True), add_in_rank_order
     )
 
 
@@ -157,13 +175,13 @@ def reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True) -> Tensor:
 def start_send(x: Tensor, channel: Group) -> Pending:
     """Sends a tensor to the other rank of a channel; `x` stays alive until finished."""
     peer = channel.ranks[1 - channel.index]
-    return _begin("send", channel, x.nbytes, lambda: dist.isend(x, dst=peer, group=channel.handle), lambda: x)
+    return _begin("send", channel, x.nbytes, lambda: _by(x, channel).isend(x, dst=peer, group=channel.handle), lambda: x)
 
 
 def start_recv(out: Tensor, channel: Group) -> Pending:
     """Receives into `out` from the other rank of a channel."""
     peer = channel.ranks[1 - channel.index]
-    return _begin("recv", channel, 0, lambda: dist.irecv(out, src=peer, group=channel.handle), lambda: out)
+    return _begin("recv", channel, 0, lambda: _by(out, channel).irecv(out, src=peer, group=channel.handle), lambda: out)
 
 
 def barrier(group: Group) -> None:

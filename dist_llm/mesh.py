@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_llm import staging
 from dist_llm.config.layout import Layout
 from dist_llm.errors import PeerError
 from dist_llm.sharding import split_parts
@@ -210,6 +211,7 @@ def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, stor
 def disconnect() -> None:
     """Leaves the job."""
     groups_by_key.clear()
+    staging.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -252,6 +252,21 @@ def gathered_json(rank: int, world: int, say: Say) -> list[Any]:
     return [comm.gather_json(value, group, device=CPU), comm.gather_json({"rank": rank}, group, device=CPU)]
 
 
+def through_copies(rank: int, world: int, say: Say, case: str, *arguments: Any) -> None:
+    """A case of comm in which every transfer goes through host copies, as those of a device's memory do on gloo."""
+    comm._through_host = lambda x, group: True  # type: ignore[assignment]
+    globals()[case](rank, world, say, *arguments)
+
+
+def lost_behind_copies(rank: int, world: int, say: Say) -> None:
+    """Rank 1 dies while rank 0 waits for it on a thread."""
+    comm._through_host = lambda x, group: True  # type: ignore[assignment]
+    group = line(rank, world)
+    if rank == 1:
+        os._exit(3)
+    comm.all_reduce(torch.ones(4), group)
+
+
 # --- tensor ----------------------------------------------------------------------------------------------------------
 
 BATCH, SEQUENCE, DIM = 2, 12, 6

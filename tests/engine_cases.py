@@ -98,6 +98,15 @@ def sent_in_a_step(rank: int, world: int, say: Say, given: dict[str, Any], layou
     return comm.ledger.take()
 
 
+# --- through host memory -----------------------------------------------------------------------------------------------
+
+
+def staged_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A proof run in which every transfer goes through copies, as those of a device's memory do on gloo."""
+    comm._through_host = lambda x, group: True  # type: ignore[assignment]
+    return proof_rank(rank, world, say, job, layout, folder)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

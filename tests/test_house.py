@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model.table",),
     ("model.cost", "sharding"),
     ("parallel.flat",),  # to here: no torch
-    ("mesh", "random"),
+    ("staging", "random"),
+    ("mesh",),
     ("comm", "ranks"),
     ("model",),
     ("parallel", "data"),
