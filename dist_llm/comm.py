@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,14 +24,7 @@ from torch import Tensor
 from dist_llm.mesh import Group
 from dist_llm.staging import HostCopies
 
-_direct = SimpleNamespace(
-    all_reduce=dist.all_reduce,
-    all_gather_single=getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor,
-    reduce_scatter_single=getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor,
-    all_to_all_single=dist.all_to_all_single,
-    isend=dist.isend,
-    irecv=dist.irecv,
-)
+_EARLIER = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}  # in earlier versions of torch
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -86,6 +78,16 @@ class Pending:
             if ledger.recording:
                 ledger.calls.append((name, axis, start, time.perf_counter(), sent))
         return self.result()
+
+
+class _Direct:
+    """torch.distributed, by its newest names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name if hasattr(dist, name) else _EARLIER[name])
+
+
+_direct = _Direct()
 
 
 def _by(x: Tensor, group: Group) -> Any:

@@ -29,9 +29,10 @@ def proof_where_first_use_waits(rank: int, world: int, say: Any, job: dict[str, 
 
         return first_waits
 
-    for name in ("all_reduce", "all_to_all_single", "isend", "irecv", "send", "recv", "barrier"):
-        setattr(dist, name, waiting(getattr(dist, name)))
-    comm._all_gather_single, comm._reduce_scatter_single = waiting(comm._all_gather_single), waiting(comm._reduce_scatter_single)
+    gathers = ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    for name in ("all_reduce", "all_to_all_single", "isend", "irecv", "send", "recv", "barrier", *gathers):
+        if hasattr(dist, name):
+            setattr(dist, name, waiting(getattr(dist, name)))
     proof.proof_rank(rank, world, say, job, layout, folder)
     return len(used)
 
