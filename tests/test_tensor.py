@@ -13,12 +13,13 @@ from dist_llm.config.rules import problems
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.mesh import build_mesh
 from dist_llm.model.kernels import activate
-from dist_llm.model.loss import Slice
+from dist_llm.model.loss import CHUNK, Slice
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import compiled, tensor
 from dist_llm.parallel.compiled import CompiledRoles
 from dist_llm.parallel.tensor import Split, TensorRoles
+from dist_llm.train.memory import LiveMemory
 from tests.engine_cases import build, config, layout_of
 from tests.ranks import Ranks
 
@@ -133,7 +134,29 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {  # w
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     operation, shapes = OPERATIONS[name]
-    assert torch.autograd.gradcheck(operation, leaves_of(*shapes))
+    leaves = leaves_of(*shapes)
+    if not name.startswith("loss"):
+        assert torch.autograd.gradcheck(operation, leaves)
+        return
+    out = operation(*leaves)  # its backward uses up what forward kept: once, where gradcheck goes back again and again
+    for leaf, found in zip(leaves, torch.autograd.grad(out, leaves, retain_graph=True), strict=True):
+        assert torch.allclose(found, by_differences(lambda: operation(*leaves), leaf), atol=1e-8)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, leaves)
+
+
+def by_differences(value: Callable[[], torch.Tensor], leaf: torch.Tensor, step: float = 1e-5) -> torch.Tensor:
+    """The gradient of a scalar by every element of a leaf, from two values of it each."""
+    gradient, flat = torch.zeros_like(leaf), leaf.detach().view(-1)
+    with torch.no_grad():
+        for at in range(flat.numel()):
+            here = float(flat[at])
+            flat[at] = here + step
+            above = float(value())
+            flat[at] = here - step
+            gradient.view(-1)[at] = (above - float(value())) / (2 * step)
+            flat[at] = here
+    return gradient
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
@@ -216,3 +239,37 @@ def test_compiled_training_has_the_same_gradients_whatever_is_recomputed(recompu
         gradients.append({item.piece.slot.name: item.values.clone() for item in engine.state() if item.kind == "gradient"})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-10, atol=1e-14, msg=name)
+
+
+# --- what is alive at once ---------------------------------------------------------------------------------------------
+
+
+def beside(given: list[torch.Tensor], call: Callable[[], Any]) -> int:
+    """The most bytes alive at once beside what is given."""
+    with LiveMemory(given) as live:
+        call()
+    return live.peak - live.kept
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(32, 256), (512, 16)])
+def test_the_head_holds_one_chunk_of_logits_and_its_gradients_once(dim: int, rows: int) -> None:
+    """The normed input, the gradient by it and by the table, and one chunk; they are scaled where they lie."""
+    tokens, part = 2 * CHUNK, Slice(0, rows, 0.0, lambda known: known)
+    x, weight, gain = leaves_of((1, tokens, dim), (rows, dim), (dim,), dtype=torch.float32)
+    labels = torch.randint(rows, (1, tokens))
+
+    def call() -> None:
+        loss = tensor.VocabularyLoss.apply(x, gain, None, weight, RMS, labels, part, True, single())
+        torch.autograd.backward((torch.autograd.graph.get_gradient_edge(loss),), (torch.tensor(0.5, dtype=torch.float64),))
+
+    most = 2 * x.nbytes + weight.nbytes + CHUNK * rows * 4
+    assert beside([x, weight, gain, labels], call) < 1.1 * most
+
+
+def test_the_normed_input_is_gone_when_its_gradient_goes_through_the_norm() -> None:
+    """Beside output and slope two tensors of (tokens, dim) at once, and the gradients by the weights."""
+    x, gain, *weights = leaves_of((2, 256, 64), (64,), (32, 64), (32, 64), dtype=torch.float32)
+    outputs = tensor.Column.apply(x, gain, None, RMS, False, 2, single(), *weights)
+    slopes = [torch.randn(2, 256, 32) for _ in range(2)]
+    given = [x, gain, *weights, *outputs, *slopes]
+    assert beside(given, lambda: torch.autograd.backward(outputs, slopes)) < 1.1 * (2 * x.nbytes + sum(weight.nbytes for weight in weights))

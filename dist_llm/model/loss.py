@@ -71,6 +71,7 @@ def loss_and_gradients(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -
             by_weight.addmm_(slope.T, x[here])
         else:
             by_weight += slope.T @ x[here]
+        del slope  # before the next chunk makes its logits
     return loss, by_x, by_weight.to(weight.dtype)
 
 

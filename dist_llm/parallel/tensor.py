@@ -255,6 +255,7 @@ def activated_row_backward(slope: Tensor, parts: Sequence[Tensor], activation: s
         here = slice(at, at + some)
         y = activate_backward(products.by_input(whole[here], weight), [part[here] for part in flat], kind=activation)
         products.by_weight(whole[here], y, total=by_weight)
+        del y  # before the next piece makes its own
     return by_weight.to(weight.dtype)
 
 
@@ -336,18 +337,24 @@ class VocabularyLoss(Function):
         split: Split,
     ) -> Tensor:
         """x (B, S', D), weight (v, D), labels (B, S) -> the summed loss, a float64 scalar, the same on each rank."""
-        gathered = _gather(rule(x, gain, shift), split)
+
+        def gathered() -> Tensor:
+            return _gather(rule(x, gain, shift), split).flatten(0, 1)
+
         if not slopes:
-            return vocabulary.loss_alone(gathered.flatten(0, 1), weight, labels.flatten(), part)
-        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered.flatten(0, 1), weight, labels.flatten(), part)
-        by_normed = _reduce(by_normed.view(gathered.shape), split)
+            return vocabulary.loss_alone(gathered(), weight, labels.flatten(), part)
+        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, labels.flatten(), part)  # its input is free now
+        by_normed = _reduce(by_normed.unflatten(0, (x.shape[0], -1)), split)
         ctx.save_for_backward(*rule.backward(by_normed, x, gain, shift), by_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        """The slope of the summed loss -> by x (B, S', D), by the norm's weight and bias (D,) and by weight (v, D)."""
-        gradients = (None if gradient is None else gradient * scale for gradient in ctx.saved_tensors)
+        """The slope of the summed loss -> by x (B, S', D), by the norm's weight and bias (D,) and by weight (v, D).
+
+        Scaled where they lie: autograd refuses a second backward, because what was kept has changed.
+        """
+        gradients = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
         return *gradients, *[None] * 5
 
 
