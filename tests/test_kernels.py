@@ -126,6 +126,23 @@ def test_a_block_keeps_what_is_dear_to_compute(changes: dict[str, Any], kept: fl
     out.sum().backward()
 
 
+def test_blocks_keep_one_mask_between_them() -> None:
+    """Of a boolean mask attention makes numbers, (B, 1, S, S) in every block, and keeps them: the context has them already."""
+    model = ModelConfig(family="llama", layers=1, dim=64, heads=4, ffn=96, vocab=64)
+    block, tokens, documents = flat_block(model), torch.zeros(2, 48, dtype=torch.long), torch.arange(48).expand(2, -1) // 10
+    context = make_context(model, tokens, tokens, dtype=torch.float32, documents=documents)
+    found = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (48, 48):
+            found.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(block(random(2, 48, 64, dtype=torch.float32), context), context)
+    assert context.mask is not None and found == {context.mask.untyped_storage().data_ptr()}
+
+
 def test_neighbouring_weights_take_part_in_one_product() -> None:
     """q, k, v in one, gate and up in one: four products forward, and eight backward where the slopes are neighbours too."""
     model = ModelConfig(family="llama", layers=1, dim=256, heads=8, ffn=688, vocab=64)

@@ -32,7 +32,7 @@ class Context:
     tokens: Tensor  # (B, S)
     labels: Tensor  # (B, S), below 0 where no loss is taken
     positions: Tensor  # (B, S), or (1, S) where all sequences count alike
-    mask: Tensor | None  # (B, 1, S, S), True where a query may look; None: plain causal
+    mask: Tensor | None  # (B, 1, S, S), added to the scores: 0 where a query may look, else -inf; None: plain causal
     places: Tensor  # (B, S) number of each token in the global batch: the address of its dropout masks
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, S, 1, E)
     dropout: Tensor | None  # (2,) the halves of the key of this step's masks; None: nothing is dropped
@@ -62,9 +62,10 @@ def make_context(
     positions = line[None] if positions is None else positions
     rows = torch.arange(batch, device=device) if rows is None else rows
     mask = None
-    if documents is not None:
+    if documents is not None:  # as numbers: of a boolean mask attention would make these in every block, and keep them
         same = documents[:, None, :, None] == documents[:, None, None, :]
-        mask = same & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        seen = same & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
     rotary = model.positions == "rotary"
     table = rotary_table(positions, width=model.head_dim, theta=model.rope_theta, dtype=dtype) if rotary else None
     drops = bool(model.dropout) and training
