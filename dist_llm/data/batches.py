@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
 
 IGNORED = -100  # the label of a position that gives no loss
-BLOCK = 64  # steps whose order is worked out together: a permutation of few numbers costs as much as one of many
+BLOCK = 4096  # samples whose order is worked out together, in whole steps: permuting few numbers costs as much as permuting many
 PADDING = -1  # the sample id of a row that only fills up the last validation batch
 
 
@@ -101,10 +101,11 @@ class Batches:
 
     def sample_ids(self, step: int) -> Tensor:
         """The samples of a step's global batch, in order: int64 (G,), -1 for a row that only fills up."""
-        block, inside = divmod(step, BLOCK)
+        steps = max(1, BLOCK // self.global_batch)
+        block, inside = divmod(step, steps)
         if self._block[0] != block:
-            start = block * BLOCK * self.global_batch
-            counter = np.arange(start, start + BLOCK * self.global_batch, dtype=np.int64)
+            samples = steps * self.global_batch
+            counter = np.arange(block * samples, (block + 1) * samples, dtype=np.int64)
             self._block = (block, self._shuffled(counter) if self._fixed is None else self._filled(counter))
         return torch.from_numpy(self._block[1][inside * self.global_batch : (inside + 1) * self.global_batch].copy())
 
@@ -139,36 +140,40 @@ class Batches:
         return total
 
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
-        """What one data-parallel rank computes in a step: its contiguous block of the global batch, cut into micro-batches."""
+        """What one data-parallel rank computes in a step: its contiguous block of the global batch, made whole, then cut."""
         assert self.global_batch % (dp_size * micro) == 0, (self.global_batch, dp_size, micro)
         size = self.global_batch // dp_size
         rows = np.arange(dp_rank * size, (dp_rank + 1) * size)
-        windows = self._windows(self.sample_ids(step).numpy()[rows])
-        return [self._micro_batch(windows[start : start + micro], rows[start : start + micro]) for start in range(0, size, micro)]
+        arrays = (*self._sequences(self.sample_ids(step).numpy()[rows]), rows)
+        return [MicroBatch(*(torch.from_numpy(array[at : at + micro]) for array in arrays)) for at in range(0, size, micro)]
 
-    def _micro_batch(self, windows: np.ndarray, rows: np.ndarray) -> MicroBatch:
-        """windows: (B, S + 1), -1 in rows that only fill up."""
-        fills = windows[:, :1] < 0
-        tokens, labels = np.where(fills, 0, windows[:, :-1]), np.where(fills, IGNORED, windows[:, 1:])
+    def _sequences(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Tokens, labels, positions and documents of some samples, as a MicroBatch has them: int64 (B, S) each."""
+        windows = self._windows(ids)
+        tokens, labels = windows[:, :-1].copy(), windows[:, 1:].copy()
+        labels[ids == PADDING] = IGNORED
         ends = tokens == self.end_id
-        documents = np.cumsum(ends, axis=1) - ends  # an end token still belongs to the document it ends
+        documents = np.zeros_like(tokens)
+        np.cumsum(ends[:, :-1], axis=1, out=documents[:, 1:])  # an end token still belongs to the document it ends
         if self.document_mask:
-            labels = np.where(ends, IGNORED, labels)
-        places = np.broadcast_to(np.arange(self.sequence), tokens.shape)
-        positions = places - _document_start(ends) if self.reset_positions else places.copy()
-        arrays = (tokens, labels, positions, documents, rows)
-        return MicroBatch(*(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)) for array in arrays))
+            labels[ends] = IGNORED
+        positions = np.tile(np.arange(self.sequence), (len(ids), 1))
+        if self.reset_positions:
+            positions -= _document_start(ends)
+        return tokens, labels, positions, documents
 
     def _windows(self, ids: np.ndarray) -> np.ndarray:
-        """The S + 1 tokens of each sample: int64 (B, S + 1), read row by row from the mapped shards."""
-        windows = np.full((len(ids), self.sequence + 1), -1, dtype=np.int64)
-        for row, (sample, source) in enumerate(zip(ids.tolist(), self._source(ids).tolist(), strict=True)):
-            if sample != PADDING:
-                self.stores[source].read((sample - int(self.offsets[source])) * self.sequence, windows[row])
+        """The S + 1 tokens of each sample: int64 (B, S + 1), zeros in rows that only fill up; read row by row from the mapped shards."""
+        windows = np.zeros((len(ids), self.sequence + 1), dtype=np.int64)
+        sources = self._source(ids)
+        starts = (ids - self.offsets[sources]) * self.sequence
+        for window, start, source in zip(windows, starts.tolist(), sources.tolist(), strict=True):
+            if source >= 0:
+                self.stores[source].read(start, window)
         return windows
 
     def _source(self, ids: np.ndarray) -> np.ndarray:
-        """The source of each sample."""
+        """The source of each sample; -1 for one that only fills up."""
         return np.searchsorted(self.offsets, ids, side="right") - 1
 
     def _interleaved(self) -> np.ndarray:
