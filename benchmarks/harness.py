@@ -64,7 +64,7 @@ class Row:
     world: int = 1
     peak: float | None = None
     sent: float | None = None
-    numbers: Literal["train", "same", "any"] = "train"  # train: losses and norms must agree, and move; same: the value; any: no matter
+    numbers: Literal["train", "same", "any"] = "train"  # train: losses and norms agree, and move; same: exactly; any: no matter
     note: str = ""
 
     @property
@@ -191,11 +191,12 @@ def _refuse_other_numbers(everyone: list[Contestant], row: Row) -> None:
         return
     if row.numbers == "train" and abs(mine[0][0] / mine[-1][0] - 1) < 10 * TOLERANCE:
         raise NumericError("the loss does not move, so it proves nothing", where=row.name, found=str(mine))
+    allowed = TOLERANCE if row.numbers == "train" else 0.0
     for one in rivals:
         for step, (a, b) in enumerate(zip(mine, _numbers(one), strict=True)):
             for kind, x, y in zip(("loss", "norm"), a, b, strict=True):
-                if x is not None and y is not None and abs(x - y) > TOLERANCE * abs(x):
-                    where, expected = f"{row.name}, {one.label}, step {step}, {kind}", f"{x} within {TOLERANCE:g}"
+                if x is not None and y is not None and abs(x - y) > allowed * abs(x):
+                    where, expected = f"{row.name}, {one.label}, step {step}, {kind}", f"{x} within {allowed:g}"
                     raise NumericError("a rival does not train the same numbers", where=where, expected=expected, found=str(y))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from dist_llm.config.schema import Config
 from dist_llm.data.batches import training_batches
 from dist_llm.data.build import build_store
 from dist_llm.data.corpora import open_corpus
-from dist_llm.data.prepare import Prepared, prepare
+from dist_llm.data.prepare import Prepared, make_folder, prepare
+from dist_llm.data.store import TokenStore
 from dist_llm.data.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent.parent / "runs/benchmarks"
@@ -56,21 +58,23 @@ class DataSetting:
         """The token shards; built by whoever comes first, the others wait."""
         return prepare(self.config.data, seed=SEED)
 
+    @property
+    def mark(self) -> str:
+        """Of the tokens, in names of files made from them."""
+        return self.prepared().fingerprint[:12]
+
     def tokens_as_one(self) -> np.ndarray:
         """All training tokens as one file, mapped: what a simple reader has."""
-        path = FOLDER / f"{self.prepared().fingerprint[:12]}.bin"
+        path = FOLDER / f"{self.mark}.bin"
         if not path.exists():
-            store = self.prepared().train[0]
-            whole = np.empty(len(store), dtype=np.int64)
-            store.read(0, whole)
             partial = path.with_suffix(f".{id(self)}")
-            whole.astype(np.uint16).tofile(partial)
+            all_tokens(self.prepared().train[0]).tofile(partial)
             partial.rename(path)
         return np.memmap(path, dtype=np.uint16, mode="r")
 
     def text(self) -> Path:
         """The documents as JSON lines."""
-        path = FOLDER / f"{self.prepared().fingerprint[:12]}.jsonl"
+        path = FOLDER / f"{self.mark}.jsonl"
         if not path.exists():
             store, tokenizer = self.prepared().train[0], self.prepared().tokenizer
             partial = path.with_suffix(f".{id(self)}")
@@ -80,6 +84,13 @@ class DataSetting:
                     file.write(json.dumps({"text": text}) + "\n")
             partial.rename(path)
         return path
+
+
+def all_tokens(store: TokenStore) -> np.ndarray:
+    """The tokens of a store, uint16."""
+    whole = np.empty(len(store), dtype=np.uint16)
+    store.read(0, whole)
+    return whole
 
 
 class Silent:
@@ -97,14 +108,15 @@ class Reader(Silent):
     """Takes `batches` global batches from an iterator of (tokens, labels)."""
 
     def __init__(self, setting: DataSetting, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.count, self.batches = setting.batches, batches
+        self.count, self.shape, self.batches = setting.batches, (setting.batch, setting.sequence), batches
 
     def step(self, step: int) -> Taken:
-        """The number of tokens read is what all must agree on."""
+        """The number of tokens read is what all must agree on; in the step before the clock starts, labels are held against tokens."""
         total = 0
         for _ in range(self.count):
             tokens, labels = next(self.batches)
-            assert tokens.shape == labels.shape and tokens.dtype == torch.int64
+            assert tokens.shape == labels.shape == self.shape and tokens.dtype == labels.dtype == torch.int64
+            assert step or torch.equal(tokens[:, 1:], labels[:, :-1]), "the labels are not the next tokens"
             total += tokens.numel()
         return Taken(float(total))
 
@@ -140,19 +152,24 @@ def _read_simple(setting: Any, argument: str, rank: int, world: int) -> Rival:
 
 
 @rival("read-datasets", "datasets", "pyarrow")
-def _read_datasets(setting: Any, argument: str, rank: int, world: int) -> Rival:
-    """Rows of sequence + 1 tokens in a Parquet file, shuffled by torch's DataLoader."""
-    import pyarrow
-    import pyarrow.parquet
-    from datasets import Dataset
-    from torch.utils.data import DataLoader
+def _read_datasets(setting: Any, way: str, rank: int, world: int) -> Rival:
+    """Rows of sequence + 1 tokens in a Parquet file, shuffled by torch's DataLoader.
 
-    data, width, home = setting.tokens_as_one(), setting.sequence + 1, FOLDER / f"datasets-{setting.sequence}"
-    rows = data[: len(data) // width * width].reshape(-1, width).astype(np.int64)
-    home.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({"window": list(rows)}), home / "windows.parquet")
-    dataset = Dataset.from_parquet(str(home / "windows.parquet"), cache_dir=str(home)).with_format("torch")
-    loader = DataLoader(dataset, batch_size=setting.batch, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(SEED))
+    way: `rows` has the loader collate single rows, as most scripts do; `batches` asks the data set for a batch's rows at
+    once, which its manual advises.
+    """
+    from datasets import Dataset
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+    home = FOLDER / f"{setting.mark}-windows-{setting.sequence}"
+    if not home.is_dir():
+        make_folder(home, lambda target: _write_windows(setting, target / "windows.parquet"))
+    dataset = Dataset.from_parquet(str(home / "windows.parquet"), cache_dir=str(home / "cache")).with_format("torch")
+    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(SEED))
+    if way == "rows":
+        loader = DataLoader(dataset, batch_size=setting.batch, sampler=order, drop_last=True)
+    else:
+        loader = DataLoader(dataset, batch_size=None, sampler=BatchSampler(order, setting.batch, drop_last=True))
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
@@ -160,6 +177,16 @@ def _read_datasets(setting: Any, argument: str, rank: int, world: int) -> Rival:
                 yield batch["window"][:, :-1], batch["window"][:, 1:]
 
     return Reader(setting, batches())
+
+
+def _write_windows(setting: DataSetting, path: Path) -> None:
+    """The tokens as rows of sequence + 1, int64, each row of one length."""
+    import pyarrow
+    import pyarrow.parquet
+
+    tokens, width = setting.tokens_as_one(), setting.sequence + 1
+    flat = pyarrow.array(tokens[: len(tokens) // width * width].astype(np.int64))
+    pyarrow.parquet.write_table(pyarrow.table({"window": pyarrow.FixedSizeListArray.from_arrays(flat, width)}), path)
 
 
 # --- tokenising ------------------------------------------------------------------------------------------------------
@@ -173,14 +200,24 @@ class Builder(Silent):
         self.tokenizer: Tokenizer = setting.prepared().tokenizer
 
     def step(self, step: int) -> Taken:
-        """The number of tokens written, the ends of documents among them, is what all must agree on."""
+        """All must agree on the number of tokens written, the ends of documents among them; before the clock starts, on the tokens."""
         shutil.rmtree(self.target, ignore_errors=True)
         self.target.mkdir(parents=True)
-        return Taken(float(self.build()))
+        total = self.build()
+        return Taken(float(total), None if step else _digest(self.written()))
 
     def build(self) -> int:
         """Writes the tokens and returns their number."""
         raise NotImplementedError
+
+    def written(self) -> np.ndarray:
+        """The tokens that the last step wrote, one after the other."""
+        raise NotImplementedError
+
+
+def _digest(tokens: np.ndarray) -> float:
+    """48 bits of the sha256 of some tokens as a number."""
+    return float(int.from_bytes(hashlib.sha256(tokens.astype("<u2").tobytes()).digest()[:6], "big"))
 
 
 class OurBuilder(Builder):
@@ -190,6 +227,10 @@ class OurBuilder(Builder):
         """One store."""
         build_store(open_corpus(str(self.text), seed=SEED), self.tokenizer, self.target, validation=0.0)
         return json.loads((self.target / "train/manifest.json").read_text())["tokens"]
+
+    def written(self) -> np.ndarray:
+        """The whole store."""
+        return all_tokens(TokenStore(self.target / "train"))
 
 
 class SimpleBuilder(Builder):
@@ -206,12 +247,17 @@ class SimpleBuilder(Builder):
                 total += len(ids)
         return total
 
+    def written(self) -> np.ndarray:
+        """The file."""
+        return np.fromfile(self.target / "tokens.bin", dtype=np.uint16)
+
 
 class DatasetsBuilder(Builder):
     """Hugging Face datasets: load the JSON lines, map, save."""
 
     def build(self) -> int:
         """Nothing of an earlier step is taken from its cache."""
+        import pyarrow.compute
         from datasets import Dataset, disable_progress_bars
 
         disable_progress_bars()
@@ -223,7 +269,14 @@ class DatasetsBuilder(Builder):
         texts = Dataset.from_json(str(self.text), cache_dir=str(self.target / "cache"))
         encoded = texts.map(encode, batched=True, remove_columns=["text"], load_from_cache_file=False)
         encoded.save_to_disk(self.target / "tokens")
-        return sum(len(ids) for ids in encoded["ids"])
+        return int(pyarrow.compute.sum(pyarrow.compute.list_value_length(encoded.data["ids"])).as_py())
+
+    def written(self) -> np.ndarray:
+        """The column of ids, flattened."""
+        import pyarrow.compute
+        from datasets import load_from_disk
+
+        return pyarrow.compute.list_flatten(load_from_disk(str(self.target / "tokens")).data["ids"]).to_numpy()
 
 
 @rival("build-ours")
@@ -236,6 +289,6 @@ def _build_simple(setting: Any, argument: str, rank: int, world: int) -> Rival:
     return SimpleBuilder(setting, "simple")
 
 
-@rival("build-datasets", "datasets")
+@rival("build-datasets", "datasets", "pyarrow")
 def _build_datasets(setting: Any, argument: str, rank: int, world: int) -> Rival:
     return DatasetsBuilder(setting, "datasets")

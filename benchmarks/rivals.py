@@ -1,7 +1,7 @@
 """Everybody who takes part: each as its users use it, all with the same weights, tokens, optimizer and clipping.
 
 A rival is made by its key in every rank of its world and takes steps. Libraries are imported inside, so that a rank
-holds what its rival needs and nothing else.
+holds what its rival needs and nothing else; ours are, too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.plain import Llama, WithLoss, adamw, decay_groups, load_initial, loss_of, plain_model
 from benchmarks.setting import Setting, Tokens, initial_weights, layout_of
-from dist_llm import comm
-from dist_llm.engines.deepspeed import load_package  # sets its environment and keeps stdout clean
+from dist_llm.engines.deepspeed_package import load_package  # sets its environment and keeps stdout clean
 from dist_llm.errors import UsageError
 
 
@@ -100,6 +99,8 @@ class Ours:
 
     def booked(self) -> dict[str, float]:
         """From the ledger of `comm`."""
+        from dist_llm import comm
+
         return comm.ledger.take()
 
 
@@ -247,7 +248,8 @@ class DeepSpeed(Loop):
 def _deepspeed(setting: Setting, stage: str, rank: int, world: int) -> Rival:
     deepspeed = load_package(torch.device("cpu"))
     model = plain_model(setting)
-    zero = {"stage": int(stage), "reduce_bucket_size": min(500_000_000, setting.parameters)}  # its default is for models of billions
+    bucket = sum(parameter.numel() for parameter in model.parameters())  # its default is for models of billions
+    zero = {"stage": int(stage), "reduce_bucket_size": min(500_000_000, bucket)}
     settings = {
         "train_micro_batch_size_per_gpu": setting.micro(world),
         "gradient_accumulation_steps": 1,

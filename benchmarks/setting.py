@@ -1,19 +1,21 @@
-"""What the rivals of a row train: model, batch, tokens and optimizer, the same numbers for all."""
+"""What the rivals of a row train: model, batch, tokens and optimizer, the same numbers for all.
+
+Modules of ours are imported where they are used: a rival's start is not to be charged with them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dist_llm.config.layout import Layout, concrete, parse_layout
-from dist_llm.config.schema import Config, ModelConfig
-from dist_llm.data.batches import MicroBatch
-from dist_llm.model.init import initialise
-from dist_llm.model.table import table
+if TYPE_CHECKING:
+    from dist_llm.config.layout import Layout
+    from dist_llm.config.schema import Config, ModelConfig
+    from dist_llm.data.batches import MicroBatch
 
 SEED = 7
 BATCHES = 4  # different global batches, taken in turn
@@ -21,7 +23,7 @@ BATCHES = 4  # different global batches, taken in turn
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and the batch of a step. micro_batches: of one data-parallel rank."""
+    """A model and the batch of a step. micro_batches: of one data-parallel rank. own_weights: everybody draws their own."""
 
     layers: int = 6
     dim: int = 256
@@ -36,9 +38,12 @@ class Setting:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
+    own_weights: bool = False
 
     def config(self, *, dp: int = 1) -> Config:
         """As a config of ours, for dp data-parallel ranks."""
+        from dist_llm.config.schema import Config
+
         model = {"layers": self.layers, "dim": self.dim, "heads": self.heads, "ffn": self.ffn, "vocab": self.vocab, "tied": False}
         sections: dict[str, Any] = {
             "model": {"family": "llama", **model},
@@ -64,6 +69,8 @@ class Setting:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
+        from dist_llm.model.table import table
+
         return sum(row.numel for row in table(self.model))
 
     def described(self) -> dict[str, Any]:
@@ -97,6 +104,8 @@ class Tokens:
 
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """The same for our trainer."""
+        from dist_llm.data.batches import MicroBatch
+
         tokens, labels = self.batch(step, part=dp_rank, parts=dp_size)
         line = torch.arange(self.sequence).expand(micro, -1)
         found = []
@@ -111,7 +120,12 @@ class Tokens:
 
 
 def initial_weights(setting: Setting) -> Iterator[tuple[str, Tensor]]:
-    """Our initial weights, whole, by global name, one after the other."""
+    """Our initial weights, whole, by global name, one after the other; none where everybody draws their own."""
+    if setting.own_weights:
+        return
+    from dist_llm.model.init import initialise
+    from dist_llm.model.table import table
+
     for row in table(setting.model):
         values = torch.empty(row.numel)
         initialise(values, row, tuple((0, extent) for extent in row.shape), seed=SEED)
@@ -120,5 +134,7 @@ def initial_weights(setting: Setting) -> Iterator[tuple[str, Tensor]]:
 
 def layout_of(text: str) -> Layout:
     """A layout from its text; dp is 1 where it is not named."""
+    from dist_llm.config.layout import concrete, parse_layout
+
     given = parse_layout(text)
     return concrete(given, given.dp or 1)

@@ -27,10 +27,12 @@ COMMANDS = {
     "help-ours": "-m dist_llm --help",
     "help-torchrun": "-m torch.distributed.run --help",
     "help-deepspeed": "-m deepspeed.launcher.runner --help",
+    "check-ours": "-m dist_llm check configs/quickstart.yaml --world 8",
     "first-ours": "-m benchmarks.first_step ours:dp=1",
     "first-plain": "-m benchmarks.first_step plain",
     "first-transformers": "-m benchmarks.first_step transformers",
     "first-two-ours": "-m benchmarks.first_step ours:dp=2,zero=3 2",
+    "first-torchrun-ours": f"{TORCHRUN} ours:dp=2,zero=3",
     "first-two-fsdp2": f"{TORCHRUN} fsdp2:reshard",
     "first-two-deepspeed": f"{TORCHRUN} deepspeed:3",
 }
@@ -99,13 +101,23 @@ def rows() -> list[Row]:
     cold = ColdSetting()
     helps = (Against("command:help-torchrun", "torchrun"), Against("command:help-deepspeed", "deepspeed"))
     imports = tuple(Against(f"import:{name}", IMPORTS[name].rpartition("import ")[2]) for name in IMPORTS if name != "ours")
+    bare = (Against("import:torch", "import of torch alone"),)
     one = (Against("command:first-plain", "plain loop"), Against("command:first-transformers", "transformers"))
     two = (Against("command:first-two-fsdp2", "FSDP2 under torchrun"), Against("command:first-two-deepspeed", "DeepSpeed under torchrun"))
     return [
         Row("--help", "command:help-ours", helps, cold, numbers="any"),
+        Row(
+            "check of a config",
+            "command:check-ours",
+            bare,
+            cold,
+            numbers="any",
+            note="others check after their import of torch at the earliest",
+        ),
         Row("import of the trainer", "import:ours", imports, cold, numbers="any"),
         Row("first step, one process", "command:first-ours", one, cold, numbers="any"),
-        Row("first step, two ranks", "command:first-two-ours", two, cold, numbers="any"),
+        Row("first step, two ranks", "command:first-two-ours", two, cold, numbers="any", note="ours forks its ranks itself"),
+        Row("first step, all under torchrun", "command:first-torchrun-ours", two, cold, numbers="any"),
     ]
 
 

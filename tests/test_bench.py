@@ -110,6 +110,14 @@ def test_a_rival_that_trains_other_numbers_is_refused(rival: Contestant, wrong: 
     assert wrong in str(refused.value.where)
 
 
+def test_other_tokens_are_refused_however_near() -> None:
+    """A digest of what was written is compared to the last bit."""
+    row, ours = Row("a row", "ours", (), Setting(), numbers="same"), with_numbers((5.0, 2.0**47), label="ours")
+    _refuse_other_numbers([ours, with_numbers((5.0, 2.0**47))], row)
+    with pytest.raises(NumericError):
+        _refuse_other_numbers([ours, with_numbers((5.0, 2.0**47 + 1))], row)
+
+
 def test_a_loss_that_stands_still_proves_nothing() -> None:
     same = with_numbers((5.0, 1.0), (5.0001, 1.0))
     with pytest.raises(NumericError):
@@ -264,9 +272,10 @@ def test_a_quick_run_of_the_verb() -> None:
     (rival,) = pipeline["rivals"]
     assert pipeline["rounds"] == 2 and rival["error"] is None and rival["figure"] is None and pipeline["peak"] is None
     assert rival["time"]["coverage"] == 0.5 and all(len(one["peak_bytes"]) == 2 for one in (pipeline["ours"], rival))
-    simple, datasets = data["rivals"]
+    simple, *datasets = data["rivals"]
     assert simple["losses"] == data["ours"]["losses"] and simple["losses"][0] > 0
-    assert datasets["error"] is None or datasets["error"]["next"] == "pip install 'dist-llm[hf]'"
+    for one in datasets:
+        assert one["losses"] == simple["losses"] if one["error"] is None else one["error"]["next"] == "pip install 'dist-llm[hf]'"
 
 
 STAGE_3 = """

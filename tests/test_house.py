@@ -152,7 +152,7 @@ def test_modules_that_promise_it_import_no_torch() -> None:
 
 
 def test_the_environment_is_read_at_the_edge() -> None:
-    """In cli/ and launch/ only. engines/deepspeed.py sets what DeepSpeed takes from nowhere else, and reads nothing."""
+    """In cli/ and launch/ only. engines/deepspeed_package.py sets what DeepSpeed takes from nowhere else, and reads nothing."""
     for file in FILES:
         place = str(file.relative_to(ROOT / "dist_llm"))
         if place.startswith("cli/"):
@@ -161,7 +161,7 @@ def test_the_environment_is_read_at_the_edge() -> None:
         written = [node.value for node in nodes if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)]
         for node in nodes:
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"):
-                assert place == "engines/deepspeed.py" and node in written, f"{place}:{node.lineno}"
+                assert place == "engines/deepspeed_package.py" and node in written, f"{place}:{node.lineno}"
 
 
 def test_nothing_runs_what_it_reads() -> None:

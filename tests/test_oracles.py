@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from dist_llm.config.layout import Layout, concrete, parse_layout
-from dist_llm.engines.deepspeed import claim_disk, load_package
+from dist_llm.engines.deepspeed import claim_disk
+from dist_llm.engines.deepspeed_package import load_package
 from dist_llm.errors import UsageError
 from dist_llm.train.proof import Run, Verdict, judge, read_run
 from tests.oracles import MODELS, OPTIMIZERS, config_of, worst

@@ -22,39 +22,19 @@ import contextlib
 import fcntl
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from dist_llm.engines.deepspeed_package import load_package
 from dist_llm.engines.native import Read, Totals
 from dist_llm.engines.whole import WholeEngine, decay_groups, torch_optimizer
 from dist_llm.errors import UsageError
 from dist_llm.model.transformer import Context
 
 BUCKET = 500_000_000  # elements, DeepSpeed's own default
-
-
-def prepare_environment(device: torch.device) -> None:
-    """Writes what DeepSpeed reads from the environment: before its first import. Nothing of ours reads it."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    os.environ["LOCAL_RANK"] = str(device.index or 0)
-
-
-def load_package(device: torch.device) -> Any:
-    """The deepspeed package, ready for a device. Raises UsageError where it is not installed."""
-    prepare_environment(device)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # its logger keeps the stdout that it finds now
-            import deepspeed
-    except ImportError as error:
-        what, install = "engine=deepspeed needs the deepspeed package", "pip install 'dist-llm[deepspeed]'"
-        raise UsageError(what, where="layout.engine", found=str(error), next=install) from error
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)  # it calls the old names
-    return deepspeed
 
 
 def claim_disk(deepspeed: Any, folder: str, *, rank: int) -> IO[str]:
