@@ -68,6 +68,7 @@ class Command:
         self.words = [sys.executable, *words]
         # DeepSpeed asks the accelerator and torchrun the threads of the environment; both say so on every start otherwise.
         self.environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules of a checkout are compiled once, as those of packages are
 
     def step(self, step: int) -> Taken:
         """Runs it to its end; raises where it fails."""
