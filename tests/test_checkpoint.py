@@ -22,9 +22,11 @@ from dist_llm.engines.native import Item
 from dist_llm.errors import CheckpointError, SpaceError, UsageError
 from dist_llm.model.table import table
 from dist_llm.parallel.flat import pack
-from dist_llm.train import checkpoint, run
-from dist_llm.train.checkpoint import Checkpoint, open_checkpoint, retain, step_folders
-from dist_llm.train.parts import Parts, write_part
+from dist_llm.train import run
+from dist_llm.train.checkpoint import KINDS, Saver
+from dist_llm.train.durable import Disk
+from dist_llm.train.folder import Checkpoint, open_checkpoint, retain, step_folders
+from dist_llm.train.parts import Parts, part_of, write_part
 from dist_llm.train.setup import choose_dtype, make_engine, make_mesh
 from dist_llm.train.trainer import Trainer
 from tests.ranks import Ranks
@@ -84,7 +86,7 @@ def test_any_cut_reads_any_other(name: str, tmp_path: Path) -> None:
         for rank, pieces in enumerate(ranks):
             items = [Item("weight", piece, run_of(piece)) for piece, owner in pieces if owner]
             written += sum(item.values.numel() for item in items)
-            write_part(folder, rank, items)
+            write_part(Disk(), folder, rank, part_of(items))
         assert written == sum(tensor.numel() for tensor in whole.values()), "every element once"
         parts = Parts(folder, len(ranks), shapes)
         assert all(torch.equal(parts.whole(row), tensor) for row, tensor in whole.items())
@@ -135,13 +137,15 @@ def resave(rank: int, world: int, say: Callable, config: dict, layout: dict, sou
     prepared = prepare(settings.data, seed=settings.runtime.seed)
     trainer = Trainer(settings, mesh, make_engine(settings, mesh, device=device, dtype=choose_dtype(settings.runtime, device)), None)  # type: ignore[arg-type]
     step = run.resume(trainer, prepared, [Path(source)], run=Path(target), tell=lambda message: None)
-    checkpoint.save(Path(target), trainer.engine, config=settings, prepared=prepared, step=step, keep=0)
+    Path(target).mkdir(exist_ok=True)
+    with Saver(Path(target), trainer.engine, config=settings, prepared=prepared) as saver:
+        saver.start(step)
     return step
 
 
 def state(opened: Checkpoint) -> dict[tuple[str, str], np.ndarray]:
     opened.verify()
-    return {(kind, name): opened.parts.whole(name, kind).numpy() for kind in checkpoint.KINDS for name in opened.shapes}
+    return {(kind, name): opened.parts.whole(name, kind).numpy() for kind in KINDS for name in opened.shapes}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -277,7 +281,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 def test_a_newer_format_and_a_lying_manifest(first: Path, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
-        {"version": 2},
+        {"version": 3},
         {"version": None},
         {"files": {"../../evil.json": {"bytes": 1, "sha256": "0"}}},
         {"files": None},
@@ -292,7 +296,7 @@ def test_a_newer_format_and_a_lying_manifest(first: Path, tmp_path: Path) -> Non
         rewrite(folder, **change)
         error = refusal(folder)
         if number == 0:
-            assert "another format" in error.what and error.found == "version 2"
+            assert "a newer format" in error.what and error.found == "version 3"
 
 
 def test_resume_auto_takes_the_newest_sound_one(tiny: Config, ranks: Ranks, first: Path, tmp_path: Path) -> None:
@@ -365,7 +369,8 @@ def limited(rank: int, world: int, say: Callable, config: dict, layout: dict, fo
     if rank == world - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
-        checkpoint.save(Path(folder), engine, config=settings, prepared=prepared, step=9, keep=1)
+        with Saver(Path(folder), engine, config=changed(settings, {"save.keep": 1}), prepared=prepared) as saver:
+            saver.start(9)
     except SpaceError as error:
         return f"{error.where} {error.found} {error.safe}"
     return "saved"
@@ -377,7 +382,8 @@ def test_a_full_disk_leaves_the_former_checkpoints(tiny: Config, ranks: Ranks, f
     for layout in ("dp=1", "dp=2,zero=1"):
         shape = concrete(layout)
         told = ranks.run(shape.world, "tests.test_checkpoint:limited", config_tree(tiny), asdict(shape), str(folder), "")
-        assert len(set(told)) == 1 and "too large" in told[0] and f"rank {shape.world - 1}" in told[0] and "untouched" in told[0], told
+        assert len(set(told)) == 1 and "too large" in told[0], told
+        assert f"rank-{shape.world - 1:05d}.safetensors" in told[0] and "untouched" in told[0], told
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     open_checkpoint(folder).verify()
 
@@ -386,14 +392,17 @@ def test_retention_and_what_a_killed_save_leaves(first: Path, tmp_path: Path) ->
     folder = tmp_path / "run"
     shutil.copytree(first, folder)
     home = folder / "checkpoints"
-    shutil.copytree(home / "step-00000006", home / "step-00000012")
+    newest = Path(shutil.copytree(home / "step-00000006", home / "step-00000012"))
     (home / ".step-00000015.0011.partial").mkdir()
     (home / "step-00000020").mkdir()  # without COMMIT: counts for nothing
-    retain(folder, 0)
+    retain(Disk(), folder, 0, verified=newest)
     assert [path.name for path in step_folders(folder)] == ["step-00000012", "step-00000006", "step-00000003"]
-    retain(folder, 2)
+    retain(Disk(), folder, 2, verified=newest)
     assert sorted(path.name for path in home.iterdir()) == ["step-00000006", "step-00000012", "step-00000020"]
-    retain(folder, 5)
+    retain(Disk(), folder, 5, verified=newest)
+    assert len(step_folders(folder)) == 2
+    retain(Disk(), folder, 1, verified=home / "step-00000006")  # not the newest, and the only one that is known to be sound
+    retain(Disk(), folder, 1, verified=home / "step-00000020")  # none of them is
     assert len(step_folders(folder)) == 2
 
 
@@ -403,5 +412,5 @@ def test_there_is_no_pickle_and_no_path_of_this_machine(first: Path) -> None:
         content = path.read_bytes()
         assert b"cpickle" not in content.lower() and b"__reduce__" not in content
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["version"] == 1 and manifest["step"] == 3 and len(manifest["save_id"]) == 16
+    assert manifest["version"] == 2 and manifest["step"] == 3 and len(manifest["save_id"]) == 16
     assert manifest["layout"]["zero"] == 3 and manifest["config"]["model"]["dim"] == 32 and len(manifest["files"]) == 6

@@ -23,7 +23,7 @@ FILES = sorted((ROOT / "dist_llm").rglob("*.py"))
 # From what everybody may use to what uses everything. A module knows its own room and the rooms of the lines above it,
 # never another room of its own line. The longest name that fits a module is its room.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "__version__"),
+    ("errors", "faults", "__version__"),
     ("config", "schedule"),
     ("model.table",),
     ("model.cost", "sharding"),
@@ -45,12 +45,16 @@ STRATEGIES: tuple[tuple[str, ...], ...] = (("flat", "operation"), ("tensor", "ze
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}
 WITHOUT_TORCH = (
     "errors",
+    "faults",
     "config",
     "schedule",
     "model.table",
     "model.cost",
     "sharding",
     "parallel.flat",
+    "train.durable",
+    "train.folder",
+    "train.preflight",
     "plan",
     "report",
     "cli.main",

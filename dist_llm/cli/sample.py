@@ -13,7 +13,7 @@ from dist_llm.train.console import printable
 
 if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
-    from dist_llm.train.checkpoint import Checkpoint
+    from dist_llm.train.folder import Checkpoint
     from dist_llm.train.sample import Model
 
 
@@ -28,7 +28,7 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
 ) -> None:
     """Continue a text with a checkpoint of any layout; the text appears as it is made."""
-    from dist_llm.train.checkpoint import open_checkpoint
+    from dist_llm.train.folder import open_checkpoint
     from dist_llm.train.sample import Choice, generate, stream
 
     opened = open_checkpoint(checkpoint)

@@ -16,7 +16,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
 ) -> None:
     """Hash every file of a checkpoint; exit 4 names the first damaged one."""
-    from dist_llm.train.checkpoint import open_checkpoint
+    from dist_llm.train.folder import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
     opened.verify()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import DataError
-from dist_llm.train.checkpoint import KINDS, Checkpoint, open_checkpoint, step_folders
+from dist_llm.train.checkpoint import KINDS
+from dist_llm.train.folder import Checkpoint, open_checkpoint, step_folders
 
 FLOOR = 1e-3  # of the largest value of a kind; see train/proof.py
 

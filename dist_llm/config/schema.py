@@ -216,6 +216,7 @@ class SaveConfig(Section):
 
     every: Whole = 0
     keep: Whole = 3
+    async_: Switch = Field(default=True, alias="async")  # written in the background, from a copy in host memory
     dir: Text = "runs/default"
 
 

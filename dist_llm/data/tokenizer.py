@@ -71,11 +71,16 @@ class Tokenizer:
         """sha256 of the canonical JSON and the name of the end token."""
         return hashlib.sha256(f"{self.end}\n{self.canonical}".encode()).hexdigest()
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """name -> content of the files that define it, named as Hugging Face does."""
+        return {"tokenizer.json": self.canonical.encode(), "tokenizer_config.json": json.dumps({"eos_token": self.end}).encode()}
+
     def save(self, folder: Path) -> Path:
         """Writes `tokenizer.json` and the end token's name beside it, as Hugging Face does; returns the former's path."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / "tokenizer.json", self.canonical.encode())
-        write_durably(folder / "tokenizer_config.json", json.dumps({"eos_token": self.end}).encode())
+        for name, content in self.files.items():
+            write_durably(folder / name, content)
         return folder / "tokenizer.json"
 
 

@@ -50,6 +50,17 @@ class Item:
     values: Tensor  # (piece.stop - piece.start,)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Elements [start, stop) of a box of one tensor that this rank keeps, and takes from a checkpoint."""
+
+    kind: str
+    name: str
+    box: Box
+    start: int
+    stop: int
+
+
 class NativeEngine:
     """Data, tensor and pipeline parallelism and ZeRO 0-3 in any legal mix."""
 
@@ -154,6 +165,16 @@ class NativeEngine:
         owned = [(flat, flat.gradient) for flat in self.flats if flat.gradient is not None]
         assert len(owned) == len(self.flats), "finish_gradients comes first"
         return self.ferry.visit(owned) if self.ferry else iter(owned)
+
+    def wanted(self) -> Iterator[Wanted]:
+        """What `load_state` will ask for, or a part of what is named here."""
+        for flat, moments in zip(self.flats, self.moments, strict=True):
+            for slot, start, stop in flat.kept():
+                yield Wanted("weight", slot.name, slot.box, start, stop)
+            for kind, tensor in (("first_moment", moments.first), ("second_moment", moments.second)):
+                if tensor is not None:
+                    for piece in flat.owned_pieces():
+                        yield Wanted(kind, piece.slot.name, piece.slot.box, piece.start, piece.stop)
 
     @torch.no_grad()
     def load_state(self, read: Read, *, count: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_llm import comm
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
-from dist_llm.engines.native import Item, Read, Totals
+from dist_llm.engines.native import Item, Read, Totals, Wanted
 from dist_llm.errors import UsageError
 from dist_llm.mesh import Group, Mesh, default_backend
 from dist_llm.model.init import initialise
@@ -211,6 +211,14 @@ class WholeEngine:
                 values = self._values(kind, name)
                 if values is not None:
                     yield Item(kind, piece, values)
+
+    def wanted(self) -> Iterator[Wanted]:
+        """What `load_state` will ask for."""
+        for name, slot in self.whole.slots.items():
+            start, stop = self._range(name)
+            for kind in ("weight", *self.moments):
+                if start < stop and self._values(kind, name) is not None:
+                    yield Wanted(kind, name, slot.box, start, stop)
 
     @torch.no_grad()
     def load_state(self, read: Read, *, count: int) -> None:

@@ -105,6 +105,12 @@ class FlatUnit:
         self.master = mine.to("cpu" if self.offload else self.device, self.gradient_dtype, copy=True) if apart else mine
         self.end_step()
 
+    def kept(self) -> list[tuple[Slot, int, int]]:
+        """The runs of weights that this rank keeps between steps: (slot, start, stop)."""
+        if self.sharded:
+            return [(piece.slot, piece.start, piece.stop) for piece in self.plan.pieces(self.group.index)]
+        return [(slot, 0, slot.numel) for slot in self.plan.slots]
+
     def load(self, read: Callable[[Slot, int, int], Tensor]) -> None:
         """Takes the weights from `read(slot, start, stop)`, a run of the slot's elements, and fixes the residency."""
         if self.sharded:

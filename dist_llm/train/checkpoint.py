@@ -1,264 +1,246 @@
-"""Checkpoints: RUN/checkpoints/step-00000100/, complete and verified, or not there at all.
+"""Checkpoints of a run: all ranks write theirs, together; any layout takes up what any other has saved.
 
-    rank-00000.safetensors, rank-00000.json   each rank's tensors (parts.py): weights, first and second moments
-    tokenizer.json, tokenizer_config.json     so that text can be made from the folder alone
-    manifest.json                             step, config, layout, rows, hashes of tokenizer and data, size and sha256 of each file
-    COMMIT                                    the sha256 of manifest.json
-
-Everything is written into a folder of another name, flushed to the disk, and renamed; a folder without COMMIT is never
-chosen. Any layout loads what any other has saved. All tensors are safetensors and all else is JSON: there is no pickle.
+A save has two halves. Every rank writes its files, flushes them and reads them back; then, when all of them have, rank 0 commits
+the folder and deletes older ones. Either half runs in the background while training goes on: what is written is a copy in host
+memory. The ranks speak to each other at step boundaries alone, on the thread that trains, so no collective ever runs beside another.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
 import secrets
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from dist_llm import comm
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
-from dist_llm.data.store import sync_folder, write_durably
-from dist_llm.errors import CheckpointError, Failure
-from dist_llm.mesh import Mesh
+from dist_llm.errors import CheckpointError, Failure, NumericError
 from dist_llm.model.table import table
-from dist_llm.train.parts import Parts, write_part
+from dist_llm.train.durable import Disk
+from dist_llm.train.folder import VERSION, Checkpoint, begin, commit, flush, open_checkpoint, retain
+from dist_llm.train.parts import Part, Stage, Staged, part_of, write_part
 from dist_llm.train.storage import together
 
 if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
     from dist_llm.engines.native import NativeEngine
 
-VERSION = 1
 KINDS = ("weight", "first_moment", "second_moment")
-MANIFEST, COMMIT = "manifest.json", "COMMIT"
-LARGEST_MANIFEST = 64 << 20  # bytes
-FILE_NAME = re.compile(r"rank-\d{5}\.(safetensors|json)|tokenizer(_config)?\.json")
-FOLDER_NAME = re.compile(r"step-(\d{8,})")
-
-
-class Checkpoint:
-    """A committed checkpoint: its manifest is sound and every file has the size it should have; `verify` hashes them."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
-        self.step: int = manifest["step"]
-        self.shapes = {name: tuple(shape) for name, shape in manifest["rows"]}
-        self._parts: Parts | None = None
-
-    @property
-    def files(self) -> list[str]:
-        """The names of all files but the manifest, sorted."""
-        return sorted(self.manifest["files"])
-
-    @property
-    def config(self) -> Config:
-        """The config of the run that saved it."""
-        return Config.model_validate(self.manifest["config"])
-
-    @property
-    def parts(self) -> Parts:
-        """The tensors. Verify the files first."""
-        self._parts = self._parts or Parts(self.path, self.manifest["world"], self.shapes)
-        return self._parts
-
-    def verify(self, files: list[str] | None = None) -> None:
-        """Hashes files (None: all). Raises CheckpointError that names the damaged one and both hashes."""
-        for name in self.files if files is None else files:
-            _require_hash(self.path / name, _hash(self.path / name), expected=self.manifest["files"][name]["sha256"])
 
 
 # --- save ----------------------------------------------------------------------------------------------------------------
 
 
-def save(run: Path, engine: NativeEngine, *, config: Config, prepared: Prepared, step: int, keep: int) -> Path:
-    """Saves the state after `step` updates from all ranks, and deletes all but the newest `keep` (0: none). Returns the folder.
+class Background:
+    """A function that runs in a thread; `result` waits for it."""
 
-    Raises SpaceError on every rank when one of them cannot write; former checkpoints are untouched then.
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._value = work()
+        except BaseException as error:  # raised where the result is asked for
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
+
+    def result(self) -> Any:
+        """What it returned; raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Saver:
+    """The saves of a run, at most one under way; every rank makes the same calls in the same order.
+
+    A save that fails raises SpaceError on all ranks from the next call; former checkpoints are untouched then, and nothing of it is
+    left. saved: hears of each checkpoint when it is there. A context: on leaving it waits for the save under way, except where
+    ranks may have been lost.
     """
-    mesh, home = engine.mesh, run / "checkpoints"
-    final = home / f"step-{step:08d}"
-    save_id = together(mesh, engine.device, lambda: secrets.token_hex(8))[0]
-    partial = home / f".{final.name}.{save_id}.partial"
-    safe = f"the checkpoints before step {step} are untouched"
-    try:
-        together(mesh, engine.device, lambda: partial.mkdir(parents=True) if mesh.rank == 0 else None, safe=safe)
-        parts = together(mesh, engine.device, lambda: _write_files(partial, engine, prepared if mesh.rank == 0 else None), safe=safe)
-        files = {name: about for part in parts for name, about in part.items()}
-        manifest = {"version": VERSION, "save_id": save_id, **_describe(config, engine, prepared, step), "files": files}
-        together(mesh, engine.device, lambda: _commit(partial, final, manifest) if mesh.rank == 0 else None, safe=safe)
-    except Failure:
-        if mesh.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if mesh.rank == 0:
-        retain(run, keep)
-    return final
+
+    def __init__(
+        self, run: Path, engine: NativeEngine, *, config: Config, prepared: Prepared, saved: Callable[[Path], None] = lambda path: None
+    ) -> None:
+        self.run, self.engine, self.config, self.prepared, self.saved = run, engine, config, prepared, saved
+        self.mesh = engine.mesh
+        self.last: Path | None = None
+        self._stage = Stage()
+        self._writing: Background | None = None
+        self._committing: Background | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, NumericError):  # which all ranks raise alike
+            self.finish()
+
+    def start(self, step: int) -> None:
+        """Begins to save the state after `step` updates. With `save.async` off it is there on return."""
+        self.finish()
+        mesh = self.mesh
+        self._step, self._disk = step, Disk(rank=mesh.rank, step=step)
+        self._safe = f"the checkpoints before step {step} are untouched"
+
+        def make_folder() -> list[str] | None:
+            if mesh.rank != 0:
+                return None
+            save_id = secrets.token_hex(8)
+            return [save_id, str(begin(self._disk, self.run, step, save_id))]
+
+        self._save_id, folder = together(mesh, self.engine.device, make_folder, safe=self._safe)[0]
+        self._partial = Path(folder)
+        part = part_of(item for item in self.engine.state() if item.kind in KINDS)
+        if not self.config.save.async_:
+            self._writing = Background(lambda: self._write(part))
+            self.finish()
+            return
+        copied = self._stage.copy(part)
+        self._disk.reach("save.copy")
+        self._writing = Background(lambda: self._write(copied))
+
+    def poll(self) -> None:
+        """At a step boundary: takes the save under way a step further when every rank is ready for it."""
+        work = self._writing or self._committing
+        if work is None:
+            return
+        with comm.booked_on("control"):
+            running = comm.all_reduce(torch.tensor([int(work.running)], device=self.engine.device), self.mesh.world, op="max")
+        if not int(running):
+            self._advance()
+
+    def finish(self) -> None:
+        """Waits until nothing is under way."""
+        while self._writing or self._committing:
+            self._advance()
+
+    def _advance(self) -> None:
+        """From one half of a save to the next; waits for every rank."""
+        mesh, device = self.mesh, self.engine.device
+        writing, self._writing = self._writing, None
+        committing, self._committing = self._committing, None
+        try:
+            if writing is not None:
+                parts = together(mesh, device, writing.result, safe=self._safe)
+                manifest = self._manifest({name: about for part in parts for name, about in part.items()})
+                self._committing = Background(lambda: self._commit(manifest) if mesh.rank == 0 else None)
+            elif committing is not None:
+                self.last = Path(together(mesh, device, committing.result, safe=self._safe)[0])
+                self.saved(self.last)
+        except Failure:
+            if mesh.rank == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+    def _write(self, part: Part) -> dict[str, dict[str, Any]]:
+        """Writes this rank's files, and on rank 0 the tokenizer; returns size and sha256 of each, as they came back from the disk."""
+        disk, folder, rank = self._disk, self._partial, self.mesh.rank
+        written = write_part(disk, folder, rank, part)
+        if rank == 0:
+            written |= {name: disk.write(folder / name, [content]) for name, content in self.prepared.tokenizer.files.items()}
+        flush(disk, folder, written)
+        return {name: digest.about for name, digest in written.items()}
+
+    def _commit(self, manifest: dict[str, Any]) -> str:
+        final = commit(self._disk, self._partial, manifest)
+        retain(self._disk, self.run, self.config.save.keep, verified=final)
+        return str(final)
+
+    def _manifest(self, files: dict[str, Any]) -> dict[str, Any]:
+        """What a reader must know beside the tensors."""
+        return {
+            "version": VERSION,
+            "save_id": self._save_id,
+            "step": self._step,  # the number of optimizer updates made; the sample order goes on from it
+            "world": self.mesh.layout.world,
+            "layout": asdict(self.mesh.layout),
+            "config": config_tree(self.config),
+            "rows": [[row.name, row.shape] for row in table(self.config.model)],
+            "tokenizer": self.prepared.tokenizer.hash,
+            "data": self.prepared.fingerprint,
+            "seed": self.config.runtime.seed,
+            "files": files,
+        }
 
 
-def _describe(config: Config, engine: NativeEngine, prepared: Prepared, step: int) -> dict[str, Any]:
-    """What a reader must know beside the tensors."""
-    mesh = engine.mesh
-    return {
-        "step": step,  # the number of optimizer updates made; the sample order goes on from it
-        "world": mesh.layout.world,
-        "layout": asdict(mesh.layout),
-        "config": config_tree(config),
-        "rows": [[row.name, row.shape] for row in table(config.model)],
-        "tokenizer": prepared.tokenizer.hash,
-        "data": prepared.fingerprint,
-        "seed": config.runtime.seed,
-    }
+# --- load ----------------------------------------------------------------------------------------------------------------
 
 
-def _write_files(folder: Path, engine: NativeEngine, prepared: Prepared | None) -> dict[str, dict[str, Any]]:
-    """Writes this rank's files, and the tokenizer where one is given; returns size and sha256 of each, as read back."""
-    paths = write_part(folder, engine.mesh.rank, (item for item in engine.state() if item.kind in KINDS))
-    if prepared is not None:
-        file = prepared.tokenizer.save(folder)
-        paths += [file, file.with_name("tokenizer_config.json")]
-    for path in paths:
-        with path.open("rb+") as handle:
-            os.fsync(handle.fileno())
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in paths}
+def load(candidates: list[Path], engine: NativeEngine, *, accept: Callable[[Checkpoint], None]) -> tuple[Checkpoint, list[str]]:
+    """Gives the engine the first sound checkpoint; returns it, and why earlier ones were passed over.
 
-
-def _commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest and its hash, then gives the folder its name."""
-    text = json.dumps(manifest, sort_keys=True).encode()
-    write_durably(partial / MANIFEST, text)
-    write_durably(partial / COMMIT, hashlib.sha256(text).hexdigest().encode() + b"\n")
-    sync_folder(partial)
-    replaced = partial.with_suffix(".replaced")
-    if final.exists():  # a damaged one of the same step, which a resumed run has passed again
-        final.rename(replaced)
-    partial.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def retain(run: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` committed checkpoints (0: none), and what interrupted saves left behind."""
-    for left in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    for old in step_folders(run)[keep:] if keep else []:
-        gone = old.rename(old.with_name(f".{old.name}.old"))  # first of all: half a folder must not look like a checkpoint
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def set_aside(run: Path, step: int) -> list[Path]:
-    """Renames the checkpoints after `step`: a run that goes on from there makes them anew. Returns their new paths."""
-    later = [path for path in step_folders(run) if int(path.name.removeprefix("step-")) > step]
-    return [path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.set-aside")) for path in later]
-
-
-# --- find and open -------------------------------------------------------------------------------------------------------
-
-
-def step_folders(run: Path) -> list[Path]:
-    """The step folders with a COMMIT of a run, the newest first."""
-    folders = (run / "checkpoints").glob("step-*")
-    found = {path: int(match[1]) for path in folders if (match := FOLDER_NAME.fullmatch(path.name)) and (path / COMMIT).is_file()}
-    return sorted(found, key=lambda path: found[path], reverse=True)
-
-
-def newest(path: Path) -> Path:
-    """The step folder that `path` means: itself, or the newest one of a run folder. Raises CheckpointError when there is none."""
-    if (path / MANIFEST).is_file() or FOLDER_NAME.fullmatch(path.name):
-        return path
-    if folders := step_folders(path):
-        return folders[0]
-    seen = "nothing: no such folder" if not path.exists() else ", ".join(sorted(p.name for p in path.glob("checkpoints/*"))) or "none"
-    raise CheckpointError(
-        "there is no checkpoint here",
-        where=str(path),
-        expected="a step folder with a COMMIT, or a run folder that has one in checkpoints/",
-        found=seen,
-        next="dist-llm train CONFIG --save-every 100",
-    )
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a step folder, or the newest of a run folder. Raises CheckpointError (exit 4) when it is absent, damaged or too new."""
-    folder = newest(path)
-    try:
-        commit, text = (folder / COMMIT).read_bytes(), _read_bounded(folder / MANIFEST)
-    except OSError as error:
-        what, lacks = "the checkpoint is not complete", f"{Path(error.filename).name}: {error.strerror}"
-        raise CheckpointError(what, where=str(folder), expected=f"{MANIFEST} and {COMMIT}", found=lacks) from None
-    found = hashlib.sha256(text).hexdigest()
-    if commit != f"{found}\n".encode():
-        expected = f"sha256 {commit.decode(errors='replace').strip()} (in {COMMIT})"
-        raise damaged("the manifest of the checkpoint is damaged", folder / MANIFEST, expected=expected, found=f"sha256 {found}")
-    try:
-        manifest = json.loads(text)
-        if manifest["version"] != VERSION:
-            what = "the checkpoint has another format"
-            raise CheckpointError(what, where=str(folder), expected=f"version {VERSION}", found=f"version {manifest['version']}")
-        _check_manifest(manifest)
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise damaged("the manifest of the checkpoint contradicts itself", folder / MANIFEST, found=str(error)) from None
-    for name, about in manifest["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != about["bytes"]:
-            seen = "no such file" if size is None else f"{size} bytes"
-            raise damaged("a file of the checkpoint is missing or cut", folder / name, expected=f"{about['bytes']} bytes", found=seen)
-    return Checkpoint(folder, manifest)
-
-
-def choose(candidates: list[Path], mesh: Mesh, engine: NativeEngine) -> tuple[Checkpoint, list[str]]:
-    """The first sound checkpoint, every byte of it hashed by one of the ranks, and why earlier ones were passed over.
-
-    Ends the same on every rank. Raises CheckpointError when none is sound.
+    Each rank reads what it keeps, every block is read and compared by some rank, and only then a weight changes. accept: raises
+    where the checkpoint is of another run. Ends the same on every rank. Raises CheckpointError when none is sound.
     """
     refused: list[CheckpointError] = []
     for path in candidates:
         try:
-            together(mesh, engine.device, lambda path=path: _verify_share(path, mesh))  # type: ignore[misc]
-            return open_checkpoint(path), [f"{error.where}: {error.what}" for error in refused]
+            found, staged = _verified(path, engine, accept)
         except CheckpointError as error:
             refused.append(error)
+            continue
+        engine.load_state(staged.read, count=found.step)
+        return found, [f"{error.where}: {error.what}" for error in refused]
     assert refused
     if len(refused) > 1:
         refused[0].details += [f"{error.where}: {error.what}" for error in refused[1:]]
     raise refused[0]
 
 
-def _verify_share(path: Path, mesh: Mesh) -> None:
-    checkpoint = open_checkpoint(path)
-    checkpoint.verify(checkpoint.files[mesh.rank :: mesh.layout.world])
+def _verified(path: Path, engine: NativeEngine, accept: Callable[[Checkpoint], None]) -> tuple[Checkpoint, Staged]:
+    """A checkpoint of which every byte has been compared by some rank, and what this rank keeps of it."""
+    mesh, device = engine.mesh, engine.device
+    opened: list[Checkpoint] = []
+    staged: list[Staged] = []
+    together(mesh, device, lambda: opened.append(open_checkpoint(path)))
+    (found,) = opened
+    accept(found)
+
+    def stage() -> dict[str, list[list[int]]]:
+        staged.append(Staged(found.parts, engine.wanted()))
+        return {name: _spans(numbers) for name, numbers in found.parts.seen().items()}
+
+    seen = {
+        (name, number)
+        for rank in together(mesh, device, stage)
+        for name, spans in rank.items()
+        for first, end in spans
+        for number in range(first, end)
+    }
+    left = [place for place in found.parts.blocks() if place not in seen]  # a kind that nobody keeps, the head of a file nobody reads
+    others = [name for name in found.files if not name.startswith("rank-")]
+
+    def verify_rest() -> None:
+        found.parts.verify_blocks(left[mesh.rank :: mesh.layout.world])
+        found.verify(others[mesh.rank :: mesh.layout.world])
+
+    together(mesh, device, verify_rest)
+    found.parts.close()
+    return found, staged[0]
 
 
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Asserts that names lead nowhere else and that the tensors are no larger than the files that hold them."""
-    assert all(FILE_NAME.fullmatch(name) for name in manifest["files"]), "a file name"
-    assert all(type(manifest[key]) is int and manifest[key] >= 0 for key in ("step", "world", "seed")), "a count"
-    assert 2 * manifest["world"] <= len(manifest["files"]), "fewer files than ranks"
-    assert sum(prod(shape) for _, shape in manifest["rows"]) <= sum(about["bytes"] for about in manifest["files"].values()), "rows"
-
-
-def damaged(what: str, path: Path, *, expected: str | None = None, found: str | None = None) -> CheckpointError:
-    """The failure of a file that is not what was saved."""
-    advice = "dist-llm train CONFIG --resume auto takes the newest one that is sound"
-    return CheckpointError(what, where=str(path), expected=expected, found=found, safe="no weight was changed", next=advice)
-
-
-def _require_hash(path: Path, found: str, *, expected: str) -> None:
-    if found != expected:
-        raise damaged("a file of the checkpoint is damaged", path, expected=f"sha256 {expected}", found=f"sha256 {found}")
-
-
-def _read_bounded(path: Path) -> bytes:
-    with path.open("rb") as handle:
-        return handle.read(LARGEST_MANIFEST)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _spans(numbers: list[int]) -> list[list[int]]:
+    """Rising numbers as [first, last + 1] of those that follow each other."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number:
+            spans[-1][1] += 1
+        else:
+            spans.append([number, number + 1])
+    return spans

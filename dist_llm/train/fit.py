@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.data.prepare import Prepared
-from dist_llm.train import checkpoint
+from dist_llm.train.checkpoint import Saver
 from dist_llm.train.evaluate import Validation
 from dist_llm.train.metrics import Lines, Meter
 from dist_llm.train.profile import Profile
@@ -39,25 +39,26 @@ def fit(
             texts.write({"step": step, **sample})
             tell({"sample": {"step": step, **sample}})
 
-    record, saved = {}, None
+    record: dict[str, Any] = {}
     if track.sample_every and start == 0:
         take_samples(0)
-    for done in range(start + 1, steps + 1):
-        with meter.measure(done - 1), profiled.step(done):
-            taken = trainer.step(done - 1)
-        record = meter.record(taken)
-        if done == steps or _due(done, track.validate_every):
-            record |= validation.measure()
-        metrics.write(record)
-        tell({"step": record})
-        if track.sample_every and (done == steps or _due(done, track.sample_every)):
-            take_samples(done)
-        if done == steps or _due(done, save.every):
-            saved = checkpoint.save(folder, engine, config=config, prepared=prepared, step=done, keep=save.keep)
-            tell({"checkpoint": str(saved)})
+    with Saver(folder, engine, config=config, prepared=prepared, saved=lambda path: tell({"checkpoint": str(path)})) as saver:
+        for done in range(start + 1, steps + 1):
+            with meter.measure(done - 1), profiled.step(done):
+                taken = trainer.step(done - 1)
+            record = meter.record(taken)
+            if done == steps or _due(done, track.validate_every):
+                record |= validation.measure()
+            metrics.write(record)
+            tell({"step": record})
+            saver.poll()
+            if track.sample_every and (done == steps or _due(done, track.sample_every)):
+                take_samples(done)
+            if done == steps or _due(done, save.every):
+                saver.start(done)
     metrics.close()
     texts.close()
-    return {"last": record, "checkpoint": saved and str(saved)}
+    return {"last": record, "checkpoint": saver.last and str(saver.last)}
 
 
 def _due(done: int, every: int) -> bool:

@@ -23,8 +23,10 @@ from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
 from dist_llm.ranks import run_ranks
 from dist_llm.train import checkpoint
-from dist_llm.train.checkpoint import Checkpoint, newest, step_folders
+from dist_llm.train.durable import Disk
 from dist_llm.train.fit import fit
+from dist_llm.train.folder import Checkpoint, newest, set_aside, step_folders, tidy
+from dist_llm.train.preflight import require_space
 from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, refuse_fp8, refuse_graph, settle_rank
 from dist_llm.train.storage import together
 from dist_llm.train.trainer import Trainer
@@ -129,31 +131,36 @@ def train_rank(
     mesh = make_mesh(settings, shape, rank)
     prepared = prepare(settings.data, seed=settings.runtime.seed)
     require_equal(mesh, device, config=config, prepared=prepared)
+    dtype = choose_dtype(settings.runtime, device)
+    together(mesh, device, lambda: make_room(Path(folder), settings, dtype=dtype, world=world) if rank == 0 else None)
     tell({"stage": "building the model"})
-    engine = make_engine(settings, mesh, device=device, dtype=choose_dtype(settings.runtime, device))
+    engine = make_engine(settings, mesh, device=device, dtype=dtype)
     order = training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
     trainer = Trainer(settings, mesh, engine, order)
     start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell) if candidates else 0
     return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
 
 
+def make_room(run: Path, config: Config, *, dtype: torch.dtype, world: int) -> None:
+    """Deletes what interrupted saves have left, and raises SpaceError where the checkpoints to come have no room."""
+    tidy(Disk(), run)
+    require_space(run, config, dtype=str(dtype).removeprefix("torch."), world=world)
+
+
 def resume(trainer: Trainer, prepared: Prepared, candidates: list[Path], *, run: Path, tell: Tell) -> int:
     """Takes weights, moments and the step from the first sound checkpoint, under any layout; returns the number of steps done.
 
-    Every byte is hashed by some rank before any weight changes. Raises CheckpointError or UsageError on all ranks alike.
+    Every byte is compared with its hash by some rank before any weight changes. Raises CheckpointError or UsageError on all ranks alike.
     """
     mesh, engine = trainer.mesh, trainer.engine
     if not hasattr(engine, "load_state"):
         name = f"engine={mesh.layout.engine}"
         raise UsageError("this engine cannot take up a checkpoint", where="layout.engine", expected="engine=native", found=name)
-    found, passed = checkpoint.choose(candidates, mesh, engine)
+    found, passed = checkpoint.load(candidates, engine, accept=lambda found: require_same_run(found, trainer.config, prepared))
     for line in passed:
         tell({"note": f"passed over: {line}"})
-    require_same_run(found, trainer.config, prepared)
-    engine.load_state(found.parts.read, count=found.step)
-    found.parts.close()
     comm.barrier(mesh.world)
-    (aside, *_) = together(mesh, engine.device, lambda: [str(p) for p in checkpoint.set_aside(run, found.step)] if mesh.rank == 0 else [])
+    (aside, *_) = together(mesh, engine.device, lambda: [str(p) for p in set_aside(Disk(), run, found.step)] if mesh.rank == 0 else [])
     for path in aside:
         tell({"note": f"a later checkpoint was set aside: {path}"})
     tell({"resumed": {"step": found.step, "path": str(found.path)}})

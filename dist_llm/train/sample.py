@@ -25,7 +25,8 @@ from dist_llm.model.roles import Roles
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Attention, attend, build_unit, make_context
 from dist_llm.random import key_of, uniform
-from dist_llm.train.parts import Parts, write_part
+from dist_llm.train.durable import Disk
+from dist_llm.train.parts import Parts, part_of, write_part
 from dist_llm.train.storage import together
 
 PROMPT_TOKENS = 16
@@ -185,11 +186,17 @@ def with_whole_weights(engine: NativeEngine, model: ModelConfig, folder: Path, u
     """Every rank writes its weights into `folder`, rank 0 calls `use` on whole tensors, and the folder is gone again."""
     mesh, shapes = engine.mesh, {row.name: row.shape for row in table(model)}
     try:
-        together(mesh, engine.device, lambda: folder.mkdir(parents=True, exist_ok=True) if mesh.rank == 0 else None)
-        items = (item for item in engine.state() if item.kind == "weight")
-        together(mesh, engine.device, lambda: write_part(folder, mesh.rank, items) and None)
+        together(mesh, engine.device, lambda: _empty(folder) if mesh.rank == 0 else None)
+        part = part_of(item for item in engine.state() if item.kind == "weight")
+        together(mesh, engine.device, lambda: write_part(Disk(), folder, mesh.rank, part) and None)
         if mesh.rank == 0:
             use(Parts(folder, mesh.layout.world, shapes))
     finally:
         if mesh.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Makes a folder, without what an interrupted use has left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)

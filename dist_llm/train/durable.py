@@ -1,0 +1,135 @@
+"""Durable files: every effect of a save on the file system is one method of `Disk`, so that a test can record and replay them.
+
+What a crash leaves for certain is the bytes of a file after `sync` and the names in a folder after `sync_folder`; all else
+may be there, in part, in any order, or not at all. Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_llm import faults
+
+BLOCK = 1 << 18  # bytes that are hashed together, and so the least that a reader of tensors reads
+Bytes = bytes | memoryview
+
+
+class Digest:
+    """The sha256 of a file's bytes, and that of each of its blocks, taken while they pass."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._whole, self._blocks = hashlib.sha256(), [hashlib.sha256()]
+
+    def update(self, data: Bytes) -> None:
+        """Takes the next bytes."""
+        rest = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        while len(rest):
+            if self.size == len(self._blocks) * BLOCK:
+                self._blocks.append(hashlib.sha256())
+            part = rest[: len(self._blocks) * BLOCK - self.size]
+            self._whole.update(part)
+            self._blocks[-1].update(part)
+            self.size, rest = self.size + len(part), rest[len(part) :]
+
+    @property
+    def blocks(self) -> list[str]:
+        """The sha256 of each block of BLOCK bytes, the last one shorter; none of an empty file."""
+        return [block.hexdigest() for block in self._blocks] if self.size else []
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """`{"bytes", "sha256"}`, as a manifest keeps it."""
+        return {"bytes": self.size, "sha256": self._whole.hexdigest()}
+
+
+class Disk:
+    """The file system as a save uses it. rank, step: for fault points. Every method raises OSError that names the file."""
+
+    def __init__(self, *, rank: int = 0, step: int = 0) -> None:
+        self.rank, self.step = rank, step
+
+    def reach(self, point: str) -> None:
+        """Passes a fault point."""
+        faults.reach(point, rank=self.rank, step=self.step)
+
+    def make_folder(self, path: Path) -> None:
+        """Makes a folder in one that is there."""
+        path.mkdir()
+
+    def write(self, path: Path, chunks: Iterable[Bytes]) -> Digest:
+        """Writes a new file and hashes what it should hold. Nothing of it is on the disk for certain."""
+        digest = Digest()
+        with _named(path), path.open("xb", buffering=0) as handle:
+            for chunk in chunks:
+                digest.update(chunk)
+                _write_all(handle, chunk)
+                self.reach("save.write")
+        return digest
+
+    def sync(self, path: Path) -> None:
+        """Waits until the bytes of a file are on the disk."""
+        with _named(path), path.open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+    def sync_folder(self, path: Path) -> None:
+        """Waits until the names in a folder are on the disk."""
+        with _named(path):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Gives a file or folder another name in the same folder."""
+        old.rename(new)
+
+    def remove(self, path: Path) -> None:
+        """Deletes a file."""
+        path.unlink()
+
+    def remove_folder(self, path: Path) -> None:
+        """Deletes an empty folder."""
+        path.rmdir()
+
+    def remove_tree(self, path: Path) -> None:
+        """Deletes a folder of files, what is in it first."""
+        for inner in sorted(path.iterdir()):
+            if inner.is_dir() and not inner.is_symlink():
+                self.remove_tree(inner)
+            else:
+                self.remove(inner)
+            self.reach("retain.delete")
+        self.remove_folder(path)
+
+    def read_back(self, path: Path) -> Digest:
+        """Hashes a file as the disk gives it back: what the system remembers of it is dropped first, where it can be."""
+        digest = Digest()
+        with _named(path), path.open("rb", buffering=0) as handle:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while chunk := handle.read(BLOCK):
+                digest.update(chunk)
+        return digest
+
+
+def _write_all(handle: Any, chunk: Bytes) -> None:
+    rest = memoryview(chunk)
+    while len(rest):
+        rest = rest[handle.write(rest) :]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error inside names the file: the system itself names it only when it is opened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
