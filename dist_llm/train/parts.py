@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,9 @@ class Parts:
             for key, (box, start, stop) in runs.items():
                 kind, name, _ = key.split("/")
                 self.runs.setdefault((kind, name), []).append(StoredRun(data, key, box, start, stop))
+        for (kind, name), stored in self.runs.items():
+            if not _holds_once(stored, prod(shapes[name])):
+                raise damaged(f"the indices do not hold every element of {kind} {name} once", folder)
 
     def _read_index(self, path: Path, expected: str | None) -> bytes:
         try:
@@ -327,6 +331,19 @@ class Staged:
             if first <= start and stop <= last:
                 return values[start - first : stop - first]
         raise AssertionError(f"the engine did not say that it wants {kind} {name}")
+
+
+def _holds_once(runs: list[StoredRun], count: int) -> bool:
+    """Whether runs hold `count` elements and none of them twice: their boxes are equal or apart, their ranges in a box too."""
+    ranges: dict[Box, list[tuple[int, int]]] = {}
+    for run in runs:
+        ranges.setdefault(run.box, []).append((run.start, run.stop))
+    for held in ranges.values():
+        held.sort()
+        if any(stop > start for (_, stop), (start, _) in pairwise(held)):
+            return False
+    apart = all(any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(one, two, strict=True)) for one, two in combinations(ranges, 2))
+    return apart and sum(run.stop - run.start for run in runs) == count
 
 
 Place = slice | Tensor

@@ -1,0 +1,184 @@
+"""Resume: the run itself, to the bit, wherever it was cut; the same state and samples under any layout; killed in any phase of a save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm import faults
+from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
+from dist_llm.config.load import config_tree, load_config
+from dist_llm.config.schema import Config, changed
+from dist_llm.data.batches import training_batches
+from dist_llm.data.prepare import prepare
+from dist_llm.errors import PeerError
+from dist_llm.train import run
+from dist_llm.train.checkpoint import KINDS
+from dist_llm.train.folder import Checkpoint, open_checkpoint, step_folders
+from dist_llm.train.setup import choose_dtype, make_engine, make_mesh
+from dist_llm.train.trainer import Trainer
+from tests.ranks import Ranks
+
+STEPS, CUTS = 6, (2, 4)
+LAYOUTS = ("dp=1", "dp=2,zero=0", "dp=2,zero=1", "dp=2,zero=3", "tp=2", "pp=2", "dp=1,tp=2,pp=2", "dp=2,tp=2,zero=2")
+
+
+def concrete(text: str) -> Layout:
+    wanted = parse_layout(text)
+    return resolve(wanted, world_of(wanted))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """configs/tiny.yaml in float32 as people train, with its data built."""
+    home = tmp_path_factory.mktemp("tiny")
+    overrides = [f"data.dir={home}", "runtime.dtype=float32", f"schedule.steps={STEPS}", "save.every=2", "save.keep=0", "model.dropout=0.1"]
+    config = load_config("configs/tiny.yaml", [*overrides, "data.max_tokens=20_000", "data.validation=0"]).config
+    prepare(config.data, seed=config.runtime.seed)
+    return config
+
+
+def one_rank(rank: int, world: int, say: Callable, fault: str | None, *arguments: Any) -> dict[str, Any]:
+    """A rank of a run, with a fault armed."""
+    faults.arm(fault)
+    return run.train_rank(rank, world, say, *arguments)
+
+
+def train(
+    ranks: Ranks, config: Config, layout: str, folder: Path, *, resume: str | None = None, fault: str | None = None
+) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    shape, paths = concrete(layout), [str(path) for path in run.candidates(folder, resume)]
+    return ranks.run(shape.world, "tests.test_resume:one_rank", fault, config_tree(config), asdict(shape), str(folder), paths)[0]
+
+
+def losses(folder: Path) -> list[tuple[int, str, str]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss_hex"], float(line["grad_norm"]).hex()) for line in lines]
+
+
+def digest(opened: Checkpoint) -> str:
+    """One hash of everything in a checkpoint, however it is cut into files."""
+    opened.verify()
+    found = sha256()
+    for kind in KINDS:
+        for name in sorted(opened.shapes):
+            found.update(f"{kind}/{name}".encode() + opened.parts.whole(name, kind).numpy().tobytes())
+    return found.hexdigest()
+
+
+# --- the same layout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_cut_at_either_place_is_the_run(layout: str, tiny: Config, ranks: Ranks, tmp_path: Path) -> None:
+    """Every loss and norm to the bit, and every weight and moment at the end; the run goes on from what was saved in the background."""
+    train(ranks, tiny, layout, tmp_path / "calm")
+    calm = losses(tmp_path / "calm")
+    assert [step for step, *_ in calm] == list(range(1, STEPS + 1))
+    for cut in CUTS:
+        folder = tmp_path / str(cut)
+        train(ranks, tiny, layout, folder, resume=str(tmp_path / f"calm/checkpoints/step-{cut:08d}"))
+        assert losses(folder) == calm[cut:], cut
+        assert digest(open_checkpoint(folder)) == digest(open_checkpoint(tmp_path / "calm"))
+
+
+# --- any other layout ----------------------------------------------------------------------------------------------------------
+
+PAIRS = [  # (saved under, taken up under): worlds 1 to 4
+    ("dp=2,zero=3", "tp=2"), ("tp=2", "pp=2"), ("pp=2", "dp=1"), ("dp=1", "dp=2,zero=1"), ("dp=2,zero=1", "tp=2,pp=2,sp=off"),
+    ("tp=2,pp=2,sp=off", "dp=2,tp=2,zero=2"), ("dp=2,tp=2,zero=2", "dp=4,zero=3"), ("dp=4,zero=3", "tp=4"), ("tp=4", "dp=2,pp=2,zero=3"),
+    ("dp=2,pp=2,zero=3", "dp=3,zero=3"), ("dp=3,zero=3", "dp=4,zero=3,shard=2"), ("dp=4,zero=3,shard=2", "dp=2,zero=2"),
+    ("dp=2,zero=2", "dp=2,pp=2,zero=1,shard=1"),
+]  # fmt: skip
+
+
+def take_up(rank: int, world: int, say: Callable, config: dict, layout: dict, source: str, target: str) -> dict[str, Any]:
+    """Takes up a checkpoint under a layout and saves it again; says what was read, and which samples come next."""
+    from dist_llm.train.checkpoint import Saver
+
+    settings, device = Config.model_validate(config), torch.device("cpu")
+    mesh = make_mesh(settings, Layout(**layout), rank)
+    prepared = prepare(settings.data, seed=settings.runtime.seed)
+    engine = make_engine(settings, mesh, device=device, dtype=choose_dtype(settings.runtime, device))
+    order = training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
+    trainer = Trainer(settings, mesh, engine, order)
+    Path(target).mkdir(exist_ok=True)
+    step = run.resume(trainer, prepared, [Path(source)], run=Path(target), tell=lambda message: None)
+    with Saver(Path(target), engine, config=settings, prepared=prepared) as saver:
+        saver.start(step)
+    batches = order.micro_batches(step, dp_rank=mesh.at.dp, dp_size=mesh.layout.dp, micro=settings.batch.micro)
+    pairs = [pair for batch in batches for pair in zip(batch.rows.tolist(), batch.tokens, strict=True)]
+    samples = {str(row): sha256(tokens.numpy().tobytes()).hexdigest() for row, tokens in pairs}
+    return {"step": step, "samples": samples}
+
+
+def test_thirteen_pairs_of_layouts_have_the_same_state_and_samples(tiny: Config, ranks: Ranks, tmp_path: Path) -> None:
+    wide = changed(tiny, {"batch.global": 12})
+    prepare(wide.data, seed=wide.runtime.seed)
+    train(ranks, changed(wide, {"schedule.steps": 2}), PAIRS[0][0], tmp_path / "0")
+    expected, samples = digest(open_checkpoint(tmp_path / "0")), None
+    for number, (saved, taken) in enumerate(PAIRS):
+        shape, source = concrete(taken), tmp_path / f"{number}/checkpoints/step-00000002"
+        assert open_checkpoint(source).manifest["layout"] == asdict(concrete(saved))
+        words = (config_tree(wide), asdict(shape), str(source), str(tmp_path / str(number + 1)))
+        told = ranks.run(shape.world, "tests.test_resume:take_up", *words)
+        assert {rank["step"] for rank in told} == {2}
+        assert digest(open_checkpoint(tmp_path / str(number + 1))) == expected, (saved, taken)
+        mine: dict[str, str] = {}
+        for rank in told:
+            assert all(mine.setdefault(row, tokens) == tokens for row, tokens in rank["samples"].items())
+        assert len(mine) == 12 and (samples is None or mine == samples), (saved, taken)
+        samples = mine
+    assert {concrete(layout).world for pair in PAIRS for layout in pair} == {1, 2, 3, 4}
+
+
+# --- killed in a save ------------------------------------------------------------------------------------------------------------
+
+KILLS = [(point, True) for point in faults.POINTS] + [("save.write", False), ("save.commit", False), ("retain.delete", False)]
+
+
+@pytest.fixture(scope="module")
+def calm(tiny: Config, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list]:
+    """The losses of the run that nothing happens to, for a layout."""
+    known: dict[str, list] = {}
+
+    def of(layout: str) -> list:
+        if layout not in known:
+            folder = tmp_path_factory.mktemp("calm") / "run"
+            train(ranks, tiny, layout, folder)
+            known[layout] = losses(folder)
+        return known[layout]
+
+    return of
+
+
+@pytest.mark.parametrize(("point", "background"), KILLS)
+def test_killed_in_every_phase_of_a_save(
+    point: str, background: bool, tiny: Config, ranks: Ranks, calm: Callable[[str], list], tmp_path: Path
+) -> None:
+    """kill -9: what was committed before is the newest or newer, opens, and the run that goes on is the calm one."""
+    number = KILLS.index((point, background))
+    layout = ("dp=2,zero=1", "tp=2", "dp=1", "pp=2")[number % 4]
+    config, folder = changed(tiny, {"save.async": background, "save.keep": 1}), tmp_path / "run"
+    everywhere = point in ("save.copy", "save.write", "save.sync", "save.verify")
+    victim = number % concrete(layout).world if everywhere else 0  # the rest is rank 0's work
+    if point == "save.replace":  # there is a folder of that step already, which is no checkpoint
+        train(ranks, changed(config, {"schedule.steps": 4, "save.keep": 2}), layout, folder)
+        (folder / "checkpoints/step-00000004/COMMIT").unlink()
+    with pytest.raises(PeerError, match="died") as caught:
+        train(ranks, config, layout, folder, resume="auto" if step_folders(folder) else None, fault=f"{point}:{victim}:4")
+    assert f"rank {victim}" in str(caught.value.where) and caught.value.found == "SIGKILL"
+    there = open_checkpoint(folder)
+    there.verify()
+    assert there.step == (4 if point in ("save.rename", "retain.rename", "retain.delete") else 2), step_folders(folder)
+    train(ranks, config, layout, folder, resume="auto")
+    assert losses(folder) == calm(layout)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
