@@ -24,6 +24,7 @@ import safetensors
 from dist_llm.config.schema import Config, LayoutConfig
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.train.durable import BLOCK
+from dist_llm.train.folder import open_checkpoint
 from tests.small_checkpoints import reseal, rows_of, save_small, seal, take_up
 
 WIDTH, CASES, LONG_CASES = 8, 2000, 100_000
@@ -219,6 +220,7 @@ class Target:
         begun = time.monotonic()
         try:
             take_up(self.folder, rows_of(WIDTH))
+            open_checkpoint(self.folder).verify()  # a resume compares blocks; this, whole files
         except (CheckpointError, UsageError) as error:
             assert error.code in (4, 2) and error.what and len(str(error.found)) < 1000
             return "refused"

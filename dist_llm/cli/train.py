@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_llm import faults
 from dist_llm.config import explain
 from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, config_tree, load_config
@@ -42,6 +43,7 @@ def train(
     """
     short = {"layout": layout, "schedule.steps": steps, "save.every": save_every, "save.dir": run_dir, "runtime.dtype": dtype}
     loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)])
+    faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
     place = torchrun_place()
     if place is not None and nproc is not None:
         raise UsageError("torchrun has started the ranks", where="--nproc", next="leave --nproc out")
