@@ -23,6 +23,7 @@ QUESTIONS = {  # name -> module
     "pipeline": "pipeline",
     "data": "data",
     "start-up": "start_up",
+    "checkpoint": "checkpoint",
 }
 QUICK_ROUNDS = 3
 

@@ -101,6 +101,47 @@ def test_any_cut_reads_any_other(name: str, tmp_path: Path) -> None:
             parts.whole(lost)
 
 
+def test_a_reader_reads_what_it_needs(tmp_path: Path) -> None:
+    """Cut alike, or over another number of shards: at most a tenth more bytes than the rank keeps, indices and heads among them."""
+    model = ModelConfig(family="llama", layers=1, dim=512, heads=4, kv_heads=2, ffn=2048, vocab=8192, tied=False)  # type: ignore[call-arg]
+    shapes = {row.name: row.shape for row in table(model)}
+    for writers, readers in [((1, False, 3),) * 2, ((4, True, 2),) * 2, ((1, False, 1), (1, False, 3)), ((1, False, 4), (1, False, 2))]:
+        folder = tmp_path / f"{writers}-{readers}"
+        folder.mkdir()
+        ranks = cut(model, *writers)
+        for rank, pieces in enumerate(ranks):
+            held = [piece for piece, owner in pieces if owner]
+            write_part(Disk(), folder, rank, part_of(Item("weight", piece, torch.zeros(piece.stop - piece.start)) for piece in held))
+        for pieces in cut(model, *readers):
+            parts = Parts(folder, len(ranks), shapes)
+            needed = sum(4 * (piece.stop - piece.start) for piece, _ in pieces)
+            for piece, _ in pieces:
+                parts.read("weight", piece.slot.name, piece.slot.box, piece.start, piece.stop)
+            assert needed <= parts.bytes_read < 1.1 * needed, (writers, readers, parts.bytes_read / needed)
+
+
+def test_an_engine_takes_what_it_said_it_wants(tiny: Config, ranks: Ranks) -> None:
+    for layout in ("dp=2,zero=0", "dp=2,zero=1", "dp=2,zero=3", "tp=2", "pp=2", "dp=2,engine=ddp"):
+        shape = concrete(layout)
+        for wanted, asked in ranks.run(shape.world, "tests.test_checkpoint:wants", config_tree(tiny), asdict(shape)):
+            assert wanted == asked and len(wanted) > 10, layout
+
+
+def wants(rank: int, world: int, say: Callable, config: dict, layout: dict) -> list[list]:
+    """What an engine says that it wants, and what it asks for."""
+    settings, device = Config.model_validate(config), torch.device("cpu")
+    engine = make_engine(settings, make_mesh(settings, Layout(**layout), rank), device=device, dtype=torch.float64)
+    asked: set[str] = set()
+
+    def read(*place: Any) -> torch.Tensor:
+        asked.add(str(place))
+        return torch.zeros(place[-1] - place[-2], dtype=torch.float64)
+
+    wanted = {str((want.kind, want.name, want.box, want.start, want.stop)) for want in engine.wanted()}
+    engine.load_state(read, count=3)
+    return [sorted(wanted), sorted(asked)]
+
+
 # --- real runs -------------------------------------------------------------------------------------------------------------
 
 

@@ -125,25 +125,37 @@ def test_a_save_that_fails_costs_that_save(layout: str, victim: int, background:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where this user may mount one."""
+    """A file system of 1 MB, where this user may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     mount, unmount = shutil.which("mount"), shutil.which("umount")
-    if not mount or not unmount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode:
+    if not mount or not unmount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield place
     subprocess.run([unmount, place], check=True)
 
 
+def careless(rank: int, world: int, say: Callable, *arguments: Any) -> dict[str, Any]:
+    """A rank of a run that did not look how much room there is."""
+    run.make_room = lambda *_, **__: None  # type: ignore[assignment]
+    return run.train_rank(rank, world, say, *arguments)
+
+
 def test_a_disk_that_others_fill(tiny: Config, ranks: Ranks, small_disk: Path) -> None:
     """Refused before the first step where it is too small from the start; else the save that finds it full ends the run."""
+    folder = small_disk / "run"
     with pytest.raises(SpaceError, match="no room"):
-        start(ranks, changed(tiny, {"save.keep": 5}), "dp=2", small_disk / "run", victim=-1, most=0)
-    assert not (small_disk / "run/metrics.jsonl").exists()
+        start(ranks, tiny, "dp=2", folder, victim=-1, most=0)
+    assert not (folder / "metrics.jsonl").exists()
     once = changed(tiny, {"save.keep": 1, "schedule.steps": 2})
-    start(ranks, once, "dp=2", small_disk / "run", victim=-1, most=0)
-    free = shutil.disk_usage(small_disk).free
-    (small_disk / "others").write_bytes(bytes(free - 600_000))
+    start(ranks, once, "dp=2", folder, victim=-1, most=0)
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+    more = changed(once, {"schedule.steps": 4})
     with pytest.raises(SpaceError, match="no room"):
-        start(ranks, changed(once, {"schedule.steps": 4}), "dp=2", small_disk / "run", victim=-1, most=0, resume="auto")
-    assert [path.name for path in step_folders(small_disk / "run")] == ["step-00000002"]
+        start(ranks, more, "dp=2", folder, victim=-1, most=0, resume="auto")
+    shape, paths = concrete("dp=2"), [str(path) for path in run.candidates(folder, "auto")]
+    with pytest.raises(SpaceError, match="cannot be read or written") as caught:
+        ranks.run(2, "tests.test_space:careless", config_tree(more), asdict(shape), str(folder), paths)
+    assert "No space left" in str(caught.value.found) and "step-00000004" in str(caught.value.where)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    open_checkpoint(folder).verify()
