@@ -74,19 +74,24 @@ class Save(Trained):
 
 
 class SaveBehind(Trained):
-    """Our save in the background of one process: the time is what training waits for. It ends while others take their turn."""
+    """Our save in the background of one process: the time is what training waits for. It ends before the next turn."""
 
     def __init__(self, *place: Any) -> None:
         super().__init__(*place)
         self.made, self.rest = self.saver(background=True), threading.Thread()
+        self.rest.start()
 
     def step(self, step: int) -> Taken:
         """The start of a save."""
-        assert not self.rest.is_alive() and (step == 0 or self.made.last), "the one before must have ended"
+        self.ready()
         self.made.start(step)
         self.rest = threading.Thread(target=self.finish)
         self.rest.start()
         return Taken(0.0)
+
+    def ready(self) -> None:
+        """Waits for the save before."""
+        self.rest.join()
 
     def finish(self) -> None:
         """Polls, as steps do, until the save is committed."""

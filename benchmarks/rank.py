@@ -49,7 +49,9 @@ class Seat:
         return {**self._told(taken), "sent": sent, "booked": self.rival.booked(), "resident": self._resident()}
 
     def timed(self, step: int) -> dict[str, Any]:
-        """A step under the clock: wall and CPU seconds of this rank."""
+        """A step under the clock: wall and CPU seconds of this rank. What a contestant still has under way ends before."""
+        if ready := getattr(self.rival, "ready", None):
+            ready()
         self._meet()
         start, used = time.perf_counter(), cpu_seconds()
         taken = self.rival.step(step)

@@ -18,7 +18,7 @@ from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.load import config_tree, load_config
 from dist_llm.config.schema import Config, ModelConfig, changed
 from dist_llm.data.prepare import prepare
-from dist_llm.engines.native import Item
+from dist_llm.engines.native import Item, Wanted
 from dist_llm.errors import CheckpointError, SpaceError, UsageError
 from dist_llm.model.table import table
 from dist_llm.parallel.flat import pack
@@ -105,7 +105,7 @@ def test_a_reader_reads_what_it_needs(tmp_path: Path) -> None:
     """Cut alike, or over another number of shards: at most a tenth more bytes than the rank keeps, indices and heads among them."""
     model = ModelConfig(family="llama", layers=1, dim=512, heads=4, kv_heads=2, ffn=2048, vocab=8192, tied=False)  # type: ignore[call-arg]
     shapes = {row.name: row.shape for row in table(model)}
-    for writers, readers in [((1, False, 3),) * 2, ((4, True, 2),) * 2, ((1, False, 1), (1, False, 3)), ((1, False, 4), (1, False, 2))]:
+    for writers, readers in [((1, False, 3),) * 2, ((2, True, 2),) * 2, ((1, False, 1), (1, False, 3)), ((1, False, 4), (1, False, 2))]:
         folder = tmp_path / f"{writers}-{readers}"
         folder.mkdir()
         ranks = cut(model, *writers)
@@ -121,25 +121,25 @@ def test_a_reader_reads_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_an_engine_takes_what_it_said_it_wants(tiny: Config, ranks: Ranks) -> None:
-    for layout in ("dp=2,zero=0", "dp=2,zero=1", "dp=2,zero=3", "tp=2", "pp=2", "dp=2,engine=ddp"):
+    for layout in ("dp=2,zero=1", "dp=2,zero=3", "tp=2", "pp=2", "dp=2,engine=ddp", "dp=2,zero=3,engine=fsdp2"):
         shape = concrete(layout)
-        for wanted, asked in ranks.run(shape.world, "tests.test_checkpoint:wants", config_tree(tiny), asdict(shape)):
-            assert wanted == asked and len(wanted) > 10, layout
+        told = ranks.run(shape.world, "tests.test_checkpoint:wants", config_tree(tiny), asdict(shape))
+        assert min(told) > 10, layout
 
 
-def wants(rank: int, world: int, say: Callable, config: dict, layout: dict) -> list[list]:
-    """What an engine says that it wants, and what it asks for."""
+def wants(rank: int, world: int, say: Callable, config: dict, layout: dict) -> int:
+    """How many runs an engine asks for: all of them, and no others, lie in those that it says it wants."""
     settings, device = Config.model_validate(config), torch.device("cpu")
     engine = make_engine(settings, make_mesh(settings, Layout(**layout), rank), device=device, dtype=torch.float64)
-    asked: set[str] = set()
+    wanted, asked = set(engine.wanted()), set[Wanted]()
 
     def read(*place: Any) -> torch.Tensor:
-        asked.add(str(place))
+        asked.add(Wanted(*place))
         return torch.zeros(place[-1] - place[-2], dtype=torch.float64)
 
-    wanted = {str((want.kind, want.name, want.box, want.start, want.stop)) for want in engine.wanted()}
     engine.load_state(read, count=3)
-    return [sorted(wanted), sorted(asked)]
+    assert wanted == asked
+    return len(asked)
 
 
 # --- real runs -------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.engines.deepspeed_package import load_package
-from dist_llm.engines.native import Read, Totals
+from dist_llm.engines.native import Read, Totals, Wanted
 from dist_llm.engines.whole import WholeEngine, decay_groups, torch_optimizer
 from dist_llm.errors import UsageError
 from dist_llm.model.transformer import Context
@@ -223,6 +223,12 @@ class DeepSpeedEngine(WholeEngine):
         yield self.parts[index]
         if self._on_disk(index):
             self.engine.optimizer._optimizer_states_and_gradient_swap_out(index)
+
+    def wanted(self) -> Iterator[Wanted]:
+        """As WholeEngine; besides the masters, below stage 3 the weights that DeepSpeed computes with."""
+        for name, slot in self.whole.slots.items() if self.stage < 3 else ():
+            yield Wanted("weight", name, slot.box, 0, slot.numel)
+        yield from super().wanted()
 
     @torch.no_grad()
     def load_state(self, read: Read, *, count: int) -> None:

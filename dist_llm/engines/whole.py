@@ -216,9 +216,8 @@ class WholeEngine:
         """What `load_state` will ask for."""
         for name, slot in self.whole.slots.items():
             start, stop = self._range(name)
-            for kind in ("weight", *self.moments):
-                if start < stop and self._values(kind, name) is not None:
-                    yield Wanted(kind, name, slot.box, start, stop)
+            if start < stop:
+                yield from (Wanted(kind, name, slot.box, start, stop) for kind in ("weight", *self.moments))
 
     @torch.no_grad()
     def load_state(self, read: Read, *, count: int) -> None:
