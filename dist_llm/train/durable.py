@@ -20,10 +20,10 @@ Bytes = bytes | memoryview
 
 
 class Digest:
-    """The sha256 of a file's bytes, and that of each of its blocks, taken while they pass."""
+    """The sha256 of each block of a file, and that of all its bytes unless `whole` is off, taken while they pass."""
 
-    def __init__(self) -> None:
-        self.size = 0
+    def __init__(self, *, whole: bool = True) -> None:
+        self.size, self.whole = 0, whole
         self._whole, self._blocks = hashlib.sha256(), [hashlib.sha256()]
 
     def update(self, data: Bytes) -> None:
@@ -33,7 +33,8 @@ class Digest:
             if self.size == len(self._blocks) * BLOCK:
                 self._blocks.append(hashlib.sha256())
             part = rest[: len(self._blocks) * BLOCK - self.size]
-            self._whole.update(part)
+            if self.whole:
+                self._whole.update(part)
             self._blocks[-1].update(part)
             self.size, rest = self.size + len(part), rest[len(part) :]
 
@@ -45,6 +46,7 @@ class Digest:
     @property
     def about(self) -> dict[str, Any]:
         """`{"bytes", "sha256"}`, as a manifest keeps it."""
+        assert self.whole
         return {"bytes": self.size, "sha256": self._whole.hexdigest()}
 
 
@@ -109,8 +111,8 @@ class Disk:
         self.remove_folder(path)
 
     def read_back(self, path: Path) -> Digest:
-        """Hashes a file as the disk gives it back: what the system remembers of it is dropped first, where it can be."""
-        digest = Digest()
+        """Hashes the blocks of a file as the disk gives it back: what the system remembers of it is dropped first, where it can be."""
+        digest = Digest(whole=False)
         with _named(path), path.open("rb", buffering=0) as handle:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
