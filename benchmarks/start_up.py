@@ -27,7 +27,7 @@ COMMANDS = {
     "help-ours": "-m dist_llm --help",
     "help-torchrun": "-m torch.distributed.run --help",
     "help-deepspeed": "-m deepspeed.launcher.runner --help",
-    "check-ours": "-m dist_llm check configs/quickstart.yaml --world 8",
+    "check-ours": "-m dist_llm check configs/quickstart.yaml --world 4",
     "first-ours": "-m benchmarks.first_step ours:dp=1",
     "first-plain": "-m benchmarks.first_step plain",
     "first-transformers": "-m benchmarks.first_step transformers",
