@@ -245,7 +245,11 @@ def test_a_signal_leaves_nothing_behind(trained: tuple[Path, str], tmp_path: Pat
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    try:
+        _, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == code and len(err.splitlines()) == 1 and "Traceback" not in err, err
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
