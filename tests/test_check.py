@@ -256,7 +256,7 @@ def test_check_predicts_and_draws(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     said = run("check", str(path), "runtime.dtype=float32", "--layout", "pp=2,schedule=gpipe", "batch.global=8", "--draw")
-    assert "between steps a rank keeps" in said and "over pp a step" in said and "of the pipeline idle" in said
+    assert "the fullest rank holds" in said and "over pp a step" in said and "of the pipeline idle" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("rank ")]
     assert [[cell for cell in row if cell[0] in "FB"] for row in rows] == [["F0", "F1", "F2", "F3", "B0", "B1", "B2", "B3"]] * 2
     for name, start in (("schedule.svg", "<svg"), ("schedule.json", "{")):

@@ -70,10 +70,10 @@ def test_bytes_are_the_closed_form(finished) -> None:
         assert row["sent_bytes_per_step"] == pytest.approx(row["predicted"]["sent_bytes_per_step"], abs=0.5)
 
 
-def test_peak_memory_holds_what_lives_between_steps(finished) -> None:
-    """The tracker sees at least the weights, gradients and optimizer state that the closed form gives."""
+def test_peak_memory_is_as_predicted(finished) -> None:
+    """Of the fullest rank, on real text; the model is tiny, so that tensors of a number per token show."""
     for row in finished[0]["layouts"]:
-        assert max(row["peak_memory_bytes"]) > sum(row["predicted"]["memory_bytes"].values())
+        assert max(row["peak_memory_bytes"]) == pytest.approx(row["predicted"]["memory_bytes"]["total"], rel=0.03), row["given"]
 
 
 def test_offloading_is_proved_for_deepspeed_and_ours(tmp_path: Path) -> None:

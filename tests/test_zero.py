@@ -10,8 +10,8 @@ import pytest
 from dist_llm.config.schema import Config
 from dist_llm.model.table import table
 from dist_llm.parallel.flat import pack
+from dist_llm.plan.memory import persistent_bytes
 from dist_llm.plan.predict import shape_of
-from dist_llm.plan.traffic import persistent_bytes
 from dist_llm.train.proof import Run
 from tests.engine_cases import config, different, layout_of, prove
 from tests.ranks import Ranks

@@ -15,6 +15,7 @@ from dist_llm.config.load import Loaded, load_config
 from dist_llm.config.rules import check as check_rules
 from dist_llm.errors import Failure, UsageError, plain
 from dist_llm.model.table import num_parameters
+from dist_llm.plan.memory import PARTS
 from dist_llm.plan.predict import predicted, shape_of, timeline
 from dist_llm.report.units import show_bytes
 
@@ -54,16 +55,17 @@ def check(
 
 
 def _predictions(loaded: Loaded, layout: Layout) -> list[str]:
-    """What the layout will send and keep, for the busiest rank, by closed forms (plan/traffic.py)."""
+    """What the fullest rank will hold and the busiest send, from the table and the layout (plan/memory.py, plan/traffic.py)."""
     if layout.engine != "native":
         return []
     given = loaded.config.runtime.dtype
     dtype, where = (given, "") if given != "auto" else ("bfloat16", ", as on CUDA")
-    found = predicted(shape_of(loaded.config, layout, dtype=dtype))
-    kept, sent = found["memory_bytes"], found["sent_bytes_per_step"]
-    named = {name: count for name, count in kept.items() if name != "host"} | ({"host memory": kept["host"]} if kept["host"] else {})
-    parts = ", ".join(f"{name} {show_bytes(count)}" for name, count in named.items())
-    lines = [f"in {dtype}{where}, between steps a rank keeps {show_bytes(sum(kept.values()))} ({parts}); activations come on top"]
+    device = "cpu" if loaded.config.runtime.device == "cpu" else "cuda"
+    found = predicted(shape_of(loaded.config, layout, dtype=dtype, device=device))
+    memory, sent = found["memory_bytes"], found["sent_bytes_per_step"]
+    parts = ", ".join(f"{name} {show_bytes(memory[name])}" for name in PARTS)
+    host = f"; host memory {show_bytes(memory['host'])}" if memory["host"] else ""
+    lines = [f"in {dtype}{where}, the fullest rank holds {show_bytes(memory['total'])} at its peak ({parts}{host})"]
     if sent:
         lines.append(f"a rank sends at most {', '.join(f'{show_bytes(count)} over {axis}' for axis, count in sent.items())} a step")
     if layout.pp > 1:

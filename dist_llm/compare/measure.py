@@ -31,7 +31,7 @@ WARMUP = 1  # steps before the clock starts
 
 
 def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """Builds corpus, tokenizer and token shards, and looks at the devices: returns backend and dtype of the ranks.
+    """Builds corpus, tokenizer and token shards, and looks at the devices: returns backend, device and dtype of the ranks.
 
     ranks: of the largest layout; refused where there are too few devices for them. In a process of its own: where ranks are
     forked there must be no threads, and no CUDA may have been touched.
@@ -46,7 +46,8 @@ def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any], r
     prepared.require_vocab(settings.model.vocab)
     training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
     dtype = str(choose_dtype(settings.runtime, device)).removeprefix("torch.")
-    return {"fingerprint": prepared.fingerprint, "notes": list(prepared.notes), "backend": backend_name(settings.runtime), "dtype": dtype}
+    found = {"fingerprint": prepared.fingerprint, "notes": list(prepared.notes)}
+    return {**found, "backend": backend_name(settings.runtime), "device": device.type, "dtype": dtype}
 
 
 def speed_rank(rank: int, world: int, say: Callable, config: dict[str, Any], layout: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -123,8 +124,8 @@ def _peak_resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]], *, dtype: str) -> dict[str, Any]:
-    """What the ranks measured and what was predicted, as keys of a row of comparison.json. dtype: of the ranks' weights."""
+def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]], *, dtype: str, device: str) -> dict[str, Any]:
+    """What the ranks measured and what was predicted, as keys of a row of comparison.json. dtype, device (cpu or cuda): of the ranks."""
     slowest = max(rank["step_seconds"] for rank in ranks)
     tokens = config.batch.global_ * config.data.sequence
     axes = sorted({axis for rank in ranks for axis in rank["sent"]})
@@ -144,7 +145,7 @@ def speed_row(config: Config, layout: Layout, ranks: list[dict[str, Any]], *, dt
     if layout.engine != "native":
         row |= {"sent_bytes_per_step": {}, "sent_bytes_by_rank": {}}  # what other libraries send is not booked here
     else:
-        shape = shape_of(config, layout, dtype=dtype)
+        shape = shape_of(config, layout, dtype=dtype, device=device)
         drawn = {"measured": [_shown(span) for span in spans], "simulated": _simulated(shape, spans)}
         row |= {"predicted": predicted(shape), "spans": drawn, "bytes_exact": _bytes_exact(shape, ranks)}
     return row

@@ -82,7 +82,7 @@ class Comparison:
 
         largest = max(entry.layout.world for entry in self.entries)
         (found,) = run_ranks(1, prepare_rank, config, largest, **self.options, on_message=progress)
-        self.dtype, self.options["backend"] = found["dtype"], found["backend"]
+        self.kind, self.options["backend"] = {"dtype": found["dtype"], "device": found["device"]}, found["backend"]
         for note in found["notes"]:
             self.say(f"note: {plain(note)}")
         self.prover = Prover(self.subject, self.reference.layout, **self.options)
@@ -110,7 +110,7 @@ class Comparison:
             row |= _proof_keys(verdict, about, losses)
             config = changed(self.config, {"layout": parse_layout(entry.given)}).model_dump(by_alias=True)
             ranks = run_ranks(layout.world, speed_rank, config, asdict(layout), self.steps, **self.options)
-            row |= speed_row(self.config, layout, ranks, dtype=self.dtype)
+            row |= speed_row(self.config, layout, ranks, **self.kind)
         except Failure as failure:
             found = f" ({failure.found})" if failure.found else ""
             said = plain(f"{failure.what}{found}; {failure.where or ''}".rstrip("; "))

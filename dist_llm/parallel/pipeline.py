@@ -105,12 +105,13 @@ class Stage:
         assert x is not None
         return x
 
-    def backward(self, micro: int, slope: Tensor, context: Context, *, reduce: bool) -> Tensor | None:
+    def backward(self, micro: int, slope: Tensor | None, context: Context, *, reduce: bool) -> Tensor | None:
         """Enters with the gradient of what `forward` left; leaves with that of what it entered with (None on the first stage).
 
         reduce: the weight gradients are complete after this micro-batch, or every micro-batch is reduced.
         """
         kept, by_x = self.kept.pop(micro), None
+        assert slope is not None
         for at in reversed(range(len(self.units))):
             unit, (x, edge) = self.units[at], (kept[at].x, kept[at].edge)
             if x is not None:
@@ -164,7 +165,7 @@ class Stage:
 class InTransit:
     """The tensors of one step on their way between actions, by (stage, micro-batch)."""
 
-    inputs: dict[Action, Tensor] = field(default_factory=dict)  # what a compute action takes, where it is already here
+    inputs: dict[Action, Tensor | None] = field(default_factory=dict)  # what a compute action takes, where it is already here
     coming: dict[Action, comm.Pending] = field(default_factory=dict)  # by RECV action
     going: list[comm.Pending] = field(default_factory=list)
     outputs: dict[Action, Tensor] = field(default_factory=dict)  # by SEND action
@@ -226,15 +227,16 @@ class Pipeline:
         """
         state, clock, marks = InTransit(), Clock(scale.device), []
         for action in self.actions:
-            taken = self._input(action, state, scale) if action.kind in COMPUTE else None
-            if action.kind in COMPUTE and action.micro not in state.contexts:
-                state.contexts[action.micro] = contexts[action.micro]
+            if action.kind in COMPUTE:
+                self._finish_input(action, state, scale)
+                if action.micro not in state.contexts:
+                    state.contexts[action.micro] = contexts[action.micro]
             start = clock.mark() if self.recording else None  # waiting for the input is not work
             match action.kind:
                 case Kind.F:
-                    self._forward(action, taken, state.contexts[action.micro], state)
+                    self._forward(action, state.contexts[action.micro], state)
                 case Kind.B:
-                    self._backward(action, taken, state.contexts[action.micro], state)
+                    self._backward(action, state.contexts[action.micro], state)
                 case Kind.SEND_F | Kind.SEND_B:
                     if len(state.going) == SENDS:  # validate() proves that even sends that wait for their receiver cannot lock
                         state.going.pop(0).finish()
@@ -253,34 +255,33 @@ class Pipeline:
         losses = [loss for stage in self.stages.values() if (loss := stage.take_loss()) is not None]
         return losses[0] if losses else torch.zeros((), dtype=torch.float64, device=scale.device)
 
-    def _forward(self, action: Action, x: Tensor | None, context: Context, state: InTransit) -> None:
+    def _forward(self, action: Action, context: Context, state: InTransit) -> None:
         stage = self.stages[action.stage]
         backward_next = self.following.get(action) == Action(action.stage, Kind.B, action.micro)
-        out = stage.forward(action.micro, x, context, backward_next=backward_next)
+        out = stage.forward(action.micro, state.inputs.pop(action), context, backward_next=backward_next)
         if not stage.last:
             self._output(action, out, state)
 
-    def _backward(self, action: Action, slope: Tensor | None, context: Context, state: InTransit) -> None:
+    def _backward(self, action: Action, context: Context, state: InTransit) -> None:
         stage = self.stages[action.stage]
-        assert slope is not None
         stage.finish_reduce()  # of the micro-batch before: its buffers are free before the first unit makes its own
-        by_x = stage.backward(action.micro, slope, context, reduce=action in self.reduced)
+        # The walk alone holds the slope, and lets it go after its first unit.
+        by_x = stage.backward(action.micro, state.inputs.pop(action), context, reduce=action in self.reduced)
         if not stage.first:
             assert by_x is not None
             self._output(action, by_x, state)
 
-    def _input(self, action: Action, state: InTransit, scale: Tensor) -> Tensor | None:
-        """What a compute action takes: from the neighbouring stage on this rank, or from a message; the ends have their own."""
+    def _finish_input(self, action: Action, state: InTransit, scale: Tensor) -> None:
+        """Leaves with what a compute action takes: from the neighbouring stage on this rank, or a message; the ends have their own."""
         stage = self.stages[action.stage]
         if action.kind == Kind.F and stage.first:
-            return None
-        if action.kind == Kind.B and stage.last:
-            return scale
-        if action in state.inputs:
-            return state.inputs.pop(action)
-        message = needs(action)
-        assert message is not None
-        return state.coming.pop(message).finish()
+            state.inputs[action] = None
+        elif action.kind == Kind.B and stage.last:
+            state.inputs[action] = scale
+        elif action not in state.inputs:
+            message = needs(action)
+            assert message is not None
+            state.inputs[action] = state.coming.pop(message).finish()
 
     def _output(self, action: Action, out: Tensor, state: InTransit) -> None:
         send = gives(action)

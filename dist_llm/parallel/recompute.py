@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 
 def run_again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -34,6 +35,6 @@ class _Again(torch.autograd.Function):
         """Makes the graph and goes back through it."""
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            out = ctx.run(x)
-        torch.autograd.backward(out, slope)
+            edge = get_gradient_edge(ctx.run(x))  # the output itself is not needed again
+        torch.autograd.backward((edge,), (slope,))
         return None, x.grad

@@ -194,8 +194,8 @@ class FlatUnit:
 
         `step`: the shard is complete inside its group, so its sum over replicas begins, while backward goes on below.
         """
-        for use, pending in self.reducing.items():
-            reduced = pending.finish()
+        for use in list(self.reducing):
+            reduced = self.reducing.pop(use).finish()  # the others' parts are free before the sum over replicas makes its own
             if use in self.sums:
                 self.sums[use].add_(reduced)
             else:
@@ -204,7 +204,6 @@ class FlatUnit:
                 del self.whole[use]
             if self.by_step:
                 self.crossing = self._start_sum_of_replicas(self.sums[use])
-        self.reducing.clear()
 
     def start_crossing(self) -> None:
         """After the last micro-batch: begins the sum over replicas, if `collect` did not."""

@@ -1,4 +1,4 @@
-"""What is known of a layout before it runs: bytes sent, memory that lives between steps, the schedule and its bubble. Torch-free."""
+"""What is known of a layout before it runs: bytes sent, the peak of memory, the schedule and its bubble. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,24 +7,38 @@ from typing import Any
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import Config
 from dist_llm.model.cost import forward_flops
-from dist_llm.plan.traffic import Shape, persistent_bytes, sent_bytes
+from dist_llm.plan.memory import peak_bytes
+from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.schedule.simulate import Simulation, simulate
 
 
-def shape_of(config: Config, layout: Layout, *, dtype: str) -> Shape:
-    """The numbers that traffic and memory depend on."""
-    batches = config.batch.global_ // (layout.dp * config.batch.micro)
-    smoothed = config.optimizer.label_smoothing > 0
-    return Shape(config.model, layout, config.data.sequence, config.batch.micro, batches, dtype, smoothed, config.runtime.fp8)
+def shape_of(config: Config, layout: Layout, *, dtype: str, device: str = "cpu") -> Shape:
+    """The numbers that traffic and memory depend on. dtype and device: of the ranks."""
+    optimizer = config.optimizer
+    return Shape(
+        model=config.model,
+        layout=layout,
+        sequence=config.data.sequence,
+        micro=config.batch.micro,
+        micro_batches=config.batch.global_ // (layout.dp * config.batch.micro),
+        dtype=dtype,
+        smoothing=optimizer.label_smoothing > 0,
+        fp8=config.runtime.fp8,
+        moments=2 if optimizer.kind == "adamw" else int(optimizer.momentum > 0),
+        masked=config.data.document_mask,
+        restarting=config.data.reset_positions,
+        fixed=config.runtime.reduce_order == "fixed",
+        device=device,
+    )
 
 
 def predicted(shape: Shape) -> dict[str, Any]:
-    """For the busiest rank: bytes, persistent memory, and the bubble of a schedule whose costs are FLOP."""
+    """Bytes of the busiest rank, peak memory of the fullest, and the bubble of a schedule whose costs are FLOP."""
     last = shape.layout.tp - 1  # no tensor-parallel rank has a larger part of any cut (sharding.split_parts)
     places = [(pp, last) for pp in range(shape.layout.pp)]
     sent = [sent_bytes(shape, pp=pp, tp=tp) for pp, tp in places]
     axes = sorted({axis for each in sent for axis in each})
-    memory = max((persistent_bytes(shape, pp=pp, tp=tp) for pp, tp in places), key=lambda found: sum(found.values()))
+    memory = max((peak_bytes(shape, pp=pp, tp=tp) for pp, tp in places), key=lambda found: found["total"])
     return {
         "sent_bytes_per_step": {axis: max(each.get(axis, 0) for each in sent) for axis in axes},
         "memory_bytes": memory,

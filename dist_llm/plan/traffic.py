@@ -27,7 +27,6 @@ from dist_llm.schedule.cut import cut
 from dist_llm.schedule.generate import generate, stages_of
 from dist_llm.schedule.lower import lower
 
-HOST_BUFFERS = 3  # as large as the largest gradient, between device and host (engines/offload.py)
 KEPT_UNITS = 2  # units at the end of a stage that keep their weights between a forward and the backward that follows at once
 
 
@@ -45,7 +44,11 @@ WIDTHS = {"bfloat16": Widths(2, 4, 4), "float32": Widths(4, 4, 4), "float64": Wi
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a run that traffic and memory depend on."""
+    """The numbers of a run that traffic and memory depend on.
+
+    smoothing: of the labels. moments: of the optimizer, 2 for AdamW, 1 for SGD with momentum, 0 without. masked: attention
+    stays inside documents; restarting: so do positions. fixed: gradients are added in rank order. device: cpu or cuda.
+    """
 
     model: ModelConfig
     layout: Layout
@@ -55,6 +58,11 @@ class Shape:
     dtype: str
     smoothing: bool = False
     fp8: str = "off"
+    moments: int = 2
+    masked: bool = False
+    restarting: bool = False
+    fixed: bool = True
+    device: str = "cpu"
 
     @property
     def widths(self) -> Widths:
@@ -228,27 +236,3 @@ def _control(total: defaultdict[str, float], shape: Shape) -> None:
     """The norm with the loss: float64 each, one number per unit."""
     world, numbers = shape.layout.world, len(_rows(shape)) + 1
     total["control"] += 2 * (world - 1) / world * numbers * 8
-
-
-def persistent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0, moments: int = 2) -> dict[str, int]:
-    """Bytes that a rank keeps: weights and optimizer (masters and moments) always, gradients from the end of backward to the update.
-
-    Padding included.
-    moments: 2 for AdamW, 1 for SGD with momentum, 0 without. The optimizer's float32 count of updates is 4 bytes.
-    host: with `offload=optimizer` masters, moments and count, and the buffers between device and host; else 0.
-    """
-    layout, wide, plans = shape.layout, shape.widths, shape.flat_plans(pp, tp).values()
-    offload = layout.offload == "optimizer"
-    updated = "host" if offload else "optimizer"
-    found = {"weights": 0, "gradients": 0, "optimizer": 0, "host": 0}
-    found[updated] = 4
-    if offload:
-        found["host"] += HOST_BUFFERS * wide.gradient * max(plan.shard_size if layout.zero else plan.padded for plan, _ in plans)
-    for plan, _ in plans:
-        sharded = layout.zero == 3 and layout.shard > 1
-        owned = plan.shard_size if layout.zero else plan.padded
-        found["weights"] += (plan.shard_size if sharded else plan.padded) * wide.weight
-        found["gradients"] += owned * wide.gradient
-        masters = wide.gradient if offload or wide.gradient != wide.weight else 0
-        found[updated] += owned * (masters + moments * wide.gradient)
-    return found

@@ -87,7 +87,8 @@ COMPARISON = """{% extends "base" %}
 {% if "memory" in drawn %}
 <section>
 <h2>Memory per rank</h2>
-<p class="note">Bars are predicted, by what holds the bytes; each mark is the measured peak of one rank.</p>
+<p class="note">Bars are predicted: the fullest moment of the fullest rank, by what holds the bytes.
+Each mark is the measured peak of one rank; host memory is in it where it is the device's.</p>
 {{ figure("memory") }}
 </section>
 {% endif %}

@@ -1,0 +1,125 @@
+"""What a flat unit holds in the moments of a step, as `parallel/zero.py` moves it; and the count of what is alive. Torch-free.
+
+Legend: P padded elements of a unit, N ranks of its shard group, r replicas of a shard.
+"""
+
+from __future__ import annotations
+
+from dist_llm.parallel.flat import FlatPlan
+from dist_llm.plan.traffic import Shape
+
+
+class Tally:
+    """Bytes alive now, by part, and the parts of the fullest moment so far."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, int] = {"gradients": 0, "activations": 0, "buffers": 0}
+        self.fullest, self.most = dict(self.now), 0
+
+    def hold(self, part: str, size: int) -> None:
+        """Tensors of `size` bytes are made."""
+        self.now[part] += size
+        self.moment()
+
+    def free(self, part: str, size: int) -> None:
+        """They are gone."""
+        self.now[part] -= size
+        assert self.now[part] >= 0, part
+
+    def move(self, source: str, target: str, size: int) -> None:
+        """They serve as something else from now on."""
+        self.now[source] -= size
+        self.now[target] += size
+
+    def moment(self, buffers: int = 0) -> None:
+        """For a moment, `buffers` more are alive."""
+        total = sum(self.now.values()) + buffers
+        if total > self.most:
+            self.most, self.fullest = total, {**self.now, "buffers": self.now["buffers"] + buffers}
+
+
+class Residency:
+    """The gradients of a flat unit by use, (P,) each while whole and (P / N,) reduced, and its whole weights in stage 3.
+
+    A group of one rank reduces nothing: its sums are the whole gradients.
+    """
+
+    def __init__(self, plan: FlatPlan, shape: Shape, tally: Tally) -> None:
+        layout, wide = shape.layout, shape.widths
+        self.tally, self.stage, self.keep = tally, layout.zero, layout.unshard == "step"
+        self.by_step, self.fixed, self.alone = layout.reduce == "step", shape.fixed, layout.shard == 1
+        self.weights = plan.padded * wide.weight
+        self.gradient, self.shard = plan.padded * wide.gradient, plan.shard_size * wide.gradient
+        self.crossing_parts = self.shard if shape.replicas > 1 and shape.fixed else 0
+        self.here = not (self.stage == 3 and not self.alone)
+        self.whole: set[int] = set()
+        self.sums: set[int] = set()
+        self.reducing: set[int] = set()
+        self.crossing = False
+        partial = [slot for slot in plan.slots if slot.sharding.partial]
+        self.joined = sum(slot.numel for slot in partial) * wide.gradient  # side by side for their sum over tp
+
+    def gather(self) -> None:
+        """The whole weights come."""
+        if not self.here:
+            self.tally.hold("buffers", self.weights)
+            self.here = True
+
+    def release(self) -> None:
+        """They go, unless `unshard=step` keeps them."""
+        if self.stage == 3 and not self.alone and not self.keep and self.here:
+            self.tally.free("buffers", self.weights)
+            self.here = False
+
+    def begin_backward(self, use: int) -> None:
+        """A use's gradients get their place at its first backward."""
+        if use not in self.whole:
+            self.whole.add(use)
+            self.tally.hold("gradients", self.gradient)
+
+    @property
+    def in_place(self) -> bool:
+        """Stage 0 reduces once a step into the whole gradient, which it gathers again."""
+        return self.stage == 0 and self.by_step
+
+    def start_reduce(self, use: int) -> None:
+        """Takes the others' parts (P,), and the shard (P / N,) that they are added to."""
+        if self.by_step:
+            self.tally.free("gradients", self.gradient * len(self.whole - {use}))
+            self.whole &= {use}
+        self.tally.moment(self.joined)
+        self.reducing.add(use)
+        if not self.alone:
+            self.tally.hold("gradients", 0 if self.in_place else self.shard)
+            self.tally.hold("buffers", self.gradient if self.fixed else 0)
+
+    def collect(self) -> None:
+        """The parts go, and the whole gradient; the shard is a sum, or is added to the one that is there."""
+        for use in self.reducing:
+            self.tally.free("buffers", self.gradient if self.fixed and not self.alone else 0)
+            self.tally.free("gradients", self.shard if use in self.sums and not self.in_place else 0)
+            self.sums.add(use)
+            if not self.in_place:
+                self.whole.remove(use)
+                self.tally.free("gradients", 0 if self.alone else self.gradient)
+            if self.by_step:
+                self._cross()
+        self.reducing.clear()
+
+    def _cross(self) -> None:
+        self.crossing = True
+        self.tally.hold("buffers", self.crossing_parts)
+
+    def start_crossing(self) -> None:
+        """The sum over replicas takes their parts (P / N,)."""
+        self.collect()
+        if not self.crossing:
+            self.tally.free("gradients", self.shard * (len(self.sums) - 1))
+            self.sums = {0}
+            self._cross()
+
+    def start_finish(self) -> None:
+        """Parts of replicas go; stage 0 gathers the whole gradient, into a new one if it had given the old one up."""
+        self.tally.free("buffers", self.crossing_parts)
+        if self.stage == 0 and not self.by_step and not self.alone:
+            self.tally.hold("gradients", self.gradient)

@@ -1,0 +1,228 @@
+"""What a unit of the walk holds, tensor by tensor: from its forward to its backward, and for a moment in either. Torch-free.
+
+The sums follow `model/transformer.py`, `model/kernels.py`, `model/loss.py` and `parallel/tensor.py`, eager: each line is a
+moment, and each term a tensor that is alive then. Tensors of a number per token (statistics of norms, softmax sums of a
+chunk) or per feature are left out. `tests/test_memory.py` holds the sums against the live tensors of the engine.
+
+Legend: B micro, S sequence, S' = S/tp with sequence parallelism, else S; D dim; H, K local query and key heads, E head_dim,
+F local ffn, v local vocabulary rows. All in bytes, of one micro-batch on one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_llm.plan.traffic import Shape
+
+PIECE = 512  # tokens of an activation at once on a CPU (model/kernels.py: TOKENS)
+CHUNK = 1024  # tokens whose logits exist at once (model/loss.py: CHUNK)
+DRAWN = 5 * 8  # of an element of a dropout mask while it is drawn: its place and four steps of 64 bits (random.py)
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Bytes of a unit beside its input, its slope and its weights.
+
+    out: (B, S', D), what it hands on; 0 for the head. kept: from forward to backward. forward: the most at once in
+    forward. made: what backward works with, as much as `kept` unless backward makes the graph itself; then `making` is
+    the most at once while it does, else 0. backward: the most at once in it, `made` included.
+    """
+
+    out: int
+    kept: int
+    forward: int
+    making: int
+    made: int
+    backward: int
+
+
+class Tensors:
+    """The tensors that the moments below are sums of."""
+
+    def __init__(self, shape: Shape, *, pp: int, tp: int) -> None:
+        model, layout, wide = shape.model, shape.layout, shape.widths
+        self.model, self.layout, self.width, self.exact = model, layout, wide.weight, wide.statistic
+        self.cpu = shape.device == "cpu"
+        self.tokens = shape.micro * shape.sequence
+        self.elements = self.tokens // (layout.tp if layout.sp else 1) * model.dim
+        self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
+        self.whole = self.tokens * model.dim * wide.weight  # (B, S, D): the same inside a region split by feature
+        self.turned = shape.micro > 1  # (B, S, D) becomes (S, B, D) by a copy
+        plans = shape.flat_plans(pp, tp).values()
+        self.weights = {_inside(slot.name): slot.shape for plan, _ in plans for slot in plan.slots}  # all blocks are alike
+
+    def features(self, *names: str) -> int:
+        """(B, S, O) of the outputs of these projections, together."""
+        return sum(self.tokens * self.weights[f"{name}.weight"][0] for name in names) * self.width
+
+    def by_weight(self, *names: str) -> int:
+        """The gradients by these weights, together."""
+        shapes = [self.weights[f"{name}.weight"] for name in names]
+        return sum(rows * columns for rows, columns in shapes) * self.width
+
+    # --- (B, S', D) <-> (B, S, D) --------------------------------------------------------------------------------------
+
+    @property
+    def gathering(self) -> int:
+        """Beside (B, S', D), while all of S is fetched: it turned, the whole, the whole turned back. Nothing without sp."""
+        return (1 + self.turned) * self.whole + self.turned * self.stream if self.layout.sp else 0
+
+    @property
+    def reducing(self) -> int:
+        """Beside partial sums (B, S, D), while they are added: they turned, the others' parts, the sum, it turned back."""
+        parts = self.whole if self.cpu else 0
+        return self.turned * self.whole + parts + (1 + self.turned) * self.stream if self.layout.sp else 0
+
+    @property
+    def gathered(self) -> int:
+        """What `gathering` leaves beside (B, S', D)."""
+        return self.whole if self.layout.sp else 0
+
+    # --- norms, dropout ------------------------------------------------------------------------------------------------
+
+    def norm_backward(self, size: int) -> int:
+        """Beside the slope (of that size): the gradient by the input; from bfloat16, also input, slope and gradient in float32."""
+        return size if self.exact == self.width else (1 + 3 * self.exact // self.width) * size
+
+    @property
+    def mask(self) -> int:
+        """A dropout mask, a byte an element of (B, S', D)."""
+        return self.elements if self.model.dropout else 0
+
+    @property
+    def drawing(self) -> int:
+        """Beside what is dropped: the mask while it is drawn; the product and its quotient come later and are smaller."""
+        return DRAWN * self.elements if self.model.dropout else 0
+
+    @property
+    def dropped(self) -> int:
+        """The slope behind a dropout, (B, S', D); without one it is the slope that came."""
+        return self.stream if self.model.dropout else 0
+
+
+def _inside(name: str) -> str:
+    """A parameter's name inside its block; others as they are."""
+    return name.split(".", 2)[2] if name.startswith("blocks.") else name
+
+
+class Block:
+    """A block: attention and feed-forward, each around the residual stream."""
+
+    def __init__(self, t: Tensors) -> None:
+        self.t, model = t, t.model
+        self.q, self.k = t.features("attention.q"), t.features("attention.k")
+        self.qkv = self.q + 2 * self.k
+        names = ("mlp.gate", "mlp.up") if model.activation == "swiglu" else ("mlp.up",)
+        self.mlp, self.by_mlp = t.features(*names), t.by_weight(*names)
+        self.by_qkv = t.by_weight("attention.q", "attention.k", "attention.v")
+        self.by_o, self.by_down = t.by_weight("attention.o"), t.by_weight("mlp.down")
+        statistics = self.q // (model.head_dim * t.width) * t.exact  # log-sum-exp, a number per head and token
+        normed = self.q + self.k if model.qk_norm else 0
+        self.attention = self.qkv + normed + self.q + statistics + t.mask  # its output is as large as the queries
+        pieces = min(PIECE, t.tokens) if t.cpu else t.tokens
+        self.piece = self.mlp // len(names) * pieces // t.tokens  # (piece, F)
+        self.num_pieces = len(names) + 1  # in backward: the slope, the activation, for SwiGLU up's slope
+
+    @property
+    def holds(self) -> Holds:
+        """As `Layout.recompute` says."""
+        t, middle = self.t, self.t.stream  # the residual between the halves
+        after = middle + (0 if t.layout.recompute == "selective" else self.mlp) + t.mask
+        made = self.attention + after
+        forward = max(self._attention_forward(), self.attention + middle + self._mlp_forward())
+        if t.layout.recompute == "full":
+            alone = max(self._attention_forward(), middle + self._mlp_forward())
+            return Holds(t.stream, 0, alone, forward, made, self._backward(made))
+        return Holds(t.stream, made, forward, 0, made, self._backward(made))
+
+    def _columns_forward(self, outputs: int) -> int:
+        """Norm, gather, product."""
+        return max(self.t.stream + self.t.gathering, self.t.whole + outputs)
+
+    def _row_forward(self, bias: bool, kept: int) -> int:
+        """Beside the features: the product and its reduction; then bias, dropout and the sum with the stream."""
+        t = self.t
+        product = t.whole + t.reducing
+        biased = (1 + bias) * t.stream
+        return max(product, biased, t.stream + t.drawing, kept + 2 * t.stream)
+
+    def _attention_forward(self) -> int:
+        return max(self._columns_forward(self.qkv), self.attention - self.t.mask + self._row_forward(self.t.model.out_bias, self.t.mask))
+
+    def _mlp_forward(self) -> int:
+        """Beside the residual between the halves."""
+        row = max(self.t.whole + self.piece, self._row_forward(self.t.model.mlp_bias, self.t.mask))
+        return max(self._columns_forward(self.mlp), self.mlp + row)
+
+    def _columns_backward(self, by_weights: int) -> int:
+        """Beside the slopes of the features, which stay: norm again, gather, both products, reduce; then the norm's own."""
+        t = self.t
+        products = t.stream + t.gathering + t.whole + t.reducing + by_weights
+        return max(products, by_weights + t.stream + t.norm_backward(t.stream))
+
+    def _backward(self, made: int) -> int:
+        """The larger half. bfloat16 gradients by weights stay until the unit is done: `by` those there so far."""
+        t = self.t
+        again = self._mlp_forward() if t.layout.recompute == "selective" else 0
+        full = made + (self.mlp if again else 0)
+        narrow = t.exact != t.width
+        by_down = self.by_down * (1 + t.exact // t.width if narrow else 1)  # added up in float32, then cast
+        feed_forward = [
+            made + 2 * t.dropped,
+            made + t.dropped + again,
+            full + t.dropped + t.gathering,
+            full + t.dropped + t.gathered + by_down + self.num_pieces * self.piece,
+            full + narrow * self.by_down + self._columns_backward(self.by_mlp),
+        ]
+        return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
+
+    def _attention_backward(self, by: int) -> list[int]:
+        """Beside the new slope of the residual; `by` gradients by weights that stay."""
+        t, held = self.t, self.t.stream + self.attention + by
+        by_o = self.by_o if t.exact != t.width else 0
+        turned = self.qkv if t.model.qk_norm else 0  # the products that the norms of queries and keys read
+        return [
+            held + 2 * t.dropped,
+            held + t.dropped + t.gathering,
+            held + t.dropped + t.gathered + self.q + self.by_o,  # the slope of attention's output
+            held + by_o + self.q + self.qkv,  # and those of queries, keys and values
+            t.stream + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
+            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv),
+        ]
+
+
+def _embedding(t: Tensors) -> Holds:
+    """Tokens to vectors: its backward multiplies the slope by 0 where a token's row is elsewhere."""
+    learned = t.stream if t.model.positions == "learned" else 0
+    by_table = t.by_weight("embedding")
+    forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing))
+    rows = t.dropped + t.gathered + t.whole + by_table
+    return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + t.gathering, rows))
+
+
+def _head(t: Tensors) -> Holds:
+    """Norm, output projection and loss: all of it in backward, which makes loss and gradients in one pass."""
+    by_table = t.by_weight("embedding" if t.model.tied else "head")
+    exact = by_table // t.width * t.exact
+    rows = t.weights["embedding.weight" if t.model.tied else "head.weight"][0]
+    narrow = t.exact != t.width
+    logits = min(CHUNK, t.tokens) * rows * (t.exact + (t.width if narrow else 0))  # a cast has both
+    cast = by_table if narrow else 0
+    made = t.stream + by_table
+    making = [
+        t.stream + t.gathering,
+        2 * t.whole + exact + max(logits, cast),
+        t.whole + t.reducing + by_table,
+        t.stream + t.norm_backward(t.stream) + by_table,
+    ]
+    return Holds(0, 0, 0, max(making), made, made)
+
+
+def unit_holds(shape: Shape, *, pp: int, tp: int) -> dict[str, Holds]:
+    """Walk unit -> what it holds, of the rank at pipeline and tensor coordinates (pp, tp)."""
+    tensors = Tensors(shape, pp=pp, tp=tp)
+    names = [name for units in shape.rank_stages(pp).values() for name in units]
+    blocks = Block(tensors).holds if any(name.startswith("blocks.") for name in names) else None
+    ends = {"embedding": _embedding, "head": _head}
+    found = {name: ends[name](tensors) if name in ends else blocks for name in names}
+    return {name: each for name, each in found.items() if each is not None}

@@ -1,0 +1,137 @@
+"""The peak of memory: predicted from table and layout, and measured as the live tensors of the real engine's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_llm.config.schema import Config
+from dist_llm.engines import offload
+from dist_llm.mesh import coordinate
+from dist_llm.model import kernels, loss
+from dist_llm.parallel import pipeline
+from dist_llm.plan import memory, traffic, units
+from dist_llm.plan.memory import PARTS, peak_bytes, persistent_bytes
+from dist_llm.plan.predict import predicted, shape_of
+from tests.engine_cases import config, layout_of
+from tests.ranks import Ranks
+
+WITHIN = 0.01  # of the measured peak; what is left out are tensors of a number per token or feature
+SIZES: dict[str, Any] = {"layers": 3, "dim": 128, "heads": 4, "kv_heads": 4, "ffn": 344, "vocab": 512}
+Case = tuple[str, str, dict[str, Any]]  # layout, dtype, changes to the run
+
+
+def run_of(**changes: Any) -> dict[str, Any]:
+    """A config large enough that its tensors outweigh the small ones: 128 tokens, two micro-batches and more."""
+    runtime = changes.pop("runtime", {})
+    given = config(**{"micro": 2, "batch": 4, "sequence": 128, **SIZES, **changes})
+    return {**given, "runtime": {**given["runtime"], **runtime}}
+
+
+CASES: list[Case] = [
+    ("dp=1", "float32", {}),
+    ("dp=1", "float32", {"batch": 2}),
+    ("dp=1", "bfloat16", {"sequence": 64}),
+    ("dp=1", "float64", {"sequence": 64}),
+    ("dp=1", "float32", {"kv_heads": 2, "qk_norm": True, "tied": True}),
+    ("dp=1", "float32", {"family": "gpt2"}),
+    ("dp=1", "float32", {"family": "gpt2", "dropout": 0.1}),
+    ("dp=1", "float32", {"document_mask": True}),
+    ("dp=1", "float32", {"vocab": 4096, "micro": 12, "batch": 12, "layers": 1}),  # the head, more than one chunk
+    ("dp=1,recompute=full", "float32", {"layers": 6}),
+    ("dp=1,recompute=selective", "float32", {}),
+    ("dp=1,offload=optimizer", "float32", {"optimizer": {"kind": "sgd", "momentum": 0.9}}),
+    ("dp=2", "float32", {}),
+    ("dp=2,zero=0,reduce=micro_batch", "float32", {"batch": 8}),
+    ("dp=2,zero=1", "float32", {"tied": True, "batch": 8}),
+    ("dp=2,zero=1", "float32", {"runtime": {"reduce_order": "fast"}}),
+    ("dp=2,zero=2", "bfloat16", {"sequence": 64}),
+    ("dp=2,zero=2,reduce=step", "float32", {"micro": 1, "batch": 8}),
+    ("dp=2,zero=3", "float32", {"micro": 1, "layers": 6, "sequence": 64}),
+    ("dp=2,zero=3,unshard=step,offload=optimizer", "float32", {"micro": 1}),
+    ("tp=2,sp=off", "float32", {"kv_heads": 1}),
+    ("tp=2", "float32", {}),
+    ("tp=2,recompute=selective", "float32", {"family": "gpt2"}),
+    ("tp=2,recompute=full", "bfloat16", {"sequence": 64, "micro": 1}),
+    ("pp=2", "float32", {"batch": 8, "tied": True}),
+    ("pp=2,schedule=gpipe,reduce=micro_batch", "float32", {"batch": 6}),
+    ("pp=2,schedule=interleaved", "float32", {"layers": 4, "batch": 8}),
+    ("pp=4", "float32", {"layers": 6, "batch": 12}),
+    ("dp=2,pp=2,zero=3", "float32", {"micro": 1}),
+    ("dp=2,tp=2,zero=2", "float32", {}),
+    ("tp=2,pp=2,recompute=full", "float32", {"layers": 6}),
+    ("dp=4,zero=3,shard=2", "float32", {"micro": 1}),
+    ("dp=4,zero=2,shard=2,reduce=step", "float32", {"micro": 1, "sequence": 64}),
+]
+
+
+def check(ranks: Ranks, case: Case) -> None:
+    """Every rank's measured peak against the prediction; the parts add up to it."""
+    text, dtype, changes = case
+    layout, given = layout_of(text), run_of(**changes)
+    found = ranks.run(layout.world, "tests.memory_cases:peaks", given, vars(layout), dtype)
+    shape = shape_of(Config.model_validate(given), layout, dtype=dtype)
+    for rank, measured in enumerate(found):
+        at = coordinate(rank, layout)
+        parts = peak_bytes(shape, pp=at.pp, tp=at.tp)
+        assert parts["total"] == pytest.approx(measured, rel=WITHIN), (rank, parts)
+        assert parts["total"] == sum(parts[name] for name in PARTS) + parts["host"]  # the CPU is host and device
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]} {' '.join(map(str, case[2].values()))}".strip())
+def test_the_peak_is_as_predicted(ranks: Ranks, case: Case) -> None:
+    check(ranks, case)
+
+
+def many() -> list[Case]:
+    """Layouts x models, a few hundred."""
+    models: list[dict[str, Any]] = [
+        {"kv_heads": 2, "tied": True}, {"family": "gpt2"}, {"qk_norm": True, "document_mask": True}, {"vocab": 4096, "layers": 2},
+        {"layers": 6, "micro": 1}, {"sequence": 256, "family": "gpt2", "dropout": 0.2},
+    ]  # fmt: skip
+    data = [f"zero={stage},reduce={when}" for stage in range(4) for when in ("micro_batch", "step")]
+    data += ["zero=3,unshard=step", "zero=1,offload=optimizer", "zero=3,recompute=full", "zero=2,recompute=selective"]
+    pipes = [f"pp=2,schedule={name}" for name in ("gpipe", "1f1b", "interleaved")]
+    texts = [f"dp=2,{keys}" for keys in data] + ["tp=2", "tp=2,sp=off", "tp=2,recompute=full", "tp=4", *pipes]
+    texts += [f"dp=2,{pipe},zero={stage}" for pipe in pipes for stage in (1, 3)] + ["tp=2,pp=2", "dp=2,tp=2,zero=3", "pp=4,schedule=gpipe"]
+    texts += [f"dp=4,zero={stage},shard=2,reduce={when}" for stage in (1, 2, 3) for when in ("micro_batch", "step")]
+    return [(text, "float32", {"batch": 8, "layers": 4, **model}) for text in texts for model in models]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", many(), ids=lambda case: f"{case[0]} {' '.join(map(str, case[2].values()))}")
+def test_the_peak_of_many_layouts_is_as_predicted(ranks: Ranks, case: Case) -> None:
+    check(ranks, case)
+
+
+def test_the_constants_are_the_engines() -> None:
+    """plan/ is torch-free, so it repeats them."""
+    assert (units.PIECE, units.CHUNK) == (kernels.TOKENS, loss.CHUNK)
+    assert (memory.MESSAGES, memory.IN_FLIGHT, traffic.KEPT_UNITS) == (pipeline.SENDS, pipeline.IN_FLIGHT, pipeline.KEPT_UNITS)
+    assert memory.HOST_BUFFERS == offload.BUFFERS
+
+
+def test_host_memory_counts_where_the_device_is_the_host() -> None:
+    """And on CUDA an activation is made whole, where a CPU makes it in pieces."""
+    given, layout = Config.model_validate(run_of(micro=8, batch=8, ffn=688)), layout_of("dp=1,offload=optimizer")
+    cpu, cuda = (peak_bytes(shape_of(given, layout, dtype="bfloat16", device=device)) for device in ("cpu", "cuda"))
+    assert cpu["host"] == cuda["host"] == persistent_bytes(shape_of(given, layout, dtype="bfloat16"))["host"] > 0
+    assert cpu["total"] == sum(cpu[name] for name in PARTS) + cpu["host"]
+    assert cuda["total"] == sum(cuda[name] for name in PARTS) and cuda["buffers"] > cpu["buffers"]
+
+
+def test_the_fullest_rank_is_told() -> None:
+    """In a 1f1b pipeline earlier stages keep more micro-batches; the first one here has a block less than the second."""
+    shape = shape_of(Config.model_validate(run_of(layers=6, batch=16)), layout_of("pp=4"), dtype="float32")
+    assert [len(shape.rank_stages(pp)[pp]) for pp in range(4)] == [2, 2, 2, 2]
+    each = [peak_bytes(shape, pp=pp) for pp in range(4)]
+    assert each[1]["activations"] > each[2]["activations"] > each[3]["activations"]
+    fullest = max(each, key=lambda parts: parts["total"])
+    assert fullest == each[1] and predicted(shape)["memory_bytes"] == fullest
+
+
+def test_a_slope_that_came_as_a_message_is_gone_after_its_first_unit(ranks: Ranks) -> None:
+    given, layout = run_of(layers=6, batch=2, sequence=32), layout_of("pp=2")
+    first, _ = ranks.run(2, "tests.memory_cases:slope_outlives", given, vars(layout))
+    assert len(first) == 1 and first[0].startswith("blocks.")
