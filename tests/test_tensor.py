@@ -266,10 +266,11 @@ def test_the_head_holds_one_chunk_of_logits_and_its_gradients_once(dim: int, row
     assert beside([x, weight, gain, labels], call) < 1.1 * most
 
 
-def test_the_normed_input_is_gone_when_its_gradient_goes_through_the_norm() -> None:
-    """Beside output and slope two tensors of (tokens, dim) at once, and the gradients by the weights."""
+@pytest.mark.parametrize("rule", [RMS, LAYER])
+def test_the_normed_input_is_gone_when_its_gradient_goes_through_the_norm(rule: Any) -> None:
+    """Beside output and slope two tensors of (tokens, dim) at once, and the gradients by the weights; LayerNorm's output is nobody's."""
     x, gain, *weights = leaves_of((2, 256, 64), (64,), (32, 64), (32, 64), dtype=torch.float32)
-    outputs = tensor.Column.apply(x, gain, None, RMS, False, 2, single(), *weights)
+    outputs = tensor.Column.apply(x, gain, None, rule, False, 2, single(), *weights)
     slopes = [torch.randn(2, 256, 32) for _ in range(2)]
     given = [x, gain, *weights, *outputs, *slopes]
     assert beside(given, lambda: torch.autograd.backward(outputs, slopes)) < 1.1 * (2 * x.nbytes + sum(weight.nbytes for weight in weights))

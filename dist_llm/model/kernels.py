@@ -49,7 +49,7 @@ def norm_backward(slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     width, exact = x.shape[-1], wide(x.dtype)
     flat, given, gain = x.flatten(0, -2).to(exact), slope.flatten(0, -2).to(exact), weight.to(exact)
     if kind == "layer":
-        _, mean, inverse = torch.native_layer_norm(flat, (width,), None, None, eps)
+        mean, inverse = torch.native_layer_norm(flat, (width,), None, None, eps)[1:]  # its output is not needed again
     else:
         inverse = _inverse_root(flat, eps)
         mean = torch.zeros_like(inverse)

@@ -126,32 +126,38 @@ class Block:
     @property
     def holds(self) -> Holds:
         """As `Layout.recompute` says."""
-        t, middle = self.t, self.t.stream  # the residual between the halves
-        after = middle + (0 if t.layout.recompute == "selective" else self.mlp) + t.mask
-        made = self.attention + after
-        forward = max(self._attention_forward(), self.attention + middle + self._mlp_forward())
-        if t.layout.recompute == "full":
-            alone = max(self._attention_forward(), middle + self._mlp_forward())
-            return Holds(t.stream, 0, alone, forward, made, self._backward(made))
-        return Holds(t.stream, made, forward, 0, made, self._backward(made))
+        t, recompute = self.t, self.t.layout.recompute
+        made = self.attention + t.stream + (0 if recompute == "selective" else self.mlp) + t.mask  # with the residual between the halves
+        graph = self._forward(kept=True)
+        if recompute == "full":
+            return Holds(t.stream, 0, self._forward(kept=False), graph, made, self._backward(made))
+        return Holds(t.stream, made, graph, 0, made, self._backward(made))
+
+    def _forward(self, *, kept: bool) -> int:
+        """Both halves, each with its dropout and its sum. kept: a graph keeps what they leave for backward."""
+        t, selective = self.t, self.t.layout.recompute == "selective"
+        attention = self.attention - t.mask
+        first = max(
+            self._columns_forward(self.qkv), attention + self._row_forward(t.model.out_bias), kept * attention + self._sum_forward()
+        )
+        feed_forward = max(self._mlp_forward(), (self.mlp if kept and not selective else 0) + self._sum_forward())
+        return max(first, kept * self.attention + t.stream + feed_forward)
 
     def _columns_forward(self, outputs: int) -> int:
         """Norm, gather, product."""
         return max(self.t.stream + self.t.gathering, self.t.whole + outputs)
 
-    def _row_forward(self, bias: bool, kept: int) -> int:
-        """Beside the features: the product and its reduction; then bias, dropout and the sum with the stream."""
-        t = self.t
-        product = t.whole + t.reducing
-        biased = (1 + bias) * t.stream
-        return max(product, biased, t.stream + t.drawing, kept + 2 * t.stream)
+    def _row_forward(self, bias: bool) -> int:
+        """Beside the features: the product and its reduction, then the bias."""
+        return max(self.t.whole + self.t.reducing, (1 + bias) * self.t.stream)
 
-    def _attention_forward(self) -> int:
-        return max(self._columns_forward(self.qkv), self.attention - self.t.mask + self._row_forward(self.t.model.out_bias, self.t.mask))
+    def _sum_forward(self) -> int:
+        """What a half has made, its mask being drawn; then dropped, and its sum with the residual."""
+        return max(self.t.stream + self.t.drawing, self.t.mask + 2 * self.t.stream)
 
     def _mlp_forward(self) -> int:
-        """Beside the residual between the halves."""
-        row = max(self.t.whole + self.piece, self._row_forward(self.t.model.mlp_bias, self.t.mask))
+        """The feed-forward alone, beside its input."""
+        row = max(self.t.whole + self.piece, self._row_forward(self.t.model.mlp_bias))
         return max(self._columns_forward(self.mlp), self.mlp + row)
 
     def _columns_backward(self, by_weights: int) -> int:
@@ -161,7 +167,7 @@ class Block:
         return max(products, by_weights + t.stream + t.norm_backward(t.stream))
 
     def _backward(self, made: int) -> int:
-        """The larger half. bfloat16 gradients by weights stay until the unit is done: `by` those there so far."""
+        """The larger half. bfloat16 gradients by weights stay until the unit is done; the second run of a feed-forward holds its slope."""
         t = self.t
         again = self._mlp_forward() if t.layout.recompute == "selective" else 0
         full = made + (self.mlp if again else 0)
@@ -172,7 +178,7 @@ class Block:
             made + t.dropped + again,
             full + t.dropped + t.gathering,
             full + t.dropped + t.gathered + by_down + self.num_pieces * self.piece,
-            full + narrow * self.by_down + self._columns_backward(self.by_mlp),
+            full + (t.dropped if again else 0) + narrow * self.by_down + self._columns_backward(self.by_mlp),
         ]
         return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
 
