@@ -17,11 +17,13 @@ from typing import Any, Literal, Protocol
 from benchmarks.interval import Figure, Interval, decided, median_interval, verdict
 from benchmarks.machine import Clock
 from benchmarks.rank import contestant
+from benchmarks.setting import Setting, predicted_peaks
 from benchmarks.worlds import World
 from dist_llm.errors import Failure, NumericError
 
 WARM = 3  # training steps before the clock starts; their losses must agree
 TOLERANCE = 1e-4  # relative, of loss and norm: the same numbers in float32
+PREDICTED = 0.1  # of the predicted peak: how far the measured one may be
 FIRST_LOOK = 8
 UNJUDGED_ROUNDS = 12  # of a row without figures of time
 Say = Callable[[str], None]
@@ -207,7 +209,7 @@ def _numbers(one: Contestant) -> list[tuple[float, float | None]]:
 
 def _result(row: Row, everyone: list[Contestant], during: dict[str, Any]) -> dict[str, Any]:
     ours, *others = everyone
-    mine = _measured(ours)
+    mine = _measured(ours) | _forecast(row)
     judged_for_memory = [one for one, rival in zip(others, row.rivals, strict=True) if rival.judged and one.failure is None]
     rivals = [_against(ours, one, rival) for one, rival in zip(others, row.rivals, strict=True)]
     return {
@@ -221,6 +223,7 @@ def _result(row: Row, everyone: list[Contestant], during: dict[str, Any]) -> dic
         "rivals": rivals,
         "peak": _memory(_peak, ours, judged_for_memory, row.peak),
         "resident": _memory(_resident, ours, judged_for_memory, row.peak),
+        "predicted": _as_predicted(mine),
         "sent": _sent(mine["booked_bytes"], row.sent),
     }
 
@@ -231,6 +234,21 @@ def _memory(of: Callable[[Contestant], float], ours: Contestant, rivals: list[Co
         return None
     ratio = of(ours) / min(of(one) for one in rivals)
     return {"figure": figure, "ratio": ratio, "verdict": "met" if ratio <= figure else "missed"}
+
+
+def _forecast(row: Row) -> dict[str, Any]:
+    """The peak of each rank of ours from table and layout alone, where the row trains a layout."""
+    name, _, layout = row.ours.partition(":")
+    return {"predicted_peak_bytes": predicted_peaks(row.setting, layout)} if name == "ours" and isinstance(row.setting, Setting) else {}
+
+
+def _as_predicted(mine: dict[str, Any]) -> dict[str, Any] | None:
+    """How far the measured peak is from the predicted one, as a part of it, on the rank where it is farthest."""
+    if not mine.get("predicted_peak_bytes") or not mine.get("peak_bytes"):
+        return None
+    pairs = zip(mine["peak_bytes"], mine["predicted_peak_bytes"], strict=True)
+    difference = max((measured / predicted - 1 for measured, predicted in pairs), key=abs)
+    return {"figure": PREDICTED, "difference": difference, "verdict": "met" if abs(difference) <= PREDICTED else "missed"}
 
 
 def _peak(one: Contestant) -> float:

@@ -132,6 +132,18 @@ def initial_weights(setting: Setting) -> Iterator[tuple[str, Tensor]]:
         yield row.name, values.view(row.shape)
 
 
+def predicted_peaks(setting: Setting, layout: str) -> list[int]:
+    """Peak bytes of live tensors on each rank of our own engine, from table and layout alone."""
+    from dist_llm.mesh import coordinate
+    from dist_llm.plan.memory import peak_bytes
+    from dist_llm.plan.predict import shape_of
+
+    given = layout_of(layout)
+    shape = shape_of(setting.config(dp=given.dp), given, dtype="float32")
+    places = [coordinate(rank, given) for rank in range(given.world)]
+    return [peak_bytes(shape, pp=at.pp, tp=at.tp)["total"] for at in places]
+
+
 def layout_of(text: str) -> Layout:
     """A layout from its text; dp is 1 where it is not named."""
     from dist_llm.config.layout import concrete, parse_layout

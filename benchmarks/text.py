@@ -67,6 +67,8 @@ def findings(row: dict[str, Any]) -> list[str]:
     for kind in ("peak", "resident"):
         if memory := row[kind]:
             found.append(f"{kind} {memory['ratio']:.2f}x the best judged rival's, figure <= {memory['figure']:g}x: {memory['verdict']}")
+    if known := row.get("predicted"):  # results of before there were predictions have none
+        found.append(f"peak {known['difference']:+.1%} from the predicted one, figure within {known['figure']:.0%}: {known['verdict']}")
     if row["sent"]:
         sent = row["sent"]
         found.append(f"sent by our books {sent['mb']:.1f} MB a rank and step, figure <= {sent['figure']:g}: {sent['verdict']}")
@@ -86,6 +88,8 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, list[str]]:
             for kind, unit in (("peak", "x"), ("resident", "x"), ("sent", " MB")):
                 if row[kind]:
                     found[row[kind]["verdict"]].append(f"{row['name']}: {kind} <= {row[kind]['figure']:g}{unit}")
+            if known := row.get("predicted"):
+                found[known["verdict"]].append(f"{row['name']}: peak within {known['figure']:.0%} of the predicted one")
     return found
 
 

@@ -197,6 +197,7 @@ def result_of(*, verdict: str = "missed", error: dict | None = None) -> dict[str
     row |= {"when": "2025-01-01 10:00", "command": "dist-llm bench engines", "setting": Setting().described()}
     row |= {"peak": {"figure": 0.6, "ratio": 0.5, "verdict": "met"}, "sent": {"figure": 23.2, "mb": 23.2, "verdict": "met"}}
     row |= {"resident": {"figure": 0.6, "ratio": 0.7, "verdict": "missed"}}
+    row |= {"predicted": {"figure": 0.1, "difference": -0.002, "verdict": "met"}}
     row |= {"during": {"stolen_fraction": 0.01, "others_fraction": 0.5, "load_average": [2.0, 1.0, 1.0]}}
     machine = {"cpu": "a cpu", "cores": 2, "memory_bytes": 2**33, "system": "Linux", "python": "3.11"}
     return {"question": "engines", "title": "Engines", "machine": machine, "versions": {"torch": "2", "datasets": None}, "rows": [row]}
@@ -205,11 +206,13 @@ def result_of(*, verdict: str = "missed", error: dict | None = None) -> dict[str
 def test_a_missed_figure_is_shown_as_missed() -> None:
     result = result_of()
     assert text.verdicts([result])["missed"] == ["zero=0: time against DDP not slower", "zero=0: resident <= 0.6x"]
-    assert text.verdicts([result])["met"] == ["zero=0: peak <= 0.6x", "zero=0: sent <= 23.2 MB"]
+    assert text.verdicts([result])["met"][:2] == ["zero=0: peak <= 0.6x", "zero=0: sent <= 23.2 MB"]
+    assert text.verdicts([result])["met"][2:] == ["zero=0: peak within 10% of the predicted one"]
     line = text.plain_table(result["rows"]).splitlines()[2]
     assert "1.250 [1.200, 1.300], 9 rounds" in line and "missed" in line and "300 / 600 = 0.50" in line
     page = made([result])
     assert "**missed**" in page and "- zero=0: time against DDP not slower" in page and "stolen 1.0%" in page
+    assert "peak -0.2% from the predicted one, figure within 10%: met" in page
 
 
 def test_a_rival_that_could_not_run_is_named() -> None:
@@ -294,7 +297,8 @@ def test_memory_and_bytes_of_a_rival_are_what_they_must_be() -> None:
     (fsdp2,), parameters = row["rivals"], row["setting"]["parameters"]
     half = 3 * 4 * parameters / 2
     assert 0.99 * half < min(fsdp2["kept_bytes"]) and max(fsdp2["kept_bytes"]) < 1.1 * half and min(fsdp2["peak_bytes"]) > 2 * half
-    assert min(row["ours"]["kept_bytes"]) >= half
+    assert min(row["ours"]["kept_bytes"]) >= half and row["predicted"]["verdict"] == "met"
+    assert len(row["ours"]["predicted_peak_bytes"]) == len(row["ours"]["peak_bytes"]) == 2
     assert math.isclose(fsdp2["losses"][2], row["ours"]["losses"][2], rel_tol=1e-4)
     whole = 4 * parameters
     assert 2.0 * whole < fsdp2["sent_bytes"][0] < 2.2 * whole  # two gathers of a half each, a reduction of a half twice over
