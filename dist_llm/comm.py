@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_llm import flight
 from dist_llm.mesh import Group
 from dist_llm.staging import HostCopies
 
@@ -69,15 +70,35 @@ class Pending:
     work: Any  # torch.distributed.Work, or None when there is nothing to wait for
     result: Callable[[], Tensor]
     note: tuple[str, str, float, float] = ("", "", 0.0, 0.0)
+    number: int = -1  # in the flight recorder
 
     def finish(self) -> Tensor:
         """Waits for the transfer and returns its result."""
         if self.work is not None:
-            self.work.wait()
+            with _waiting(self.number):
+                self.work.wait()
             name, axis, start, sent = self.note
             if ledger.recording:
                 ledger.calls.append((name, axis, start, time.perf_counter(), sent))
         return self.result()
+
+
+@contextmanager
+def _waiting(number: int):
+    """Around the wait for a collective: the flight recorder says that this rank waits, and for how long it did."""
+    recorder = flight.current
+    if recorder is None:
+        yield
+        return
+    recorder.wait(number)
+    start = time.perf_counter()
+    yield  # a wait that fails stays recorded as one
+    recorder.done(number, time.perf_counter() - start)
+
+
+def _recorded(name: str, group: Group, x: Tensor) -> int:
+    """Tells the flight recorder that a collective begins."""
+    return -1 if flight.current is None else flight.current.begin(name, group.title, str(x.dtype)[6:], x.shape)
 
 
 class _Direct:
@@ -100,9 +121,10 @@ def _through_host(x: Tensor, group: Group) -> bool:
     return x.is_cuda and dist.get_backend(group.handle) == "gloo"
 
 
-def _begin(name: str, group: Group, sent: float, post: Callable[[], Any], result: Callable[[], Tensor]) -> Pending:
+def _begin(name: str, group: Group, x: Tensor, sent: float, post: Callable[[], Any], result: Callable[[], Tensor]) -> Pending:
     ledger.book(group.axis, sent)
-    return Pending(post(), result, (name, group.axis, time.perf_counter(), sent))
+    number = _recorded(name, group, x)
+    return Pending(post(), result, (name, group.axis, time.perf_counter(), sent), number)
 
 
 def _done(x: Tensor) -> Pending:
@@ -115,7 +137,7 @@ def start_all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
         return _done(x)
     assert x.is_contiguous()
     sent, by = 2 * (group.size - 1) * x.nbytes / group.size, _by(x, group)
-    return _begin("all_reduce", group, sent, lambda: by.all_reduce(x, op=_OPERATIONS[op], group=group.handle, async_op=True), lambda: x)
+    return _begin("all_reduce", group, x, sent, lambda: by.all_reduce(x, op=_OPERATIONS[op], group=group.handle, async_op=True), lambda: x)
 
 
 def all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
@@ -131,7 +153,7 @@ def start_all_gather(x: Tensor, group: Group, *, out: Tensor | None = None) -> P
         return _done(x if out is None else out)
     whole = x.new_empty((group.size * x.shape[0], *x.shape[1:])) if out is None else out
     sent, by = (group.size - 1) * whole.nbytes / group.size, _by(x, group)
-    return _begin("all_gather", group, sent, lambda: by.all_gather_single(whole, x, group=group.handle, async_op=True), lambda: whole)
+    return _begin("all_gather", group, x, sent, lambda: by.all_gather_single(whole, x, group=group.handle, async_op=True), lambda: whole)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -153,7 +175,7 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
     sent, by = (group.size - 1) * x.nbytes / group.size, _by(x, group)
     if not fixed:
         return _begin(
-            "reduce_scatter", group, sent, lambda: by.reduce_scatter_single(shard, x, group=group.handle, async_op=True), lambda: shard
+            "reduce_scatter", group, x, sent, lambda: by.reduce_scatter_single(shard, x, group=group.handle, async_op=True), lambda: shard
         )
     parts = torch.empty_like(x)
 
@@ -165,7 +187,7 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
         return shard
 
     return _begin(
-        "reduce_scatter", group, sent, lambda: by.all_to_all_single(parts, x, group=group.handle, async_op=True), add_in_rank_order
+        "reduce_scatter", group, x, sent, lambda: by.all_to_all_single(parts, x, group=group.handle, async_op=True), add_in_rank_order
     )
 
 
@@ -177,19 +199,21 @@ def reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True) -> Tensor:
 def start_send(x: Tensor, channel: Group) -> Pending:
     """Sends a tensor to the other rank of a channel; `x` stays alive until finished."""
     peer = channel.ranks[1 - channel.index]
-    return _begin("send", channel, x.nbytes, lambda: _by(x, channel).isend(x, dst=peer, group=channel.handle), lambda: x)
+    return _begin("send", channel, x, x.nbytes, lambda: _by(x, channel).isend(x, dst=peer, group=channel.handle), lambda: x)
 
 
 def start_recv(out: Tensor, channel: Group) -> Pending:
     """Receives into `out` from the other rank of a channel."""
     peer = channel.ranks[1 - channel.index]
-    return _begin("recv", channel, 0, lambda: _by(out, channel).irecv(out, src=peer, group=channel.handle), lambda: out)
+    return _begin("recv", channel, out, 0, lambda: _by(out, channel).irecv(out, src=peer, group=channel.handle), lambda: out)
 
 
 def barrier(group: Group) -> None:
     """Waits for every rank of the group."""
     if group.size > 1:
-        dist.barrier(group=group.handle)
+        number = -1 if flight.current is None else flight.current.begin("barrier", group.title, "another dtype", ())
+        with _waiting(number):
+            dist.barrier(group=group.handle)
 
 
 def gather_json(value: Any, group: Group, *, device: torch.device) -> list[Any]:

@@ -5,45 +5,70 @@ save.write     part of a file is written    save.replace   an earlier folder of 
 save.sync      written, not yet flushed     save.rename    named, the name not yet flushed
 save.verify    flushed, not yet read back   retain.rename  old checkpoints are renamed, the names not yet flushed
 save.manifest  every rank has written       retain.delete  one file of an old checkpoint is deleted
+
+step.data, step.forward, step.backward, step.reduce, step.update, step.validate: the rank enters that phase of a step
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
+
+from dist_llm import flight
 
 POINTS = (
     *("save.copy", "save.write", "save.sync", "save.verify", "save.manifest", "save.commit", "save.replace", "save.rename"),
     *("retain.rename", "retain.delete"),
+    *("step.data", "step.forward", "step.backward", "step.reduce", "step.update", "step.validate"),
 )
+
+
+SLOW_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The signal that a rank sends itself at a point of the save of a step."""
+    """The signal that a rank sends itself, once, at a point of a step; None: it sleeps there in every step from this one on."""
 
     point: str
     rank: int
     step: int
-    signal: int = signal.SIGKILL
+    signal: int | None = signal.SIGKILL
 
 
 _armed: Fault | None = None
 
 
 def arm(text: str | None) -> None:
-    """Arms `POINT:RANK:STEP` or `POINT:RANK:STEP:SIGNAL` in this process and those forked from it; None disarms."""
+    """Arms `POINT:RANK:STEP`, with `:SIGNAL` or in a phase `:SLOW`, in this process and those forked from it; None disarms."""
     global _armed
     if text is None:
-        _armed = None
+        _armed = flight.on_enter = None
         return
     point, rank, step, *name = text.split(":")
     assert point in POINTS, point
-    _armed = Fault(point, int(rank), int(step), signal.Signals[name[0]] if name else signal.SIGKILL)
+    number = None if name == ["SLOW"] else signal.Signals[name[0]] if name else signal.SIGKILL
+    _armed = Fault(point, int(rank), int(step), number)
+    flight.on_enter = _enter
 
 
 def reach(point: str, *, rank: int, step: int) -> None:
     """Passes a point."""
+    global _armed
     if _armed is not None and (_armed.point, _armed.rank, _armed.step) == (point, rank, step):
-        os.kill(os.getpid(), _armed.signal)
+        fault, _armed = _armed, None
+        assert fault.signal is not None
+        os.kill(os.getpid(), fault.signal)
+
+
+def _enter(phase: str) -> None:
+    """Passes the point of a phase, of the step that is recorded."""
+    here = flight.current
+    if _armed is None or here is None:
+        return
+    if _armed.signal is not None:
+        reach(f"step.{phase}", rank=here.rank, step=here.step)
+    elif (_armed.point, _armed.rank) == (f"step.{phase}", here.rank) and here.step >= _armed.step:
+        time.sleep(SLOW_SECONDS)

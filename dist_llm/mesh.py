@@ -17,6 +17,7 @@ import torch.distributed as dist
 from dist_llm import staging
 from dist_llm.config.layout import Layout
 from dist_llm.errors import PeerError
+from dist_llm.meeting import Meeting
 from dist_llm.sharding import split_parts
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
@@ -33,9 +34,12 @@ class Group:
     ranks: tuple[int, ...]
     index: int  # this rank's place in `ranks`
     handle: Any = field(repr=False, compare=False, default=None)  # None when the group has one rank
+    title: str = field(compare=False, default="")  # the same text on every rank of the group
     key: str = field(compare=False, default="")
 
     def __post_init__(self) -> None:
+        title = self.title or f"{self.axis} of ranks {_ranges(self.ranks)}"
+        object.__setattr__(self, "title", title)
         object.__setattr__(self, "key", f"{self.axis}#{next(_keys)}")
         groups_by_key[self.key] = self
 
@@ -43,6 +47,11 @@ class Group:
     def size(self) -> int:
         """Number of ranks."""
         return len(self.ranks)
+
+
+def _ranges(ranks: tuple[int, ...]) -> str:
+    """`0,1`; many ranks as `0,4..124` (first, second, last)."""
+    return ",".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]},{ranks[1]}..{ranks[-1]}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,11 @@ def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int |
     return mesh
 
 
+def whole_world(rank: int, world: int) -> Group:
+    """All ranks of the job, before there is a mesh."""
+    return Group("control", tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
+
+
 class _GroupMaker:
     """Makes process groups in the same order on every rank, one for each distinct set of ranks and use."""
 
@@ -166,7 +180,7 @@ class _GroupMaker:
                     handle = dist.new_group([source, target], timeout=_patience)
                     if self.rank in pair[:2]:
                         ends = tuple(sorted(pair[:2]))
-                        found[pair] = Group("pp", ends, ends.index(self.rank), handle)
+                        found[pair] = Group("pp", ends, ends.index(self.rank), handle, f"pp {pair[2]} from rank {pair[0]} to {pair[1]}")
         return found
 
     def open(self, channels: dict[tuple[int, int, str], Group]) -> None:
@@ -188,24 +202,43 @@ class _GroupMaker:
                 dist.recv(token, src=source, group=channel.handle)
 
 
-def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str | None = None) -> None:
-    """Joins the job: through a file store on one machine, or by torchrun's environment when `store_path` is None.
+def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str = "", meeting: Meeting | None = None) -> None:
+    """Joins the job: through a file store on one machine, or at a meeting point.
 
-    timeout_seconds: how long a rank waits for the others, here and in every group that is made later.
+    timeout_seconds: how long a rank waits for the others, here and in every group that is made later. Raises PeerError that names the
+    place and the ranks that did not come.
     """
     global _patience
     _patience = timedelta(seconds=timeout_seconds)
-    store = dist.FileStore(store_path, world) if store_path else None
-    place: dict[str, Any] = {"rank": rank, "world_size": world, "store": store} if store else {}
+    store: Any = None
     try:
-        dist.init_process_group(backend, timeout=_patience, **place)
+        if meeting is None:
+            store = dist.FileStore(store_path, world)
+        else:
+            serves = rank == 0 and not meeting.served
+            tcp = dist.TCPStore(meeting.host, meeting.port, world, is_master=serves, timeout=_patience, wait_for_workers=False)
+            store = dist.PrefixStore(f"attempt {meeting.attempt}", tcp)
+        store.set_timeout(_patience)
+        store.set(f"here/{rank}", "yes")
+        store.wait([f"here/{other}" for other in range(world)])
+        dist.init_process_group(backend, timeout=_patience, store=dist.PrefixStore("groups", store), rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise PeerError(
             "the ranks could not meet",
-            where=f"rank {rank} of {world}, backend {backend}",
-            found=str(error).splitlines()[0],
+            where=f"rank {rank} of {world}, backend {backend}" + (f", at {meeting.host}:{meeting.port}" if meeting else ""),
+            expected=f"{world} ranks within {timeout_seconds:g} s",
+            found=_missing(store, world) or str(error).splitlines()[0],
             next="dist-llm doctor",
         ) from error
+
+
+def _missing(store: Any, world: int) -> str:
+    """Which ranks have not come to the store; empty where it does not say."""
+    try:
+        away = [rank for rank in range(world) if not store.check([f"here/{rank}"])]
+    except (RuntimeError, AttributeError):  # no store, or one that has gone
+        return ""
+    return f"rank{'' if len(away) == 1 else 's'} {', '.join(map(str, away[:16]))} did not come" if away else ""
 
 
 def disconnect() -> None:

@@ -8,7 +8,9 @@ the others are stopped, and the parent raises that failure once. A rank dies wit
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import selectors
@@ -16,11 +18,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_llm import flight, stop
 from dist_llm.errors import Code, Failure, MemoryFailure, PeerError, from_dict
+from dist_llm.watch import Watchdog, place_of
 
 GRACE_SECONDS = 2.0  # between the first failure and the end of the other ranks
 PR_SET_PDEATHSIG = 1
@@ -39,12 +43,15 @@ def run_ranks(
     timeout_seconds: float = 600.0,
     log_dir: Path | None = None,
     on_message: Callable[[int, Any], None] | None = None,
+    note: Callable[[str], None] | None = None,
+    stoppable: bool = False,
 ) -> list[Any]:
     """Runs `work(rank, world, say, *arguments)` on `world` forked ranks; returns their JSON results in rank order.
 
     `say(value)` sends a JSON value to `on_message(rank, value)` here. log_dir: what the ranks print to stderr goes to
-    `rank-N.log` there. Raises the first rank's Failure; PeerError (exit 5) for a rank that died without a word, or
-    MemoryFailure (exit 8) when it was killed as the kernel does when memory is short.
+    `rank-N.log` there. note: hears of a rank that is slow. stoppable: a wish to stop (stop.py) that this process gets goes to the ranks.
+    Raises the first rank's Failure; PeerError (exit 5) for a rank that died without a word, or hangs; MemoryFailure (exit 8) when it was
+    killed as the kernel does when memory is short.
     """
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  the first backward imports it (0.9 s): once here, not in every rank
 
@@ -53,22 +60,49 @@ def run_ranks(
     meeting = os.memfd_create("dist-llm-store")  # every rank has inherited it, and opens it by its number
     place = {"world": world, "backend": backend, "timeout_seconds": timeout_seconds, "store_path": f"/proc/self/fd/{meeting}"}
     children: dict[int, tuple[int, int]] = {}  # rank -> (pid, read end of its pipe)
+    records = [flight.make() for _ in range(world)]
+    watchdog = Watchdog(records, timeout_seconds=timeout_seconds, logs=log_dir, note=note)
     kills = _memory_kills()
     try:
-        for rank in range(world):
-            read, write = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                os.close(read)
-                _child(rank, write, place, log_dir, work, arguments)
-            os.close(write)
-            children[rank] = (pid, read)
-        return _Listener(children, log_dir, on_message, kills).listen()
+        with _handing_on(stop.SIGNALS if stoppable else (), children):
+            for rank in range(world):
+                read, write = os.pipe()
+                pid = os.fork()
+                if pid == 0:
+                    os.close(read)
+                    flight.start(records[rank], rank=rank, pid=os.getpid())
+                    if stoppable:
+                        stop.listen()
+                    _child(rank, write, place, log_dir, work, arguments)
+                os.close(write)
+                children[rank] = (pid, read)
+            return _Listener(children, log_dir, on_message, kills, watchdog).listen()
     finally:
         os.close(meeting)
         for pid, read in children.values():
             _end(pid)
             os.close(read)
+
+
+@contextlib.contextmanager
+def _handing_on(signals: tuple[signal.Signals, ...], children: dict[int, tuple[int, int]]) -> Iterator[None]:
+    """Inside, signals of these numbers to this process go to every rank."""
+    owner = os.getpid()
+
+    def hand_on(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a rank that has just been forked
+            stop.ask()
+            return
+        for pid, _ in children.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    before = {number: signal.signal(number, hand_on) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, work: Callable, arguments: tuple) -> None:
@@ -88,6 +122,7 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
             log_dir.mkdir(parents=True, exist_ok=True)
             log = os.open(log_dir / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(log, 2)
+            faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)  # the launcher asks for stacks when ranks hang
         from dist_llm import mesh
 
         if place["world"] > 1:
@@ -132,9 +167,15 @@ class _Listener:
     """Reads every rank's lines until all have answered or one has failed."""
 
     def __init__(
-        self, children: dict[int, tuple[int, int]], log_dir: Path | None, on_message: Callable[[int, Any], None] | None, memory_kills: int
+        self,
+        children: dict[int, tuple[int, int]],
+        log_dir: Path | None,
+        on_message: Callable[[int, Any], None] | None,
+        memory_kills: int,
+        watchdog: Watchdog,
     ) -> None:
         self.children, self.log_dir, self.on_message, self.memory_kills = children, log_dir, on_message, memory_kills
+        self.watchdog = watchdog
         self.buffers = dict.fromkeys(children, b"")
         self.results: dict[int, Any] = {}
         self.failures: list[tuple[int, dict]] = []
@@ -155,6 +196,8 @@ class _Listener:
                         self._closed(key.data)
                 if self.failures and deadline == float("inf"):
                     deadline = time.monotonic() + GRACE_SECONDS
+                if not self.failures and (failure := self.watchdog.look()) is not None:
+                    raise failure
         if self.failures:
             raise self._cause()
         return [self.results[rank] for rank in sorted(self.children)]
@@ -178,13 +221,19 @@ class _Listener:
         name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit code {os.waitstatus_to_exitcode(status)}"
         kind: type[Failure] = MemoryFailure if name == "SIGKILL" and _memory_kills() > self.memory_kills else PeerError
         log = f"{self.log_dir}/rank-{rank}.log" if self.log_dir else None
-        lost = kind("a rank died", where=f"rank {rank}", found=name, details=[f"its last words: {log}"] if log else None)
+        last = next((one for one in self.watchdog.snapshots() if one.rank == rank), None)
+        where = place_of(last) if last is not None and last.step else f"rank {rank}"
+        lost = kind("a rank died", where=where, found=name, details=[f"its last words: {log}"] if log else None)
         self.failures.append((rank, lost.as_dict()))
 
     def _cause(self) -> Failure:
         """The failure that came first; one that only reports a lost peer gives way to the peer's own."""
         own = [item for item in self.failures if item[1]["code"] != Code.PEER or "died" in item[1]["what"]]
         rank, message = (own or self.failures)[0]
+        if message["code"] == Code.BUG and (differing := self.watchdog.mismatch()) is not None:  # what the backend says of it is no help
+            return differing
+        if not own and (explained := self.watchdog.explain()) is not None:
+            return explained
         failure = from_dict(message)
         failure.where = failure.where or f"rank {rank}"
         if failure.code == Code.BUG:

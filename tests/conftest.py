@@ -1,4 +1,4 @@
-"""Fixtures: one rank helper for the whole test run."""
+"""Fixtures: one helper for ranks and one for commands in the whole test run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.commands import Commands
 from tests.ranks import Ranks
 
 
@@ -14,6 +15,14 @@ from tests.ranks import Ranks
 def ranks() -> Iterator[Ranks]:
     """Worlds of real processes; see tests/ranks.py."""
     helper = Ranks()
+    yield helper
+    helper.close()
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """The command line; see tests/commands.py."""
+    helper = Commands()
     yield helper
     helper.close()
 

@@ -271,7 +271,10 @@ def initial_weights(rank: int, world: int, say: Say, given: dict[str, Any], layo
 def poisoned_step(
     rank: int, world: int, say: Say, given: dict[str, Any], layout: dict[str, Any], where: dict[str, Any], value: str
 ) -> dict[str, Any]:
-    """trap 28: one rank's gradient of one parameter gets a NaN or Inf before it is reduced; what each rank does about it."""
+    """trap 28: one rank's gradient of one parameter gets a NaN or Inf before it is reduced; what each rank does about it.
+
+    where: {"name", "rank"}; "again": whenever it is computed, not once.
+    """
     _, engine, trainer = build(given, layout, rank, "float32")
     trainer.step(0)
     before, count = snapshot(engine), float(engine.optimizer.count)
@@ -281,7 +284,7 @@ def poisoned_step(
         nonlocal hit
         body(flat, use)
         for slot in flat.plan.slots:
-            if slot.name == where["name"] and not hit:
+            if slot.name == where["name"] and (where.get("again") or not hit):
                 flat.whole[use][slot.offset + slot.numel - 1] = float(value)
                 hit = True
 

@@ -91,7 +91,7 @@ def test_a_replayed_step_is_the_step(text: str, compiled: bool) -> None:
 def test_a_step_waits_for_the_device_once() -> None:
     engine, trainer = built("bfloat16")
     trainer.step(0)
-    contexts = [trainer.context(batch, step=1, training=True) for batch in trainer._take(1)]
+    contexts = [trainer.context(batch, step=1, training=True) for batch in trainer.take(1)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         engine.run(contexts, targets=50)

@@ -137,7 +137,7 @@ def test_a_step_reads_the_norm_and_the_loss_alone(fp8: str, family: str) -> None
     given["runtime"]["fp8"] = fp8
     _, engine, trainer = build(given, vars(layout_of("dp=1")), 0, "float32" if fp8 == "off" else "bfloat16")
     trainer.step(0)
-    contexts = [trainer.context(batch, step=1, training=True) for batch in trainer._take(1)]
+    contexts = [trainer.context(batch, step=1, training=True) for batch in trainer.take(1)]
     with HostReads() as reads:
         engine.run(contexts, targets=7)
         totals = engine._finish()

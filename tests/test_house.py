@@ -23,7 +23,8 @@ FILES = sorted((ROOT / "dist_llm").rglob("*.py"))
 # From what everybody may use to what uses everything. A module knows its own room and the rooms of the lines above it,
 # never another room of its own line. The longest name that fits a module is its room.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "faults", "__version__"),
+    ("errors", "flight", "meeting", "stop", "__version__"),
+    ("faults", "watch"),
     ("config", "schedule"),
     ("model.table",),
     ("model.cost", "sharding"),
@@ -45,7 +46,11 @@ STRATEGIES: tuple[tuple[str, ...], ...] = (("flat", "operation"), ("tensor", "ze
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}
 WITHOUT_TORCH = (
     "errors",
+    "flight",
+    "meeting",
+    "stop",
     "faults",
+    "watch",
     "config",
     "schedule",
     "model.table",
@@ -72,6 +77,7 @@ BESIDE = {
         *("model/fused.py", "parallel/tensor.py"),
     },
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
+    "what is noted": {"flight.py", "train/nonfinite.py"},
     "small tables": {"mesh.py", "config/layout.py", "sharding.py", "parallel/flat.py", "schedule/actions.py", "train/learning_rate.py"},
 }
 

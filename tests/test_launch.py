@@ -263,6 +263,6 @@ def test_quickstart_from_a_fresh_copy(tmp_path: Path) -> None:
     comparison = json.loads((home / "runs/quickstart/compare/comparison.json").read_text())
     assert len(comparison["layouts"]) >= 10 and all(row["equal"] for row in comparison["layouts"])
     assert all(row["bytes_exact"] for row in comparison["layouts"] if row["engine"] == "native")
-    assert "sample at step 0:" in done.stdout and "sample at step 150:" in done.stdout
+    assert "sample at step 0:" in done.stdout and "sample at step 280:" in done.stdout
     assert (home / "runs/quickstart/compare/report.html").stat().st_size > 100_000
     assert done.stdout.splitlines()[-2].startswith("next ")

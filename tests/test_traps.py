@@ -158,8 +158,28 @@ def test_one_bad_gradient_stops_all_ranks_before_the_update(ranks: Ranks, text: 
     assert [one["hit"] for one in found] == [rank == where["rank"] for rank in range(layout.world)]
     for one in found:
         assert one["failure"] and one["failure"]["code"] == Code.NUMERIC, found
-        assert one["failure"]["where"] == "step 2", "counted as metrics.jsonl does"
+        assert one["failure"]["where"].startswith("step 2"), "counted as metrics.jsonl does"
         assert one["untouched"] and one["counted"] == 0
+        again = "the same batch gave finite numbers when it was computed again: look at the hardware first"
+        assert (again in one["failure"]["details"]) == (where["name"] != "loss"), one["failure"]
+
+
+NAMED = [(text, where, value) for text, where, value in POISONS if (text, where["name"]) != ("pp=2", "embedding.weight")]
+
+
+@pytest.mark.parametrize(("text", "where", "value"), NAMED[4:], ids=str)
+def test_the_rank_the_tensor_and_the_samples_are_named(ranks: Ranks, text: str, where: dict[str, Any], value: str) -> None:
+    """What is wrong every time is found where it comes from, before it is summed over ranks: nobody else is accused (F17)."""
+    layout = layout_of(text)
+    job = (config(tied=True, sequence=4), vars(layout), where | {"again": True}, value)
+    found = ranks.run(layout.world, "tests.engine_cases:poisoned_step", *job)
+    rank, name = where["rank"], where["name"]
+    what = "the loss of its micro-batches" if name == "loss" else f"gradient {name}"
+    for one in found:
+        assert one["untouched"] and one["failure"]["where"] == f"step 2, rank {rank}", one["failure"]
+        first, samples, *_ = one["failure"]["details"]
+        assert first == f"rank {rank}: {what}" and samples.startswith(f"rank {rank} had samples "), one["failure"]
+        assert not any(line.startswith(f"rank {1 - rank}:") for line in one["failure"]["details"])
 
 
 # --- the judge sees what is wrong ------------------------------------------------------------------------------------

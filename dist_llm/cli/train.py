@@ -5,23 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
+import sys
 import traceback
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dist_llm import faults
+from dist_llm import faults, flight
 from dist_llm.config import explain
 from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, config_tree, load_config
 from dist_llm.config.rules import check as check_rules
-from dist_llm.errors import CheckpointError, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
+from dist_llm.errors import CheckpointError, Code, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
+from dist_llm.meeting import Meeting
 from dist_llm.model.table import num_parameters
 from dist_llm.train.console import Console
+from dist_llm.train.folder import step_folders, step_of
+from dist_llm.watch import Watchdog
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def train(
@@ -35,6 +41,7 @@ def train(
     resume: Annotated[str | None, typer.Option("--resume", metavar="auto|CKPT", help="Go on from a checkpoint of any layout.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float64, float32 or bfloat16")] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="data.source: text to train on.")] = None,
+    max_restarts: Annotated[int, typer.Option("--max-restarts", min=0, help="Go on so often after a rank was lost.")] = 0,
     profile: Annotated[str | None, typer.Option("--profile", metavar="FIRST:LAST", help="Steps to trace, into the run's logs/.")] = None,
 ) -> None:
     """Train a model from a config, on local ranks (--nproc) or under torchrun.
@@ -43,17 +50,45 @@ def train(
     """
     short = {"layout": layout, "schedule.steps": steps, "save.every": save_every, "save.dir": run_dir, "runtime.dtype": dtype}
     loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)])
-    faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
     place = torchrun_place()
-    if place is not None and nproc is not None:
-        raise UsageError("torchrun has started the ranks", where="--nproc", next="leave --nproc out")
-    world = place[1] if place else nproc or world_of(loaded.config.layout)
+    if place is not None:
+        for flag, given in (("--nproc", nproc), ("--max-restarts", max_restarts)):
+            if given:
+                raise UsageError("torchrun has started the ranks", where=flag, next=f"leave {flag} out, or give it to torchrun")
+    if place is None or not place.meeting.attempt:
+        faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
+    world = place.world if place else nproc or world_of(loaded.config.layout)
     concrete = check_rules(loaded.config, world)
     window = None if profile is None else profile_window(profile, steps=loaded.config.schedule.steps)
-    if place is None:
-        _train_here(loaded, concrete, resume, window)
-    else:
-        _train_under_torchrun(loaded, concrete, resume, window, rank=place[0], local_rank=place[2])
+    run = Run(loaded, concrete, Path(loaded.config.save.dir).expanduser(), resume, window)
+    try:
+        if place is None:
+            _train_here(run, max_restarts)
+        else:
+            _train_under_torchrun(run, place)
+    except Failure as failure:
+        raise with_last_good(failure, run.path, sys.argv[1:]) from failure.__cause__
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among torchrun's."""
+
+    rank: int
+    world: int
+    local_rank: int
+    meeting: Meeting
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be trained. profile: the first and the last step to trace."""
+
+    loaded: Loaded
+    layout: Layout
+    path: Path
+    resume: str | None
+    profile: tuple[int, int] | None
 
 
 def short_overrides(values: dict[str, Any], data: str | None) -> list[str]:
@@ -73,86 +108,147 @@ def profile_window(text: str, *, steps: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def torchrun_place() -> tuple[int, int, int] | None:
-    """(rank, world, local rank) as torchrun gives them, None when it did not start us."""
+def torchrun_place() -> Place | None:
+    """Where torchrun has put this process; None when it did not start us. Raises UsageError where its variables make no sense."""
     if not all(name in os.environ for name in TORCHRUN):
         return None
-    rank, world, local_rank = (int(os.environ[name]) for name in TORCHRUN)
-    return rank, world, local_rank
+    host = os.environ["MASTER_ADDR"]
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        rank, world, local_rank, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    except ValueError as error:
+        raise UsageError("torchrun's variables are no numbers", where=", ".join(TORCHRUN), found=str(error)) from None
+    if not (0 <= rank < world and local_rank >= 0 and 0 < port < 1 << 16):
+        found = f"RANK={rank} WORLD_SIZE={world} LOCAL_RANK={local_rank} MASTER_PORT={port}"
+        raise UsageError("torchrun's variables contradict each other", expected="0 <= RANK < WORLD_SIZE, a port", found=found)
+    return Place(rank, world, local_rank, Meeting(host, port, served, attempt))
 
 
-def _train_here(loaded: Loaded, layout: Layout, resume: str | None, profile: tuple[int, int] | None) -> None:
+def with_last_good(failure: Failure, path: Path, words: list[str]) -> Failure:
+    """The failure of a run that had begun, with what of it is safe and how to go on."""
+    if failure.code not in (Code.PEER, Code.NUMERIC, Code.SPACE, Code.MEMORY) or failure.next is not None:
+        return failure
+    saved = saved_steps(path)
+    if saved:
+        good = f"last good: step {step_of(saved[0])}, verified ({saved[0]})"
+        failure.safe = f"{failure.safe}; {good}" if failure.safe else good
+    elif failure.safe is None:
+        failure.safe = "nothing was saved yet"
+    failure.next = go_on(words) if saved else "the same command again, once the cause is gone"
+    return failure
+
+
+def saved_steps(path: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest first; none where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return step_folders(path)
+    return []
+
+
+def go_on(words: list[str]) -> str:
+    """The command that goes on with a run, from the words of this one."""
+    kept = [word for at, word in enumerate(words) if word != "--resume" and words[at - 1 : at] != ["--resume"] and word[:9] != "--resume="]
+    return shlex.join(["dist-llm", *kept, "--resume", "auto"])
+
+
+def _train_here(run: Run, restarts: int) -> None:
     """Starts local ranks, and shows what they do."""
-    with Console(steps=loaded.config.schedule.steps) as console:
-        _introduce(loaded, layout, console)
-        from dist_llm.train import run  # torch: seconds, after there is something to read
+    with Console(steps=run.loaded.config.schedule.steps) as console:
+        _introduce(run, console)
+        from dist_llm.train.run import candidates  # torch: seconds, after there is something to read
         from dist_llm.train.storage import RunFolder
 
-        folder = RunFolder(Path(loaded.config.save.dir).expanduser())
-        found: dict[str, Any] = {"candidates": run.candidates(folder.path, resume), "profile": profile}
-        folder.write_config(loaded.config)
-        result = run.run_local(loaded.config, layout, folder.path, **found, tell=console.take)
-        _conclude(loaded, folder.path, result, console)
+        folder = RunFolder(run.path)
+        found = candidates(run.path, run.resume)
+        folder.write_config(run.loaded.config)
+        _conclude(run, _run_local(run, found, console, restarts), console)
 
 
-def _train_under_torchrun(
-    loaded: Loaded, layout: Layout, resume: str | None, profile: tuple[int, int] | None, *, rank: int, local_rank: int
-) -> None:
+def _run_local(run: Run, candidates: list[Path], console: Console, restarts: int) -> dict[str, Any]:
+    """Trains; after a rank was lost goes on from the newest checkpoint, at most so often."""
+    from dist_llm.train.run import run_local
+
+    for attempt in range(1, restarts + 1):
+        try:
+            return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=console.take, profile=run.profile)
+        except PeerError as lost:
+            faults.arm(None)
+            own = saved_steps(run.path)
+            candidates = own or candidates
+            start = f"from step {step_of(own[0])}" if own else "from where it began, nothing was saved yet"
+            console.line(f"note: {plain(lost.what)} ({plain(lost.where)}): restart {attempt} of {restarts}, {start}")
+    return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=console.take, profile=run.profile)
+
+
+def _train_under_torchrun(run: Run, place: Place) -> None:
     """Joins torchrun's ranks as one of them; rank 0 shows what they do."""
-    path = Path(loaded.config.save.dir).expanduser()
     try:
-        with Console(steps=loaded.config.schedule.steps) as console:
-            result = _join(loaded, layout, resume, profile, path, console, rank=rank, local_rank=local_rank)
-            if rank == 0:
-                _conclude(loaded, path, result, console)
+        with Console(steps=run.loaded.config.schedule.steps) as console:
+            result = _join(run, place, console)
+            _conclude(run, result, console if place.rank == 0 else None)
     except Exception as error:
         from dist_llm.ranks import known_failure
 
         failure = error if isinstance(error, Failure) else known_failure(error)
-        keep_traceback(error, path / "logs" / f"rank-{rank}.log")
+        keep_traceback(error, run.path / "logs" / f"rank-{place.rank}.log")
+        teller = 0
+        if isinstance(failure, PeerError) and (explained := _records(run, place).explain()) is not None:
+            failure, teller = explained, int(getattr(explained, "rank", None) == 0)  # the one that hangs says nothing
         if failure is None:
             raise
-        if not told_by(failure, rank=rank, local_rank=local_rank):
+        if not told_by(failure, rank=place.rank, local_rank=place.local_rank, teller=teller):
             raise typer.Exit(int(failure.code)) from None
         raise failure from None
 
 
-def _join(
-    loaded: Loaded,
-    layout: Layout,
-    resume: str | None,
-    profile: tuple[int, int] | None,
-    path: Path,
-    console: Console,
-    *,
-    rank: int,
-    local_rank: int,
-) -> dict[str, Any]:
-    config, tell = loaded.config, console.take if rank == 0 else lambda message: None
-    if rank == 0:
-        _introduce(loaded, layout, console)
+def _records(run: Run, place: Place, note: Callable[[str], None] | None = None) -> Watchdog:
+    """A watch over the flight records of torchrun's ranks, as far as they share this folder."""
+    logs, timeout = run.path / "logs", run.loaded.config.runtime.timeout_seconds
+    records = (flight.open_file(logs / f"rank-{rank}.flight") for rank in range(place.world))
+    return Watchdog([record for record in records if record is not None], timeout_seconds=timeout, logs=logs, note=note)
+
+
+def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
+    """One rank of torchrun's, from its first words to the end of the training."""
+    config, first = run.loaded.config, place.rank == 0
+    if first:
+        _introduce(run, console)
     from dist_llm import mesh
-    from dist_llm.train import run
+    from dist_llm.train import run as training
     from dist_llm.train.storage import RunFolder
 
-    folder = RunFolder(path) if rank == 0 else None
-    candidates = run.candidates(path, resume)  # every rank finds the same
+    folder = RunFolder(run.path) if first else None
+    again = "auto" if place.meeting.attempt and saved_steps(run.path) else run.resume
+    candidates = training.candidates(run.path, again)  # every rank finds the same
     if folder is not None:
         folder.write_config(config)
-    ready = run.prepare_here(config, local_ranks=local_rank + 1, tell=tell)
+    flight.start(flight.make_file(run.path / "logs" / f"rank-{place.rank}.flight"), rank=place.rank, pid=os.getpid())
+    watchdog: Watchdog | None = None
+
+    def tell(message: dict[str, Any]) -> None:
+        if first:
+            console.take(message)
+        if watchdog is not None and (failure := watchdog.look()) is not None:
+            raise failure
+
+    ready = training.prepare_here(config, local_ranks=place.local_rank + 1, tell=tell)
     tell({"data": ready})
-    mesh.connect(rank=rank, world=layout.world, backend=ready["backend"], timeout_seconds=config.runtime.timeout_seconds)
+    where: dict[str, Any] = {"rank": place.rank, "world": place.world, "meeting": place.meeting}
+    mesh.connect(backend=ready["backend"], timeout_seconds=config.runtime.timeout_seconds, **where)
+    watchdog = _records(run, place, lambda text: tell({"note": text})) if first else None
     places = [str(one) for one in candidates]
-    result = run.train_rank(rank, layout.world, tell, config_tree(config), asdict(layout), str(path), places, local_rank, profile)
+    arguments = (config_tree(config), asdict(run.layout), str(run.path), places, place.local_rank, run.profile)
+    result = training.train_rank(place.rank, place.world, tell, *arguments)
     mesh.disconnect()
     return result
 
 
-def told_by(failure: Failure, *, rank: int, local_rank: int) -> bool:
+def told_by(failure: Failure, *, rank: int, local_rank: int, teller: int = 0) -> bool:
     """Whether this one of torchrun's ranks shows the failure: what all ranks meet alike is told once."""
     if isinstance(failure, DataError):
         return local_rank == 0  # the text of a machine is the same for its ranks
-    return rank == 0 or not isinstance(failure, (UsageError, CheckpointError, NumericError, SpaceError, PeerError))
+    return rank == teller or not isinstance(failure, (UsageError, CheckpointError, NumericError, SpaceError, PeerError))
 
 
 def keep_traceback(error: BaseException, log: Path) -> None:
@@ -163,23 +259,31 @@ def keep_traceback(error: BaseException, log: Path) -> None:
             file.write("".join(traceback.format_exception(error)))
 
 
-def _introduce(loaded: Loaded, layout: Layout, console: Console) -> None:
+def _introduce(run: Run, console: Console) -> None:
     """What is about to run, in numbers."""
-    console.line(explain.model_line(loaded.config, num_parameters(loaded.config.model)))
-    for line in explain.equations(loaded.config, layout):
+    config = run.loaded.config
+    console.line(explain.model_line(config, num_parameters(config.model)))
+    for line in explain.equations(config, run.layout):
         console.line(line)
-    console.line(f"layout {layout}; run folder {plain(loaded.config.save.dir)}")
+    console.line(f"layout {run.layout}; run folder {plain(config.save.dir)}")
 
 
-def _conclude(loaded: Loaded, path: Path, result: dict[str, Any], console: Console) -> None:
-    """Writes the page, and says where everything is and what to type next."""
-    from dist_llm.report.page import write_run_page
+def _conclude(run: Run, result: dict[str, Any], console: Console | None) -> None:
+    """Writes the page, and says where everything is and what to type next; a run that was told to stop ends with 75."""
+    if console is not None:
+        from dist_llm.report.page import write_run_page
 
-    console.close()
-    if not result["last"]:
-        console.line(f"nothing left to do: {loaded.config.schedule.steps} steps were made before; --steps asks for more")
-    write_run_page(path, path / "report.html")
-    console.line(f"report      {plain(path / 'report.html')}")
-    if result["checkpoint"]:
-        console.line(f"checkpoint  {plain(result['checkpoint'])}")
-    console.line(f"next        dist-llm sample {plain(path)} --prompt 'def '")
+        console.close()
+        if not result["last"]:
+            console.line(f"nothing left to do: {run.loaded.config.schedule.steps} steps were made before; --steps asks for more")
+        write_run_page(run.path, run.path / "report.html")
+        console.line(f"report      {plain(run.path / 'report.html')}")
+        if result["checkpoint"]:
+            console.line(f"checkpoint  {plain(result['checkpoint'])}")
+        if result["stopped"] is not None:
+            console.line(f"stopped     as asked, after step {result['stopped']} of {run.loaded.config.schedule.steps}, which is saved")
+            console.line(f"next        {plain(go_on(sys.argv[1:]))}")
+        else:
+            console.line(f"next        dist-llm sample {plain(run.path)} --prompt 'def '")
+    if result["stopped"] is not None:
+        raise typer.Exit(int(Code.PREEMPTED))

@@ -61,9 +61,7 @@ def read_layouts(config: Config, texts: Sequence[str], *, nproc: int | None) -> 
 class Comparison:
     """One `compare`: proves and measures entry after entry, and keeps the rows."""
 
-    def __init__(
-        self, config: Config, entries: Sequence[Entry], reference: Entry, *, steps: int | None, run_dir: Path, say: Say
-    ) -> None:
+    def __init__(self, config: Config, entries: Sequence[Entry], reference: Entry, *, steps: int | None, run_dir: Path, say: Say) -> None:
         """steps: of both passes, the proof never fewer than three; None: a few of each."""
         self.config, self.reference, self.run_dir, self.say = config, reference, run_dir, say
         typed = [entry.layout for entry in entries]

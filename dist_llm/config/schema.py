@@ -161,6 +161,7 @@ class OptimizerConfig(Section):
     nesterov: Switch = False
     clip: Annotated[Number, BeforeValidator(lambda value: 0.0 if value is None else value)] = 1.0
     label_smoothing: BelowOne = 0.0  # of the training loss
+    skip_non_finite: Whole = 0  # steps in a row that may be left out because loss or gradients are not finite
 
 
 class ScheduleConfig(Section):
@@ -205,6 +206,7 @@ class RuntimeConfig(Section):
     cuda_graph: Switch = False  # forward and backward of a step as one CUDA graph
     seed: Seed = 7
     timeout_seconds: Positive = 600.0
+    digest_every: Whole = 100  # steps between comparisons of what ranks hold alike; 0: never
     reduce_order: Literal["fixed", "fast"] = "fixed"  # of data-parallel gradients; fixed: in rank order; fast: left to the library
     peak_tflops: Positive | None = None  # of one device, for MFU; None: looked up, or unknown
     threads: Count | None = None  # CPU threads per rank

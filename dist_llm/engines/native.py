@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_llm import comm
+from dist_llm import comm, flight
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
 from dist_llm.engines.graph import CudaRecorder, StepGraph
 from dist_llm.engines.offload import HOST, Ferry
@@ -35,10 +35,11 @@ Read = Callable[[str, str, Box, int, int], Tensor]
 
 @dataclass(frozen=True)
 class Totals:
-    """What all ranks know after a step's gradients are complete: the summed loss and the global gradient norm."""
+    """What all ranks know after a step's gradients are complete: the summed loss, the global norm, and whether a rank is to stop."""
 
     loss: float
     norm: float
+    stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class NativeEngine:
         self.units = list(dict.fromkeys(row.unit for row in table(model)))
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.scale = torch.zeros((), dtype=torch.float64, device=device)
+        self.stop = torch.zeros((), dtype=torch.float64, device=device)  # 1 where this rank was told to stop: it travels with the norm
         self.graph = StepGraph(self.flats, CudaRecorder(device)) if options.graph else None
         self.totals: Tensor | None = None  # of a step that has been recorded, until it is read
         self.norm = 0.0
@@ -113,13 +115,17 @@ class NativeEngine:
 
         Every data-parallel rank brings the same number of contexts, made with `training=False`.
         """
+        with comm.booked_on("control"):
+            return float(comm.all_reduce(self.local_loss(contexts), self.mesh.world))
+
+    def local_loss(self, contexts: Sequence[Context]) -> Tensor:
+        """As `evaluate`, this rank's part of the sum alone, a float64 scalar: zero where the last stage is elsewhere."""
         forward = [[action for action in actions if action.kind == Kind.F] for actions in self._compute(len(contexts))]
         walk = Pipeline(self.stages, lower(forward, reduce="step"), self.mesh)
         loss = walk.run(contexts, scale=torch.zeros((), device=self.device), boundary=self._boundary)
         for flat in self.flats:
             flat.end_step()
-        with comm.booked_on("control"):
-            return float(comm.all_reduce(loss if self.mesh.at.tp == 0 else torch.zeros_like(loss), self.mesh.world))
+        return loss if self.mesh.at.tp == 0 else torch.zeros_like(loss)
 
     def finish_gradients(self) -> Totals:
         """Leaves with global gradients on the ranks that own them; returns the summed loss and the norm, equal on all ranks.
@@ -127,26 +133,29 @@ class NativeEngine:
         Sums of squares are float64 per unit and added in the order of units, so that the cut into stages cannot change a bit.
         """
         totals, self.totals = self._finish() if self.totals is None else self.totals, None
-        *squares, loss = totals.tolist()  # the host waits for the device here
+        *squares, loss, stop = totals.tolist()  # the host waits for the device here
         self.norm = sum(squares) ** 0.5
-        return Totals(loss, self.norm)
+        return Totals(loss, self.norm, stop > 0)
 
     def _finish(self) -> Tensor:
-        """Global gradients on the ranks that own them -> the sum of squares of each unit and the summed loss, float64, on the device."""
+        """Global gradients on the ranks that own them -> each unit's sum of squares, the summed loss, ranks that are to stop: float64."""
+        flight.enter("reduce")
         for flat in reversed(self.flats):  # as backward has begun them
             flat.start_crossing()
         for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
             flat.finish(pending)
-        totals = torch.zeros(len(self.units) + 1, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(len(self.units) + 2, dtype=torch.float64, device=self.device)
         for flat in self.flats:
             totals[self.units.index(flat.plan.unit)] += flat.square_sum()
         if self.mesh.at.tp == 0:
-            totals[-1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
+            totals[-2] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
+        totals[-1] = self.stop
         return comm.all_reduce(totals, self.mesh.world)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Clips, updates the owned weights and shares them; gradients are gone afterwards."""
+        flight.enter("update")
         factor = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.optimizer.count += 1
         for (flat, gradient), moments in zip(self._gradients(), self.moments, strict=True):
@@ -157,6 +166,12 @@ class NativeEngine:
         for pending in [flat.start_publish() for flat in self.flats]:
             if pending is not None:
                 pending.finish()
+        for flat in self.flats:
+            flat.gradient = None
+
+    def skip(self) -> None:
+        """Leaves out an update: gradients are gone, weights and moments as they were. It counts as one, so that the count is the step."""
+        self.optimizer.count += 1
         for flat in self.flats:
             flat.gradient = None
 

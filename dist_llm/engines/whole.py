@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_llm import comm
+from dist_llm import comm, flight
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
 from dist_llm.engines.native import Item, Read, Totals, Wanted
 from dist_llm.errors import UsageError
@@ -110,6 +110,7 @@ class WholeEngine:
         self.whole = Whole(model, dtype=dtype, device=self.device, seed=seed, smoothing=smoothing)
         self.moments = moment_keys(optimizer)
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.stop = torch.zeros((), dtype=torch.float64, device=self.device)
         self.norm = 0.0
         self._wrap()
 
@@ -170,28 +171,33 @@ class WholeEngine:
     def run(self, contexts: Sequence[Context], *, targets: int) -> None:
         """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
         assert len(contexts) == self.micro_batches, (len(contexts), self.micro_batches)
+        flight.enter("backward")  # forward and backward of each micro-batch in turn
         slope = self.mesh.layout.dp / targets
         losses = [self._micro_batch(context, slope, last=at + 1 == len(contexts)).detach() for at, context in enumerate(contexts)]
         self.loss = torch.stack(losses).sum()
 
     def evaluate(self, contexts: Sequence[Context]) -> float:
         """The summed loss of forward-only micro-batches over all ranks, equal on all ranks."""
-        with torch.no_grad():
-            loss = torch.stack([self._loss(context) for context in contexts]).sum()
         with comm.booked_on("control"):
-            return float(comm.all_reduce(loss, self.mesh.world))
+            return float(comm.all_reduce(self.local_loss(contexts), self.mesh.world))
+
+    @torch.no_grad()
+    def local_loss(self, contexts: Sequence[Context]) -> Tensor:
+        """As `evaluate`, this rank's part of the sum alone."""
+        return torch.stack([self._loss(context) for context in contexts]).sum()
 
     def finish_gradients(self) -> Totals:
         """Returns the summed loss and the norm of the global gradient, equal on all ranks."""
+        flight.enter("reduce")
         square = torch.zeros_like(self.loss)
         for name in self._answered():
             gradient = self._values("gradient", name)
             assert gradient is not None, name
             square += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         with comm.booked_on("control"):
-            total, loss = comm.all_reduce(torch.stack((square, self.loss)), self.mesh.world).tolist()
+            total, loss, stop = comm.all_reduce(torch.stack((square, self.loss, self.stop)), self.mesh.world).tolist()
         self.norm = total**0.5
-        return Totals(loss, self.norm)
+        return Totals(loss, self.norm, stop > 0)
 
     def _answered(self) -> Iterator[str]:
         """The parameters of which this rank answers for a run; of what all ranks hold whole, the first."""

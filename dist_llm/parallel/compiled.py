@@ -75,9 +75,7 @@ def _column_backward_fake(
     "column_backward(Tensor[] slopes, Tensor x, Tensor[] weights, bool joined, str group, bool sp, str fp8) -> Tensor[]",
     fake=_column_backward_fake,
 )
-def column_backward(
-    slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str
-) -> list[Tensor]:
+def column_backward(slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str) -> list[Tensor]:
     """Slopes (B, S, O_i) -> [by x (B, S', D), by each weight (O_i, D)]; joined: of one slope and one weight."""
     inner = [beside(weights, 0)] if joined else weights
     by_x, by_weights = tensor.columns_backward([slope.reshape(-1, slope.shape[-1]) for slope in slopes], x, inner, _split(group, sp, fp8))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dist_llm import comm
+from dist_llm import comm, flight
 from dist_llm.mesh import Mesh
 from dist_llm.model.transformer import Context
 from dist_llm.parallel.zero import FlatUnit
@@ -234,8 +234,10 @@ class Pipeline:
             start = clock.mark() if self.recording else None  # waiting for the input is not work
             match action.kind:
                 case Kind.F:
+                    flight.enter("forward")
                     self._forward(action, state.contexts[action.micro], state)
                 case Kind.B:
+                    flight.enter("backward")
                     self._backward(action, state.contexts[action.micro], state)
                 case Kind.SEND_F | Kind.SEND_B:
                     if len(state.going) == SENDS:  # validate() proves that even sends that wait for their receiver cannot lock

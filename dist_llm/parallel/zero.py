@@ -72,6 +72,7 @@ class FlatUnit:
         self.tied = mesh.tied if shared else None
         self.counted = mesh.replica.index == 0 and (self.tied is None or self.tied.index == 0)
         self.gradient: Tensor | None = None  # (owned,) between the last backward and the update
+        self.seen: Callable[[FlatUnit, Tensor], None] | None = None  # gets this rank's own gradients before they are reduced
 
     # --- build -------------------------------------------------------------------------------------------------------
 
@@ -184,6 +185,8 @@ class FlatUnit:
                 self.whole[0].add_(self.whole.pop(other))
             use = 0
         buffer = self.whole[use]
+        if self.seen is not None:
+            self.seen(self, buffer)
         self._sum_partial(buffer)
         out = buffer[slice(*self.own)] if self.by_step and not self.stage else None  # stage 0 gathers the whole again
         assert use not in self.reducing

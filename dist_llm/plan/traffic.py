@@ -233,6 +233,6 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
 
 
 def _control(total: defaultdict[str, float], shape: Shape) -> None:
-    """The norm with the loss: float64 each, one number per unit."""
-    world, numbers = shape.layout.world, len(_rows(shape)) + 1
+    """The norm with the loss and the wish to stop: float64 each, one number per unit."""
+    world, numbers = shape.layout.world, len(_rows(shape)) + 2
     total["control"] += 2 * (world - 1) / world * numbers * 8

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_llm import comm
+from dist_llm import comm, flight
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError, Failure, NumericError
 from dist_llm.model.table import table
 from dist_llm.train.durable import Disk
 from dist_llm.train.folder import VERSION, Checkpoint, begin, commit, flush, open_checkpoint, retain
+from dist_llm.train.nonfinite import finite
 from dist_llm.train.parts import Part, Stage, Staged, part_of, write_part
 from dist_llm.train.storage import together
 
@@ -94,6 +95,7 @@ class Saver:
     def start(self, step: int) -> None:
         """Begins to save the state after `step` updates. With `save.async` off it is there on return."""
         self.finish()
+        flight.enter("save")
         mesh = self.mesh
         self._step, self._disk = step, Disk(rank=mesh.rank, step=step)
         self._safe = f"the checkpoints before step {step} are untouched"
@@ -127,6 +129,7 @@ class Saver:
 
     def finish(self) -> None:
         """Waits until nothing is under way."""
+        flight.enter("save")
         while self._writing or self._committing:
             self._advance()
 
@@ -151,11 +154,20 @@ class Saver:
     def _write(self, part: Part) -> dict[str, dict[str, Any]]:
         """Writes this rank's files, and on rank 0 the tokenizer; returns size and sha256 of each, as they came back from the disk."""
         disk, folder, rank = self._disk, self._partial, self.mesh.rank
+        self._require_finite(part)
         written = write_part(disk, folder, rank, part)
         if rank == 0:
             written |= {name: disk.write(folder / name, [content]) for name, content in self.prepared.tokenizer.files.items()}
         flush(disk, folder, written)
         return {name: digest.about for name, digest in written.items()}
+
+    def _require_finite(self, part: Part) -> None:
+        """Raises NumericError: what is not finite is never saved."""
+        for key, values in zip(part.runs, part.tensors, strict=True):
+            if not finite(values):
+                kind, name, _ = key.split("/")
+                what, where = f"a {kind.replace('_', ' ')} is not finite", f"rank {self.mesh.rank}, after step {self._step}, {name}"
+                raise NumericError(what, where=where, expected="finite numbers", safe=self._safe)
 
     def _commit(self, manifest: dict[str, Any]) -> str:
         final = commit(self._disk, self._partial, manifest)

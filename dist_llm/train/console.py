@@ -87,7 +87,8 @@ class Console:
         step = record["step"]
         self.seconds.append(record["step_seconds"])
         left = (self.steps - step) * sorted(self.seconds)[len(self.seconds) // 2]
-        text = f"loss {record['loss']:.4f}  norm {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
+        text = "not finite, left out  " if record.get("skipped") else f"loss {record['loss']:.4f}  norm {record['grad_norm']:.2f}  "
+        text += f"lr {record['learning_rate']:.1e}  "
         text += f"{record['tokens_per_second']:,.0f} tokens/s" if record["tokens_per_second"] is not None else "memory watched"
         text += f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         if self.live is not None:

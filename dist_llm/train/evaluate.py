@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from dist_llm import flight
 from dist_llm.data.batches import IGNORED, validation_batches
 from dist_llm.data.prepare import Prepared
 from dist_llm.data.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class Validation:
         """
         if self.batches is None or not self.targets:
             return {"validation_loss": None, "validation_perplexity": None, "validation_bits_per_byte": None}
+        flight.enter("validate")
         trainer, place = self.trainer, self.trainer.mesh.at
         where = {"dp_rank": place.dp, "dp_size": trainer.mesh.layout.dp, "micro": trainer.config.batch.micro}
         total = 0.0

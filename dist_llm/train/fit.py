@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_llm import flight
 from dist_llm.data.prepare import Prepared
+from dist_llm.train import spike
 from dist_llm.train.checkpoint import Saver
+from dist_llm.train.digest import Digests
 from dist_llm.train.evaluate import Validation
 from dist_llm.train.metrics import Lines, Meter
 from dist_llm.train.profile import Profile
@@ -23,7 +26,8 @@ def fit(
     """Trains from step `start` (updates already made) to `schedule.steps`; every rank calls it, rank 0 writes and tells.
 
     profile: the first and the last step to be profiled (train/profile.py).
-    tell: gets {"step": metrics}, {"sample": ...}, {"checkpoint": path}. Returns the last step's metrics and checkpoint.
+    tell: gets {"step": metrics}, {"sample": ...}, {"checkpoint": path}, {"note": ...}. Returns the last step's metrics, the last
+    checkpoint, and the step after which it was told to stop, if it was.
     """
     config, engine, writes = trainer.config, trainer.engine, trainer.mesh.rank == 0
     steps, save, track = config.schedule.steps, config.save, config.track
@@ -31,6 +35,7 @@ def fit(
     profiled = Profile(profile, folder=folder / "logs", rank=trainer.mesh.rank, device=engine.device)
     validation = Validation(trainer, prepared)
     samples = Samples(engine, config, prepared, folder)
+    digests, spikes = Digests(engine, every=config.runtime.digest_every), spike.Spikes()
     metrics = Lines(folder / "metrics.jsonl", start=start, writes=writes)
     texts = Lines(folder / "samples.jsonl", start=start, writes=writes)
 
@@ -39,26 +44,42 @@ def fit(
             texts.write({"step": step, **sample})
             tell({"sample": {"step": step, **sample}})
 
+    def watch_loss(record: dict[str, Any]) -> None:
+        if record.get("skipped"):
+            tell({"note": f"step {record['step']} was not finite and changed nothing (optimizer.skip_non_finite)"})
+        elif (usual := spikes.usual(record["loss"], record["step"])) is not None:
+            tell({"note": spike.sentence(record["step"], record["loss"], usual, spike.examine(trainer, record["step"] - 1))})
+
     record: dict[str, Any] = {}
+    done = start
     if track.sample_every and start == 0:
         take_samples(0)
     with Saver(folder, engine, config=config, prepared=prepared, saved=lambda path: tell({"checkpoint": str(path)})) as saver:
         for done in range(start + 1, steps + 1):
+            flight.begin_step(done)
+            digests.check(done)
             with meter.measure(done - 1), profiled.step(done):
                 taken = trainer.step(done - 1)
             record = meter.record(taken)
+            last, saves = done == steps or trainer.stopping, _due(done, save.every)
             if done == steps or _due(done, track.validate_every):
                 record |= validation.measure()
             metrics.write(record)
             tell({"step": record})
+            watch_loss(record)
             saver.poll()
             if track.sample_every and (done == steps or _due(done, track.sample_every)):
                 take_samples(done)
-            if done == steps or _due(done, save.every):
+            if last or saves or digests.due(done):
+                digests.compare(done)
+            if last or saves:
                 saver.start(done)
+            if trainer.stopping:
+                break
     metrics.close()
     texts.close()
-    return {"last": record, "checkpoint": saver.last and str(saver.last)}
+    flight.enter("end")
+    return {"last": record, "checkpoint": saver.last and str(saver.last), "stopped": done if trainer.stopping and done < steps else None}
 
 
 def _due(done: int, every: int) -> bool:

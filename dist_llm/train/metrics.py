@@ -8,6 +8,7 @@ step_seconds         of this step                       tokens_per_second   of a
 mfu, mfu_causal      part of the devices' peak, attention counted in full or causally; null where the peak is not known
 peak_memory_bytes    of rank 0: on CUDA so far; on CPU the live tensors of the second step, watched once, which slows it down
 sent_bytes           by rank 0 in this step, per axis   data_wait_seconds   for this step's batch
+skipped              true where the numbers were not finite and the step changed nothing (loss and grad_norm are null)
 validation_loss, validation_perplexity, validation_bits_per_byte   in steps that end in a validation
 """
 
@@ -110,9 +111,9 @@ class Meter:
         rate = taken.tokens / self.seconds if taken.step != self.memory_step else None  # watching memory slows a step down
         return {
             "step": taken.step + 1,
-            "loss": taken.loss,
+            "loss": None if taken.skipped else taken.loss,
             "loss_hex": taken.loss.hex(),
-            "grad_norm": taken.norm,
+            "grad_norm": None if taken.skipped else taken.norm,
             "learning_rate": taken.learning_rate,
             "tokens": taken.tokens * (taken.step + 1),
             "target_tokens": taken.targets,
@@ -123,6 +124,7 @@ class Meter:
             "peak_memory_bytes": self.peak_memory,
             "sent_bytes": comm.ledger.take(),
             "data_wait_seconds": taken.data_wait,
+            **({"skipped": True} if taken.skipped else {}),
         }
 
 

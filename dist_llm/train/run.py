@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 
-from dist_llm import comm
+from dist_llm import comm, stop
 from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import training_batches, validation_batches
 from dist_llm.data.prepare import Prepared, prepare
-from dist_llm.errors import UsageError
-from dist_llm.mesh import Mesh
+from dist_llm.errors import NumericError, UsageError
+from dist_llm.mesh import Group, whole_world
 from dist_llm.model.table import table
 from dist_llm.ranks import run_ranks
 from dist_llm.train import checkpoint
 from dist_llm.train.durable import Disk
 from dist_llm.train.fit import fit
 from dist_llm.train.folder import Checkpoint, newest, set_aside, step_folders, tidy
+from dist_llm.train.nonfinite import bad_state
 from dist_llm.train.preflight import require_space
 from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, refuse_fp8, refuse_graph, settle_rank
 from dist_llm.train.storage import together
@@ -73,7 +74,9 @@ def run_local(
     tell({"data": ready})
     where: dict[str, Any] = {"backend": ready["backend"], "timeout_seconds": config.runtime.timeout_seconds, "log_dir": logs}
     arguments = (tree, asdict(layout), str(folder), [str(path) for path in candidates], None, profile)
-    return run_ranks(layout.world, train_rank, *arguments, on_message=hear, **where)[0]
+    return run_ranks(
+        layout.world, train_rank, *arguments, on_message=hear, note=lambda text: tell({"note": text}), stoppable=True, **where
+    )[0]
 
 
 def prepare_rank(rank: int, world: int, say: Tell, config: dict, ranks: int) -> dict[str, Any]:
@@ -128,15 +131,16 @@ def train_rank(
     tell: Tell = say if rank == 0 else lambda message: None
     settle_rank(settings.runtime)
     device = choose_device(settings.runtime, local_rank=rank if local_rank is None else local_rank)
-    mesh = make_mesh(settings, shape, rank)
     prepared = prepare(settings.data, seed=settings.runtime.seed)
-    require_equal(mesh, device, config=config, prepared=prepared)
+    require_equal(whole_world(rank, world), device, config=config, layout=layout, data=prepared.fingerprint)
+    mesh = make_mesh(settings, shape, rank)
     dtype = choose_dtype(settings.runtime, device)
     together(mesh, device, lambda: make_room(Path(folder), settings, dtype=dtype, world=world) if rank == 0 else None)
     tell({"stage": "building the model"})
     engine = make_engine(settings, mesh, device=device, dtype=dtype)
     order = training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
-    trainer = Trainer(settings, mesh, engine, order)
+    stop.listen()
+    trainer = Trainer(settings, mesh, engine, order, stop_asked=stop.asked)
     start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell) if candidates else 0
     return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
 
@@ -159,7 +163,11 @@ def resume(trainer: Trainer, prepared: Prepared, candidates: list[Path], *, run:
     found, passed = checkpoint.load(candidates, engine, accept=lambda found: require_same_run(found, trainer.config, prepared))
     for line in passed:
         tell({"note": f"passed over: {line}"})
-    comm.barrier(mesh.world)
+    bad = together(mesh, engine.device, lambda: bad_state(engine.state())[:3])
+    for rank, names in enumerate(bad):
+        if names:
+            what, expected = "the checkpoint holds numbers that are not finite", "finite numbers"
+            raise NumericError(what, where=f"{found.path}, rank {rank}", expected=expected, details=names)
     (aside, *_) = together(mesh, engine.device, lambda: [str(p) for p in set_aside(Disk(), run, found.step)] if mesh.rank == 0 else [])
     for path in aside:
         tell({"note": f"a later checkpoint was set aside: {path}"})
@@ -188,13 +196,32 @@ def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> N
         raise UsageError("the checkpoint is of another run", where=str(found.path), details=differences, next=again)
 
 
-def require_equal(mesh: Mesh, device: torch.device, *, config: dict, prepared: Prepared) -> None:
-    """Raises UsageError on all ranks when one of them has another config, data, Python or torch."""
-    text = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    mine = {"config": text, "data": prepared.fingerprint[:16], "torch": torch.__version__, "python": sys.version.split()[0]}
-    facts = comm.gather_json(mine, mesh.world, device=device)
+def require_equal(world: Group, device: torch.device, *, config: dict, layout: dict, data: str) -> None:
+    """Raises UsageError on all ranks when one of them has another config, layout, text, code, Python or torch: which, and both values."""
+    settings = {**flat_tree(config), **{f"layout.{key}": value for key, value in layout.items()}}
+    whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    mine = {"config": whole, "data": data[:16], "code": code_hash()[:16], "torch": torch.__version__, "python": sys.version.split()[0]}
+    facts = comm.gather_json(mine, world, device=device)
+    if any(fact["config"] != whole for fact in facts):  # every rank sees it: which key is it
+        facts = comm.gather_json(settings, world, device=device)
     for rank, other in enumerate(facts):
         for field, value in other.items():
-            if value != facts[0][field]:
-                found = f"{value} on rank {rank}, {facts[0][field]} on rank 0"
+            if value != facts[0].get(field):
+                found = f"{value} on rank {rank}, {facts[0].get(field)} on rank 0"
                 raise UsageError(f"the ranks differ in {field}", where=f"rank {rank}", expected="the same on all ranks", found=found)
+
+
+def flat_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_tree(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def code_hash() -> str:
+    """The sha256 of this package's own source."""
+    total, home = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(home.rglob("*.py")):
+        total.update(f"{file.relative_to(home)}\n".encode() + file.read_bytes())
+    return total.hexdigest()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dist_llm import flight
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import MicroBatch
-from dist_llm.engines.native import NativeEngine, Totals
+from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import NumericError
 from dist_llm.mesh import Mesh
 from dist_llm.model.transformer import Context, make_context
 from dist_llm.train.learning_rate import learning_rate
+from dist_llm.train.nonfinite import all_finite, diagnose
 
 
 class Order(Protocol):
@@ -38,6 +39,7 @@ class Step:
     tokens: int
     targets: int
     data_wait: float  # seconds
+    skipped: bool = False  # its numbers were not finite, and it changed nothing
 
 
 class Contexts(Sequence[Context]):
@@ -54,33 +56,56 @@ class Contexts(Sequence[Context]):
 
 
 class Trainer:
-    """Takes steps with an engine and an order of batches."""
+    """Takes steps with an engine and an order of batches.
 
-    def __init__(self, config: Config, mesh: Mesh, engine: NativeEngine, order: Order) -> None:
-        self.config, self.mesh, self.engine, self.order = config, mesh, engine, order
+    stop_asked: whether this rank was told to stop; `stopping` is what all ranks know of it after a step, alike.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, engine: NativeEngine, order: Order, *, stop_asked: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.config, self.mesh, self.engine, self.order, self.stop_asked = config, mesh, engine, order, stop_asked
+        self.stopping = False
+        self.skipped = 0  # steps in a row
 
     def step(self, step: int) -> Step:
         """One optimizer step (0-based): the same update under every layout."""
         taken = self.gradients(step)
-        self.engine.step(taken.learning_rate)
+        if taken.skipped:
+            self.engine.skip()
+        else:
+            self.engine.step(taken.learning_rate)
         return taken
 
     def gradients(self, step: int) -> Step:
         """The first half of a step: leaves with complete, finite global gradients, before clipping."""
         start = time.perf_counter()
-        batches = self._take(step)
+        batches = self.take(step)
         waited = time.perf_counter() - start
         targets = self._count_targets(step)
+        if self.stop_asked():
+            self.engine.stop.fill_(1.0)
         self.engine.run(Contexts(self, batches, step), targets=targets)
         totals = self.engine.finish_gradients()
-        self._refuse_non_finite(totals, step)
+        self.stopping = self.stopping or totals.stop
+        self.skipped = 0 if all_finite(totals) else self.skipped + 1
+        if self.skipped > self.config.optimizer.skip_non_finite:
+            samples = [number for batch in batches for number in self.sample_ids(batch, step)]
+            raise diagnose(self.engine, Contexts(self, batches, step), samples, totals, targets=targets, step=step + 1)
         rate = learning_rate(step, self.config.schedule, peak=self.config.optimizer.lr)
         tokens = self.config.batch.global_ * self.config.data.sequence
-        return Step(step, totals.loss / targets, totals.norm, rate, tokens, targets, waited)
+        return Step(step, totals.loss / targets, totals.norm, rate, tokens, targets, waited, self.skipped > 0)
 
-    def _take(self, step: int) -> list[MicroBatch]:
+    def take(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step."""
+        flight.enter("data")
         place, micro = self.mesh.at, self.config.batch.micro
         return self.order.micro_batches(step, dp_rank=place.dp, dp_size=self.mesh.layout.dp, micro=micro)
+
+    def sample_ids(self, batch: MicroBatch, step: int) -> list[int]:
+        """The samples of a micro-batch of this step; its rows where the order has no ids."""
+        ids = getattr(self.order, "sample_ids", lambda step: None)(step)
+        return (batch.rows if ids is None else ids[batch.rows]).tolist()
 
     def _count_targets(self, step: int) -> int:
         """Target tokens of the whole global batch, known before backward: losses are sums and are divided once."""
@@ -100,17 +125,3 @@ class Trainer:
         }
         addressed: dict[str, Any] = {"seed": self.config.runtime.seed, "step": step, "training": training, "dtype": self.engine.dtype}
         return make_context(self.config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)
-
-    def _refuse_non_finite(self, totals: Totals, step: int) -> None:
-        """Stops all ranks before the update: the norm and the loss are global, so every rank sees the same."""
-        if math.isfinite(totals.norm) and math.isfinite(totals.loss):
-            return
-        wrong = "loss" if not math.isfinite(totals.loss) else "gradient norm"
-        raise NumericError(
-            f"the {wrong} is not finite",
-            where=f"step {step + 1}",  # as metrics.jsonl counts
-            expected="finite numbers",
-            found=f"loss {totals.loss}, gradient norm {totals.norm}",
-            safe="no weight was changed by this step",
-            details=["a lower optimizer.lr, a longer schedule.warmup or runtime.dtype=float32 are the usual cures"],
-        )

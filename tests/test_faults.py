@@ -1,0 +1,225 @@
+"""A rank is killed, stopped or told to stop, anywhere: the run that goes on equals the calm one to the bit, and nothing is left behind.
+
+Nine points of a step or a save x kill -9, SIGTERM, SIGSTOP; layouts and ranks in rotation here, all of them behind `long`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dist_llm.train.folder import open_checkpoint, step_folders, step_of
+from tests.commands import Commands, Job, Result
+
+STEPS, FAULT = 8, 6  # steps of a run, and the one that is disturbed; every second one is saved
+TIMEOUT = 2.0  # runtime.timeout_seconds
+STEP = ("step.data", "step.forward", "step.backward", "step.reduce", "step.update", "step.validate")
+SAVE = ("save.write", "save.commit", "retain.delete")
+PAIRS = ("dp=2,zero=1", "tp=2", "pp=2", "dp=2,zero=3", "dp=2,zero=2,shard=2", "dp=2,zero=0")
+LAYOUTS = (*PAIRS, "dp=2,tp=2", "dp=2,pp=2,zero=1", "dp=4,zero=3")
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
+CASES = [
+    (point, name, PAIRS[(at + 2 * turn) % len(PAIRS)], (at + turn) % 2 if point in (*STEP, "save.write") else 0)
+    for at, point in enumerate((*STEP, *SAVE))
+    for turn, name in enumerate(SIGNALS)
+]
+WORLDS = [2] * len(PAIRS) + [4, 4, 4]
+ALL = [
+    (point, name, layout, rank)
+    for point in (*STEP, *SAVE)
+    for name in SIGNALS
+    for layout, world in zip(LAYOUTS, WORLDS, strict=True)
+    for rank in (range(world) if point in (*STEP, "save.write") else [0])
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+def words(home: Path, folder: Path, layout: str) -> list[str]:
+    """A short run that saves and validates every second step."""
+    settings = ["data.max_tokens=20_000", "schedule.steps=8", "save.keep=1", "track.validate_every=2", "track.validate_batches=1"]
+    settings += [f"data.dir={home}/data", "runtime.device=cpu", "runtime.dtype=float32", "model.dropout=0.1"]
+    flags = ["--layout", layout, "--run-dir", str(folder), "--save-every", "2"]
+    return ["train", "configs/tiny.yaml", *flags, *settings, f"runtime.timeout_seconds={TIMEOUT}"]
+
+
+def losses(folder: Path) -> list[tuple[int, str]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(record["step"], record["loss_hex"]) for record in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def calm(commands: Commands, home: Path) -> Callable[[str], list[tuple[int, str]]]:
+    """The losses of a run that nothing happens to, by layout."""
+    known: dict[str, list[tuple[int, str]]] = {}
+
+    def of(layout: str) -> list[tuple[int, str]]:
+        if layout not in known:
+            folder = home / f"calm-{len(known)}"
+            result = commands.run(*words(home, folder, layout))
+            assert result.returncode == 0, result.stderr
+            known[layout] = losses(folder)
+            assert len(known[layout]) == STEPS
+        return known[layout]
+
+    return of
+
+
+def goes_on(commands: Commands, folder: Path, first: list[str]) -> Result:
+    """The run after it was disturbed, from its newest checkpoint."""
+    return commands.run(*first, "--resume", "auto")
+
+
+def nothing_left(job: Job, shared: set[str]) -> None:
+    """No process, nothing in shared memory, no half checkpoint that counts."""
+    deadline = time.monotonic() + 2
+    while job.left() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not job.left()
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def disturbed(commands: Commands, home: Path, folder: Path, calm: Callable, point: str, name: str, layout: str, rank: int) -> None:
+    """One disturbance, what the user is told, and the run that goes on."""
+    shared, first = set(os.listdir("/dev/shm")), words(home, folder, layout)
+    calm(layout)  # not on this run's time
+    begun = time.monotonic()
+    job = commands.start(*first, DIST_LLM_FAULT=f"{point}:{rank}:{FAULT}:{name}")
+    result = job.wait()
+    seconds = time.monotonic() - begun
+    nothing_left(job, shared)
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 12, result.stderr
+    saved = step_of(step_folders(folder)[0])
+    open_checkpoint(folder).verify()
+    if name == "SIGTERM":
+        done = point in SAVE and saved == STEPS  # a save in the background may end with the run
+        assert result.returncode == (0 if done else 75) and not result.stderr, (result.returncode, result.stderr)
+        assert saved == losses(folder)[-1][0] >= FAULT, "every step that was made is saved"
+    else:
+        assert result.returncode == 5, (result.returncode, result.stdout, result.stderr)
+        assert f"rank {rank}" in result.stderr and name in result.stderr, result.stderr
+        if point in STEP:
+            assert f"step {FAULT}, {point[5:]}" in result.stderr, result.stderr
+        assert saved >= FAULT - 4, "committed before"
+        assert result.stderr.count(f"last good: step {saved}") == 1
+        assert result.stderr.splitlines()[-1].startswith("  next:     dist-llm train")
+    if name == "SIGSTOP":
+        assert seconds < TIMEOUT + 5 + 8, seconds  # what comes before and after the stop took less than 8 s
+    assert goes_on(commands, folder, first).returncode == 0
+    assert losses(folder) == calm(layout)
+    assert open_checkpoint(folder).step == STEPS
+
+
+@pytest.mark.parametrize(("point", "name", "layout", "rank"), CASES)
+def test_a_disturbed_run_goes_on(
+    commands: Commands, home: Path, tmp_path: Path, calm: Callable, point: str, name: str, layout: str, rank: int
+) -> None:
+    disturbed(commands, home, tmp_path / "run", calm, point, name, layout, rank)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("point", "name", "layout", "rank"), ALL)
+def test_every_rank_and_layout(
+    commands: Commands, home: Path, tmp_path: Path, calm: Callable, point: str, name: str, layout: str, rank: int
+) -> None:
+    disturbed(commands, home, tmp_path / "run", calm, point, name, layout, rank)
+
+
+def wait_for(job: Job, text: str) -> None:
+    """Until a command has said something."""
+    deadline = time.monotonic() + 60
+    while text not in job.out.read_text():
+        assert time.monotonic() < deadline and job.left(), job.err.read_text()
+        time.sleep(0.01)
+
+
+def whom(job: Job, who: str) -> list[int]:
+    """The processes that get the signal."""
+    return {"launcher": [job.pid], "one rank": job.ranks()[-1:], "all": job.left()}[who]
+
+
+@pytest.mark.parametrize(
+    ("number", "who", "times"),
+    [(signal.SIGTERM, "launcher", 1), (signal.SIGUSR1, "launcher", 1), (signal.SIGTERM, "all", 2), (signal.SIGUSR1, "one rank", 3)],
+)
+def test_told_to_stop(commands: Commands, home: Path, tmp_path: Path, calm: Callable, number: int, who: str, times: int) -> None:
+    """By a scheduler, to whomever and however often: saved at a step boundary, exit 75, nothing lost; the next command goes on."""
+    folder, layout = tmp_path / "run", "dp=2,zero=1"
+    first = [*words(home, folder, layout), "schedule.steps=400", "save.every=0"]
+    job = commands.start(*first)
+    wait_for(job, "step   2/400")
+    for _ in range(times):
+        for pid in whom(job, who):
+            os.kill(pid, number)
+    result = job.wait()
+    assert result.returncode == 75 and not result.stderr, (result.stdout, result.stderr)
+    nothing_left(job, set(os.listdir("/dev/shm")))
+    made = losses(folder)
+    assert 2 <= made[-1][0] < 400 and made[:STEPS] == calm(layout)[: len(made[:STEPS])]
+    assert open_checkpoint(folder).step == made[-1][0]
+    next_words = shlex.split(result.stdout.splitlines()[-1].removeprefix("next"))
+    assert next_words[:2] == ["dist-llm", "train"]
+    more = commands.run(*next_words[1:], f"schedule.steps={made[-1][0] + 2}")
+    assert more.returncode == 0 and f"going on from step {made[-1][0]}" in more.stdout, more.stderr
+
+
+def test_told_to_stop_before_the_first_step(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """While ranks are being made: one step and its checkpoint, or the end by the signal with nothing saved; never a silent death."""
+    job = commands.start(*words(home, tmp_path / "run", "dp=2,zero=1"), "schedule.steps=400")
+    wait_for(job, "layout dp=2")
+    job.send(signal.SIGTERM)
+    result = job.wait()
+    assert result.returncode in (75, 143), (result.returncode, result.stderr)
+    assert (result.returncode == 75) == bool(step_folders(tmp_path / "run"))
+    nothing_left(job, set(os.listdir("/dev/shm")))
+
+
+def test_restart_after_a_lost_rank(commands: Commands, home: Path, tmp_path: Path, calm: Callable) -> None:
+    """--max-restarts: the launcher goes on by itself, and says so."""
+    folder, layout = tmp_path / "run", "dp=2,zero=1"
+    result = commands.run(*words(home, folder, layout), "--max-restarts", "1", DIST_LLM_FAULT=f"step.backward:1:{FAULT}")
+    assert result.returncode == 0, result.stderr
+    assert "restart 1 of 1, from step" in result.stdout and f"step {FAULT}, backward" in result.stdout
+    assert losses(folder) == calm(layout)
+
+
+def test_restart_before_anything_is_saved(commands: Commands, home: Path, tmp_path: Path, calm: Callable) -> None:
+    folder, layout = tmp_path / "run", "dp=2,zero=1"
+    result = commands.run(*words(home, folder, layout), "--max-restarts", "2", DIST_LLM_FAULT="step.forward:0:1")
+    assert result.returncode == 0 and "nothing was saved yet" in result.stdout, result.stderr
+    assert losses(folder) == calm(layout)
+
+
+def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None:
+    """torchrun --max-restarts: all ranks come again and take up the newest checkpoint."""
+    folder, layout = tmp_path / "run", "dp=2,zero=1"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    environment = {**os.environ, "DIST_LLM_FAULT": f"step.backward:1:{FAULT}", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "dist_llm", *words(home, folder, layout)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "going on from step" in result.stdout
+    assert losses(folder) == calm(layout)
+
+
+def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """Ten times slower from step 2 on: one note within 20 steps (F10)."""
+    first = [*words(home, tmp_path / "run", "dp=2"), "schedule.steps=24", "save.every=0", "track.validate_every=0"]
+    result = commands.run(*first, DIST_LLM_FAULT="step.forward:1:2:SLOW")
+    assert result.returncode == 0, result.stderr
+    (note,) = [line for line in result.stdout.splitlines() if "is slow" in line]
+    found = re.fullmatch(r"note: rank 1 is slow: its own work takes ([\d.]+) times .* before step (\d+)\)", note)
+    assert found and float(found[1]) >= 2.0 and int(found[2]) <= 22, note
