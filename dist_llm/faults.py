@@ -25,32 +25,35 @@ POINTS = (
 )
 
 
+OTHERS = ("SLOW", "MEMORY")  # than signals
 SLOW_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The signal that a rank sends itself, once, at a point of a step; None: it sleeps there in every step from this one on."""
+    """The signal that a rank sends itself, once, at a point of a step. In a phase also SLOW: from this step on it sleeps there each time,
+    and MEMORY: it finds none.
+    """
 
     point: str
     rank: int
     step: int
-    signal: int | None = signal.SIGKILL
+    signal: int | str = signal.SIGKILL
 
 
 _armed: Fault | None = None
 
 
 def arm(text: str | None) -> None:
-    """Arms `POINT:RANK:STEP`, with `:SIGNAL` or in a phase `:SLOW`, in this process and those forked from it; None disarms."""
+    """Arms `POINT:RANK:STEP`, with `:SIGNAL` or in a phase `:SLOW` or `:MEMORY`, in this process and those forked from it; None disarms."""
     global _armed
     if text is None:
         _armed = flight.on_enter = None
         return
     point, rank, step, *name = text.split(":")
     assert point in POINTS, point
-    number = None if name == ["SLOW"] else signal.Signals[name[0]] if name else signal.SIGKILL
-    _armed = Fault(point, int(rank), int(step), number)
+    what = name[0] if name else "SIGKILL"
+    _armed = Fault(point, int(rank), int(step), what if what in OTHERS else signal.Signals[what])
     flight.on_enter = _enter
 
 
@@ -59,7 +62,7 @@ def reach(point: str, *, rank: int, step: int) -> None:
     global _armed
     if _armed is not None and (_armed.point, _armed.rank, _armed.step) == (point, rank, step):
         fault, _armed = _armed, None
-        assert fault.signal is not None
+        assert isinstance(fault.signal, int)
         os.kill(os.getpid(), fault.signal)
 
 
@@ -68,7 +71,9 @@ def _enter(phase: str) -> None:
     here = flight.current
     if _armed is None or here is None:
         return
-    if _armed.signal is not None:
+    if isinstance(_armed.signal, int):
         reach(f"step.{phase}", rank=here.rank, step=here.step)
     elif (_armed.point, _armed.rank) == (f"step.{phase}", here.rank) and here.step >= _armed.step:
+        if _armed.signal == "MEMORY":
+            raise MemoryError
         time.sleep(SLOW_SECONDS)

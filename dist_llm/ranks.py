@@ -13,6 +13,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import resource
 import selectors
 import signal
 import sys
@@ -76,6 +77,8 @@ def run_ranks(
                     _child(rank, write, place, log_dir, work, arguments)
                 os.close(write)
                 children[rank] = (pid, read)
+            if stoppable and stop.asked():  # before there was anyone to hand it on to
+                os.kill(os.getpid(), stop.SIGNALS[0])
             return _Listener(children, log_dir, on_message, kills, watchdog).listen()
     finally:
         os.close(meeting)
@@ -90,8 +93,8 @@ def _handing_on(signals: tuple[signal.Signals, ...], children: dict[int, tuple[i
     owner = os.getpid()
 
     def hand_on(number: int, frame: Any) -> None:
+        stop.ask()
         if os.getpid() != owner:  # a rank that has just been forked
-            stop.ask()
             return
         for pid, _ in children.values():
             with contextlib.suppress(ProcessLookupError):
@@ -152,10 +155,24 @@ def known_failure(error: BaseException) -> Failure | None:
     """
     text = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return MemoryFailure("out of memory", found=text.splitlines()[0], expected="a smaller batch.micro, zero=3, or recompute=full")
+        return MemoryFailure("out of memory", where=_here(), found=f"{text.splitlines()[0]}; {_peak()}")
     if isinstance(error, RuntimeError) and any(word in text for word in LOST):
-        return PeerError("another rank was lost", found=text.splitlines()[0])
+        return PeerError("another rank was lost", where=_here(), found=text.splitlines()[0])
     return None
+
+
+def _here() -> str | None:
+    """Where this rank is, by its own record."""
+    last = None if flight.current is None else flight.read(flight.current.buffer, calls=False)
+    return None if last is None else place_of(last)
+
+
+def _peak() -> str:
+    """The most that this process has held so far."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated():,} bytes of the device at most so far"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024:,} bytes of memory at most so far"
 
 
 def _send_all(write: int, data: bytes) -> None:

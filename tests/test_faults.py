@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,9 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from dist_llm.errors import UsageError
+from dist_llm.mesh import whole_world
+from dist_llm.train import run
 from dist_llm.train.folder import open_checkpoint, step_folders, step_of
 from tests.commands import Commands, Job, Result
+from tests.ranks import Ranks
 
 STEPS, FAULT = 8, 6  # steps of a run, and the one that is disturbed; every second one is saved
 TIMEOUT = 2.0  # runtime.timeout_seconds
@@ -160,7 +166,7 @@ def test_told_to_stop(commands: Commands, home: Path, tmp_path: Path, calm: Call
     folder, layout = tmp_path / "run", "dp=2,zero=1"
     first = [*words(home, folder, layout), "schedule.steps=400", "save.every=0"]
     job = commands.start(*first)
-    wait_for(job, "step   2/400")
+    wait_for(job, "step   1/400")
     for _ in range(times):
         for pid in whom(job, who):
             os.kill(pid, number)
@@ -168,7 +174,7 @@ def test_told_to_stop(commands: Commands, home: Path, tmp_path: Path, calm: Call
     assert result.returncode == 75 and not result.stderr, (result.stdout, result.stderr)
     nothing_left(job, set(os.listdir("/dev/shm")))
     made = losses(folder)
-    assert 2 <= made[-1][0] < 400 and made[:STEPS] == calm(layout)[: len(made[:STEPS])]
+    assert 1 <= made[-1][0] < 400 and made[:STEPS] == calm(layout)[: len(made[:STEPS])]
     assert open_checkpoint(folder).step == made[-1][0]
     next_words = shlex.split(result.stdout.splitlines()[-1].removeprefix("next"))
     assert next_words[:2] == ["dist-llm", "train"]
@@ -223,3 +229,85 @@ def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) ->
     (note,) = [line for line in result.stdout.splitlines() if "is slow" in line]
     found = re.fullmatch(r"note: rank 1 is slow: its own work takes ([\d.]+) times .* before step (\d+)\)", note)
     assert found and float(found[1]) >= 2.0 and int(found[2]) <= 22, note
+
+
+def test_out_of_memory_says_what_would_fit(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """Exit 8: the rank and its phase, the peak so far and the predicted one, three changes; each of them is a legal run (F31)."""
+    first = words(home, tmp_path / "run", "dp=2")
+    result = commands.run(*first, "batch.micro=2", DIST_LLM_FAULT="step.backward:1:3:MEMORY")
+    assert result.returncode == 8 and "Traceback" not in result.stderr, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) <= 12 and "rank 1" in lines[1] and "step 3, backward" in lines[1] and "predicted" in result.stderr, lines
+    assert "bytes of memory at most so far" in result.stderr
+    changes = [line.split(" needs ")[0].removeprefix("  - ").split() for line in lines if " needs " in line]
+    assert len(changes) == 3, lines
+    for change in changes:
+        assert commands.run("check", "configs/tiny.yaml", "--world", "2", "layout.dp=2", "batch.micro=2", *change).returncode == 0
+
+
+# --- ranks that do not meet, or are not the same --------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def place(rank: int, world: int, port: int, host: str = "127.0.0.1") -> dict[str, str]:
+    """torchrun's variables for one of its ranks."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+
+
+@pytest.mark.parametrize(
+    ("rank", "host", "said"),
+    [(0, "127.0.0.1", "rank 1 did not come"), (1, "127.0.0.1", "127.0.0.1:"), (1, "no-such-host.invalid", "no-such-host.invalid:")],
+    ids=["a peer is missing", "no server", "a wrong name"],
+)
+def test_ranks_that_do_not_meet(commands: Commands, home: Path, tmp_path: Path, rank: int, host: str, said: str) -> None:
+    """Exit 5 within the timeout and five seconds, with the place and who is missing (F26)."""
+    port, begun = free_port(), time.monotonic()
+    folder = tmp_path / "run"
+    result = commands.run(*words(home, folder, "dp=2"), **place(rank, 2, port, host))
+    assert time.monotonic() - begun < TIMEOUT + 5 + 4, "4 s for what comes before"
+    told = result.stderr if rank == 0 else (folder / f"logs/rank-{rank}.log").read_text()
+    assert result.returncode == 5, result.stderr
+    assert rank != 0 or (f"{host}:{port}" in told and said in told and "Traceback" not in told and len(told.splitlines()) <= 12), told
+    assert rank == 0 or "the ranks could not meet" in told
+
+
+def test_a_port_that_is_taken(commands: Commands, home: Path, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = commands.run(*words(home, tmp_path / "run", "dp=2"), **place(0, 2, port))
+    assert result.returncode == 5 and f"127.0.0.1:{port}" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [(["runtime.seed=8"], "runtime.seed"), (["optimizer.lr=0.5"], "optimizer.lr"), (["--layout", "tp=2"], "layout.")],
+    ids=["seed", "rate", "layout"],
+)
+def test_ranks_that_were_told_different_things(commands: Commands, home: Path, tmp_path: Path, other: list[str], said: str) -> None:
+    """Exit 2 on all of them before a group is made, told once: the key, the rank and both values (F25)."""
+    port, first = free_port(), [*words(home, tmp_path / "run", "dp=2"), "runtime.timeout_seconds=20"]
+    jobs = [commands.start(*first, *(other if rank else []), **place(rank, 2, port)) for rank in range(2)]
+    results = [job.wait() for job in jobs]
+    assert [result.returncode for result in results] == [2, 2], [result.stderr for result in results]
+    assert f"the ranks differ in {said}" in results[0].stderr and "rank 1" in results[0].stderr, results[0].stderr
+    assert "on rank 0" in results[0].stderr and not results[1].stderr
+
+
+def test_another_code_on_one_rank(ranks: Ranks) -> None:
+    with pytest.raises(UsageError) as caught:
+        ranks.run(2, "tests.test_faults:another_code")
+    assert caught.value.what == "the ranks differ in code" and "on rank 1" in str(caught.value.found)
+
+
+def another_code(rank: int, world: int, say: Callable) -> None:
+    """A rank whose source has changed."""
+    if rank == 1:
+        run.code_hash = lambda: "f" * 64
+    run.require_equal(whole_world(rank, world), torch.device("cpu"), config={"a": {"b": 1}}, layout={}, data="0" * 64)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_llm import __version__
+from dist_llm import __version__, stop
 from dist_llm.errors import Code, Failure, UsageError, render
 
 VERBS = {  # name -> (module, what it holds, one line of help)
@@ -123,6 +123,7 @@ def end_on_termination() -> None:
 
     def end(number: int, frame: Any) -> None:
         if os.getpid() == owner:
+            stop.ask()  # where Python swallows the exit (in a callback), what comes next still knows
             print("terminated: nothing was saved after the last checkpoint", file=sys.stderr)
             raise SystemExit(Code.TERMINATED)
         signal.signal(number, signal.SIG_DFL)

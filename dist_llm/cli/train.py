@@ -23,6 +23,7 @@ from dist_llm.config.rules import check as check_rules
 from dist_llm.errors import CheckpointError, Code, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
 from dist_llm.meeting import Meeting
 from dist_llm.model.table import num_parameters
+from dist_llm.report.units import show_bytes
 from dist_llm.train.console import Console
 from dist_llm.train.folder import step_folders, step_of
 from dist_llm.watch import Watchdog
@@ -67,6 +68,8 @@ def train(
         else:
             _train_under_torchrun(run, place)
     except Failure as failure:
+        if failure.code == Code.MEMORY:
+            _advise(failure, run)
         raise with_last_good(failure, run.path, sys.argv[1:]) from failure.__cause__
 
 
@@ -137,6 +140,23 @@ def with_last_good(failure: Failure, path: Path, words: list[str]) -> Failure:
         failure.safe = "nothing was saved yet"
     failure.next = go_on(words) if saved else "the same command again, once the cause is gone"
     return failure
+
+
+def _advise(failure: Failure, run: Run) -> None:
+    """Adds to a want of memory what was predicted, and three changes that need less."""
+    if run.layout.engine != "native":
+        return
+    import torch
+
+    from dist_llm.plan.relief import peak, reliefs
+
+    config = run.loaded.config
+    device = "cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    dtype = config.runtime.dtype if config.runtime.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    need = peak(config, run.layout, dtype=dtype, device=device)
+    failure.expected = f"{show_bytes(need)} of tensors at the fullest rank's peak, as predicted"
+    less = reliefs(config, run.layout, dtype=dtype, device=device)
+    failure.details += [f"{one.words} needs {show_bytes(one.bytes)}" for one in less]
 
 
 def saved_steps(path: Path) -> list[Path]:
