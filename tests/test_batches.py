@@ -222,3 +222,25 @@ def test_from_a_config_to_batches(tmp_path: Path) -> None:
     assert torch.equal(training.sample_ids(0), training_batches(prepared, fixed, global_batch=4, seed=8).sample_ids(0))
     nothing = data.model_copy(update={"validation": 0.0})
     assert validation_batches(prepare(nothing, seed=7), nothing, global_batch=4) is None
+
+
+# ---------------------------------------------------------------- longer than a sequence, nothing to learn (F21)
+
+
+def test_documents_longer_than_a_sequence_go_on_in_the_next(tmp_path: Path) -> None:
+    """Nothing is dropped but the tokens after the last whole sequence; the count is told by `data build`."""
+    documents = [[document * 100 + place for place in range(1, length + 1)] for document, length in enumerate((40, 7, 8, 3, 95), start=1)]
+    store = store_of(tmp_path / "s", documents)
+    assert store.longer_than(8) == 3 and store.longer_than(7) == 4 and store.longer_than(96) == 0
+    batches = Batches(store, sequence=8, global_batch=1, seed=0, sequential=True)
+    first = [batches.micro_batches(step, dp_rank=0, dp_size=1, micro=1)[0].tokens[0].tolist() for step in range(batches.num_batches)]
+    seen = [token for row in first for token in row]
+    assert seen == stream_of(store)[: len(seen)].tolist() and len(seen) == 8 * ((len(store) - 1) // 8)
+
+
+@pytest.mark.parametrize("sequence", [2, 3, 5])
+def test_every_row_of_shortest_documents_has_a_label(tmp_path: Path, sequence: int) -> None:
+    """A document has one token at least, so the end tokens, whose labels are masked, never stand side by side."""
+    store = store_of(tmp_path / "s", [[7]] * 40)
+    batches = Batches(store, sequence=sequence, global_batch=1, seed=0, document_mask=True)
+    assert {batches.targets(step) >= sequence // 2 for step in range(60)} == {True}
