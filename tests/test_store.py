@@ -371,9 +371,17 @@ def test_the_rate_is_known_for_entropy_in_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n', b'{"text": "  "}\n'])
 def test_empty_data(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="no text") as caught:
         prepare(DataConfig(source=str(tmp_path / "x.jsonl"), dir=str(tmp_path / "data"), tokenizer={"kind": kind}), seed=0)
     assert [path.name for path in (tmp_path / "data").iterdir()] == []
+    assert caught.value.code == 3 and str(tmp_path / "x.jsonl") in str(caught.value.where) and caught.value.next
+
+
+def test_lines_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "one"}\n\n{"text": " "}\n{"text": "two"}\n \n')
+    config = DataConfig(source=str(tmp_path / "x.jsonl"), dir=str(tmp_path / "data"), tokenizer={"vocab": 260}, validation=0.0)
+    prepared = prepare(config, seed=0)
+    assert prepared.train[0].manifest.documents == 2 and "3 lines without text were left out" in prepared.notes
 
 
 def test_tokenizers_that_do_not_fit_are_usage_errors(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def build_store(
         batches = encode(corpus, tokenizer, max_tokens=max_tokens, progress=progress, documents=stores.documents, tokens=stores.tokens)
         _write(batches, stores, threshold=threshold)
         if not stores.close(source=corpus.name):
-            raise no_text(corpus.name)
+            raise no_text(corpus)
         if not threshold or ((folder / "train").is_dir() and (folder / "validation").is_dir()):
             break
         threshold = stores.lowest if again else 0.0
@@ -121,9 +121,11 @@ def sample(corpus: Corpus, budget: int) -> Iterator[Document]:
     return limited(_join(first, chosen), budget) if first else limited(corpus.documents(), budget)
 
 
-def no_text(source: str) -> DataError:
-    """The failure of a corpus without a single document."""
-    return DataError("there is no text", where=f"data.source: {source}", expected="at least one document that is not empty")
+def no_text(*corpora: Corpus) -> DataError:
+    """The failure of corpora without a single document."""
+    where = f"data.source: {', '.join(corpus.place or corpus.name for corpus in corpora)}"
+    expected, way = "at least one document that is not empty", "name other text: data.source=PATH, or --data PATH with train"
+    return DataError("there is no text", where=where, expected=expected, next=way)
 
 
 def _write(batches: Iterable[list[Encoded]], stores: Stores, *, threshold: float) -> None:

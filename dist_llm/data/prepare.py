@@ -148,7 +148,7 @@ def _trained(vocab: int, corpora: Sequence[Corpus], budgets: Sequence[int], work
         samples = (sample(corpus, budget) for corpus, budget in zip(corpora, budgets, strict=True))
         texts = [document.text for documents in samples for document in documents]
         if not texts:
-            raise no_text(name)
+            raise no_text(*corpora)
         train_bpe(texts, vocab=vocab).save(target)
         seal(target, key=key)
 
