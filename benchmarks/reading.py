@@ -19,7 +19,8 @@ from dist_llm.config.schema import Config
 from dist_llm.data.batches import training_batches
 from dist_llm.data.build import build_store
 from dist_llm.data.corpora import open_corpus
-from dist_llm.data.prepare import Prepared, make_folder, prepare
+from dist_llm.data.prepare import Prepared, prepare
+from dist_llm.data.publish import publish
 from dist_llm.data.store import TokenStore
 from dist_llm.data.tokenizer import Tokenizer
 
@@ -162,8 +163,7 @@ def _read_datasets(setting: Any, way: str, rank: int, world: int) -> Rival:
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
     home = FOLDER / f"{setting.mark}-windows-{setting.sequence}"
-    if not home.is_dir():
-        make_folder(home, lambda target: _write_windows(setting, target / "windows.parquet"))
+    publish(home, lambda target: _write_windows(setting, target / "windows.parquet"))
     dataset = Dataset.from_parquet(str(home / "windows.parquet"), cache_dir=str(home / "cache")).with_format("torch")
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(SEED))
     if way == "rows":

@@ -5,6 +5,9 @@ save.write     part of a file is written    save.replace   an earlier folder of 
 save.sync      written, not yet flushed     save.rename    named, the name not yet flushed
 save.verify    flushed, not yet read back   retain.rename  old checkpoints are renamed, the names not yet flushed
 save.manifest  every rank has written       retain.delete  one file of an old checkpoint is deleted
+data.shard     a shard is on the disk       data.index     all tokens are, the manifest is not
+data.note      how far a build has come     data.rename    a data set is complete, not yet named
+               is written, not yet named    (rank 0; the step is the number of the shard or of the note, otherwise 0)
 
 step.data, step.forward, step.backward, step.reduce, step.update, step.validate: the rank enters that phase of a step
 """
@@ -21,6 +24,7 @@ from dist_llm import flight
 POINTS = (
     *("save.copy", "save.write", "save.sync", "save.verify", "save.manifest", "save.commit", "save.replace", "save.rename"),
     *("retain.rename", "retain.delete"),
+    *("data.shard", "data.note", "data.index", "data.rename"),
     *("step.data", "step.forward", "step.backward", "step.reduce", "step.update", "step.validate"),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from dist_llm.config.schema import DataConfig
 from dist_llm.data.batches import IGNORED, PADDING, Batches, MicroBatch, training_batches, validation_batches
 from dist_llm.data.prepare import prepare
 from dist_llm.data.store import StoreWriter, TokenStore
-from dist_llm.errors import DataError
+from dist_llm.errors import DataError, NumericError
+from tests.engine_cases import build, config, layout_of
 
 END = 0
 
@@ -222,3 +225,45 @@ def test_from_a_config_to_batches(tmp_path: Path) -> None:
     assert torch.equal(training.sample_ids(0), training_batches(prepared, fixed, global_batch=4, seed=8).sample_ids(0))
     nothing = data.model_copy(update={"validation": 0.0})
     assert validation_batches(prepare(nothing, seed=7), nothing, global_batch=4) is None
+
+
+def test_a_run_with_too_little_text_ends_before_its_ranks_meet(tmp_path: Path) -> None:
+    """Through the shell: exit 3, one message, and only the process that prepares the data was there."""
+    (tmp_path / "x.jsonl").write_text('{"text": "short"}\n')
+    words = ["train", "configs/tiny.yaml", f"data.source={tmp_path / 'x.jsonl'}", f"data.dir={tmp_path / 'data'}", "--nproc", "2"]
+    command = [sys.executable, "-m", "dist_llm", *words, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=60, check=False)
+    assert done.returncode == 3 and "too little text" in done.stderr and "1 x 64 + 1 = 65 tokens" in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run/logs").iterdir()] == ["rank-0.log"] and not (tmp_path / "run/metrics.jsonl").exists()
+
+
+# ---------------------------------------------------------------- longer than a sequence, nothing to learn (F21)
+
+
+def test_documents_longer_than_a_sequence_go_on_in_the_next(tmp_path: Path) -> None:
+    """Nothing is dropped but the tokens after the last whole sequence; the count is told by `data build`."""
+    documents = [[document * 100 + place for place in range(1, length + 1)] for document, length in enumerate((40, 7, 8, 3, 95), start=1)]
+    store = store_of(tmp_path / "s", documents)
+    assert store.longer_than(8) == 3 and store.longer_than(7) == 4 and store.longer_than(96) == 0
+    batches = Batches(store, sequence=8, global_batch=1, seed=0, sequential=True)
+    first = [batches.micro_batches(step, dp_rank=0, dp_size=1, micro=1)[0].tokens[0].tolist() for step in range(batches.num_batches)]
+    seen = [token for row in first for token in row]
+    assert seen == stream_of(store)[: len(seen)].tolist() and len(seen) == 8 * ((len(store) - 1) // 8)
+
+
+@pytest.mark.parametrize("sequence", [2, 3, 5])
+def test_every_row_of_shortest_documents_has_a_label(tmp_path: Path, sequence: int) -> None:
+    """A document has one token at least, so the end tokens, whose labels are masked, never stand side by side."""
+    store = store_of(tmp_path / "s", [[7]] * 40)
+    batches = Batches(store, sequence=sequence, global_batch=1, seed=0, document_mask=True)
+    assert {batches.targets(step) >= sequence // 2 for step in range(60)} == {True}
+
+
+def test_a_step_without_a_label_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No data of ours has such a step; whatever gives one, the update is not made."""
+    _, _, trainer = build(config(tied=True), vars(layout_of("dp=1")), 0, "float32")
+    monkeypatch.setattr(type(trainer.order), "targets", lambda order, step: 0)
+    monkeypatch.setattr(trainer.engine, "step", lambda *_, **__: pytest.fail("an update"))
+    with pytest.raises(NumericError, match="without a single target token"):
+        trainer.step(3)

@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 from dist_llm.cli.data import app
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import build as building
+from dist_llm.data import sealed
 from dist_llm.data import store as storing
 from dist_llm.data.build import build_store, encode
 from dist_llm.data.corpora import Corpus, open_corpus
 from dist_llm.data.entropy import entropy_rate
-from dist_llm.data.prepare import make_folder, prepare
+from dist_llm.data.prepare import prepare
 from dist_llm.data.readers import Document
 from dist_llm.data.store import StoreWriter, TokenStore
 from dist_llm.data.tokenizer import bytes_tokenizer
@@ -86,7 +87,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     config = {"source": "skills", "tokenizer": {"kind": "bpe", "vocab": 300}, "max_tokens": 20_000}
     for name in ("a", "b"):
         prepare(DataConfig(dir=str(tmp_path / name), **config), seed=3)
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b") and len(snapshot(tmp_path / "a")) == 11
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b") and len(snapshot(tmp_path / "a")) == 12
     prepare(DataConfig(dir=str(tmp_path / "c"), **config), seed=4)
     assert snapshot(tmp_path / "c") != snapshot(tmp_path / "a")
 
@@ -194,8 +195,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     body = json.loads((folder / "manifest.json").read_bytes())
     del body["checksum"]
     change(body)
-    checksum = hashlib.sha256(storing._spell(body)).hexdigest()
-    (folder / "manifest.json").write_bytes(storing._spell({**body, "checksum": checksum}))
+    (folder / "manifest.json").write_bytes(sealed.with_checksum(body))
 
 
 @pytest.mark.parametrize(
@@ -219,25 +219,45 @@ def test_a_forged_or_newer_manifest_is_refused(small: Path, change: Callable[[di
     refused(small, "manifest.json")
 
 
-def test_each_file_is_hashed_once_a_process_and_only_small_stores_on_open(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_hashed_once_a_process(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storing._verified.clear()
-    hashed: list[Path] = []
-    plain_hash = storing._hash_file
-    monkeypatch.setattr(storing, "_hash_file", lambda path: hashed.append(path) or plain_hash(path))
+    hashed: list[str] = []
+    plain_hash = sealed.hash_file
+    monkeypatch.setattr(sealed, "hash_file", lambda path: hashed.append(path.name) or plain_hash(path))
     files = 1 + len(TokenStore(small, verify=False).manifest.shards)
-    assert not hashed
+    assert hashed == ["documents.bin"], "the index always"
     for _ in range(3):
         TokenStore(small)
     assert len(hashed) == files
     os.utime(small / "tokens-00000.bin", ns=(1, 1))
     TokenStore(small)
     assert len(hashed) == files + 1, "a changed file is hashed again"
+
+
+def test_a_shard_of_a_large_store_is_hashed_when_it_is_first_read(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storing._verified.clear()
     monkeypatch.setattr(storing, "VERIFIED_ON_OPEN", 10)
-    TokenStore(small)
-    assert len(hashed) == files + 1
-    TokenStore(small, verify=True)
-    assert len(hashed) == 2 * files + 1
+    for number in (0, 2):
+        file = small / f"tokens-{number:05d}.bin"
+        content = file.read_bytes()
+        file.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    with pytest.raises(DataError, match="damaged"):
+        TokenStore(small, verify=True)
+    store, out = TokenStore(small), np.full(20, -7, dtype=np.int64)
+    hashed: list[str] = []
+    plain_hash = sealed.hash_file
+    monkeypatch.setattr(sealed, "hash_file", lambda path: hashed.append(path.name) or plain_hash(path))
+    store.read(5000, out)
+    store.read(9980, out)
+    assert hashed == ["tokens-00001.bin"] and out.min() >= 0
+    for start, name in ((9990, "tokens-00002.bin"), (4999, "tokens-00000.bin"), (14_000, "tokens-00002.bin")):
+        for _ in range(2):
+            out[:] = -7
+            with pytest.raises(DataError) as caught:
+                store.read(start, out)
+            assert caught.value.where == str(small / name) and (out[-5:] == -7).all(), "no token of it was given out"
+            with pytest.raises(DataError):
+                store.verify()
 
 
 def test_another_tokenizer_is_refused(small: Path) -> None:
@@ -246,54 +266,7 @@ def test_another_tokenizer_is_refused(small: Path) -> None:
     assert caught.value.code == 2
 
 
-# ---------------------------------------------------------------- building is all or nothing (F7, F13)
-
-
-class Killed:
-    """Kills the process at the n-th call of a function."""
-
-    def __init__(self, call: Callable[..., Any], count: int) -> None:
-        self.call, self.count = call, count
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        self.count -= 1
-        if self.count < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.call(*arguments, **named)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "count"),
-    [("writer", "add", 0), ("writer", "add", 3), ("writer", "close", 0), ("writer", "close", 1), ("path", "rename", 0)],
-)
-def test_a_killed_build_leaves_nothing_and_the_next_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, name: str, count: int
-) -> None:
-    monkeypatch.setattr(building, "ENCODED_AT_ONCE", 2000)
-    batches = list(encode(corpus_of(TEXTS), BYTES))  # before the fork: the tokenizer's threads do not survive it
-    monkeypatch.setattr(building, "encode", lambda *_, **__: iter(batches))
-
-    def build(target: Path) -> None:
-        build_store(corpus_of(TEXTS), BYTES, target, validation=0.1, shard_tokens=3000)
-
-    child = os.fork()
-    if child == 0:
-        kind = StoreWriter if owner == "writer" else Path
-        setattr(kind, name, _bound(getattr(kind, name), count))
-        make_folder(tmp_path / "home", build)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert not (tmp_path / "home").exists()
-    make_folder(tmp_path / "home", build)
-    assert [path.name for path in tmp_path.iterdir()] == ["home"], "what the killed build left is gone"
-    make_folder(tmp_path / "again", build)
-    assert snapshot(tmp_path / "home") == snapshot(tmp_path / "again")
-    assert TokenStore(tmp_path / "home" / "train").manifest.documents > 200
-
-
-def _bound(call: Callable[..., Any], count: int) -> Callable[..., Any]:
-    killed = Killed(call, count)
-    return lambda *arguments, **named: killed(*arguments, **named)
+# ---------------------------------------------------------------- building is all or nothing (F7: test_data_build.py; F13)
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -301,7 +274,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     config = DataConfig(source=str(tmp_path / "x.jsonl"), dir=str(tmp_path / "data"), tokenizer={"kind": "bytes"})
     with pytest.raises(DataError, match="1 line cannot be read"):
         prepare(config, seed=0)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == []
     prepared = prepare(config, seed=0, max_bad_lines=1)
     assert prepared.notes[0] == "1 bad lines were skipped" and f"{tmp_path}/x.jsonl:51" in prepared.notes[1]
     assert prepared.built
@@ -333,7 +306,7 @@ def test_no_room_on_the_disk(tmp_path: Path) -> None:
             os._exit(failure.code)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == []
 
 
 def test_two_at_once_make_one(tmp_path: Path) -> None:
@@ -398,9 +371,17 @@ def test_the_rate_is_known_for_entropy_in_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n', b'{"text": "  "}\n'])
 def test_empty_data(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="no text") as caught:
         prepare(DataConfig(source=str(tmp_path / "x.jsonl"), dir=str(tmp_path / "data"), tokenizer={"kind": kind}), seed=0)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == []
+    assert caught.value.code == 3 and str(tmp_path / "x.jsonl") in str(caught.value.where) and caught.value.next
+
+
+def test_lines_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "one"}\n\n{"text": " "}\n{"text": "two"}\n \n')
+    config = DataConfig(source=str(tmp_path / "x.jsonl"), dir=str(tmp_path / "data"), tokenizer={"vocab": 260}, validation=0.0)
+    prepared = prepare(config, seed=0)
+    assert prepared.train[0].manifest.documents == 2 and "3 lines without text were left out" in prepared.notes
 
 
 def test_tokenizers_that_do_not_fit_are_usage_errors(tmp_path: Path) -> None:

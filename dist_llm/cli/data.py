@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dist_llm import faults
 from dist_llm.config.load import load_config
 from dist_llm.errors import plain
 
@@ -28,14 +30,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 
 @app.command()
 def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: BadLinesAllowed = None, as_json: AsJson = False) -> None:
-    """Build the tokenizer and the token shards that a config asks for, or find them again."""
+    """Build the tokenizer and the token shards that a config asks for, or find them again and compare every byte with its hash."""
     from dist_llm.data.prepare import prepare
 
     config = load_config(config_path, overrides or []).config
+    faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
     started = time.monotonic()
     with live_progress() as progress:
-        prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, max_bad_lines=max_bad_lines)
-    summary = summarise(prepared, seconds=time.monotonic() - started)
+        prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, max_bad_lines=max_bad_lines, verify=True)
+    summary = summarise(prepared, sequence=config.data.sequence, seconds=time.monotonic() - started)
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -46,6 +49,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     for store in summary["stores"]:
         words = f"{store['tokens']:>13,} tokens  {store['documents']:>9,} documents  {store['bytes_per_token']:.2f} bytes per token"
         typer.echo(f"  {store['split']:<10} {words}  {plain(store['folder'])}")
+        if longer := store["longer_than_sequence"]:
+            typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: they go on in the next")
 
 
 @app.command()
@@ -78,8 +83,8 @@ def preview(
         _print_row(row)
 
 
-def summarise(prepared: Prepared, *, seconds: float) -> dict[str, Any]:
-    """What was built, as data."""
+def summarise(prepared: Prepared, *, sequence: int, seconds: float) -> dict[str, Any]:
+    """What was built, as data. sequence: tokens of one; documents that are longer are counted, they are cut and go on in the next."""
     stores = [
         {
             "split": store.manifest.split,
@@ -87,6 +92,7 @@ def summarise(prepared: Prepared, *, seconds: float) -> dict[str, Any]:
             "folder": str(store.folder),
             "tokens": len(store),
             "documents": store.manifest.documents,
+            "longer_than_sequence": store.longer_than(sequence),
             "bytes_per_token": store.manifest.text_bytes / max(1, len(store)),
             "sha256": [shard.sha256 for shard in store.manifest.shards],
         }

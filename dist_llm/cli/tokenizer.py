@@ -32,12 +32,14 @@ def train(
 ) -> None:
     """Train a byte-level BPE on a text and write its tokenizer.json."""
     from dist_llm.data import tokenizer as tokens
-    from dist_llm.data.prepare import make_folder
+    from dist_llm.data.publish import publish
 
+    there = UsageError("the folder is already there", where=f"--out {out}", next="name another folder, or remove this one")
     if out.exists():
-        raise UsageError("the folder is already there", where=f"--out {out}", next="name another folder, or remove this one")
+        raise there
     texts = _texts(source, text_key=text_key, megabytes=megabytes, seed=seed)
-    make_folder(out, lambda folder: tokens.train_bpe(texts, vocab=vocab).save(folder))
+    if not publish(out, lambda folder: tokens.train_bpe(texts, vocab=vocab).save(folder)):
+        raise there
     made = tokens.load(out)
     if as_json:
         typer.echo(json.dumps({"version": 1, "path": str(out / "tokenizer.json"), "vocab": made.vocab_size, "hash": made.hash}))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a position that gives no loss
 BLOCK = 4096  # samples whose order is worked out together, in whole steps: permuting few numbers costs as much as permuting many
+EPOCHS = 8  # permutations that this may take: fewer samples at a time where the sources are tiny
 PADDING = -1  # the sample id of a row that only fills up the last validation batch
 
 
@@ -87,6 +88,8 @@ class Batches:
         for source in range(len(self.stores)):
             self._turn[self.pattern == source] = np.arange(self._share[source])
         self._fixed = self._interleaved() if sequential else None
+        epochs = float((self._share / np.maximum(1, self.counts)).sum()) / len(self.pattern)  # that go by in a sample
+        self._steps = max(1, int(min(BLOCK, EPOCHS / epochs)) // global_batch)  # whose order is worked out together
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # the last block asked for
 
     @property
@@ -101,10 +104,9 @@ class Batches:
 
     def sample_ids(self, step: int) -> Tensor:
         """The samples of a step's global batch, in order: int64 (G,), -1 for a row that only fills up."""
-        steps = max(1, BLOCK // self.global_batch)
-        block, inside = divmod(step, steps)
+        block, inside = divmod(step, self._steps)
         if self._block[0] != block:
-            samples = steps * self.global_batch
+            samples = self._steps * self.global_batch
             counter = np.arange(block * samples, (block + 1) * samples, dtype=np.int64)
             self._block = (block, self._shuffled(counter) if self._fixed is None else self._filled(counter))
         return torch.from_numpy(self._block[1][inside * self.global_batch : (inside + 1) * self.global_batch].copy())

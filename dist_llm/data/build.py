@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_llm.data.corpora import GENERATED, Corpus, limited
+from dist_llm.data.journal import Stores
 from dist_llm.data.readers import Document
-from dist_llm.data.store import SHARD_TOKENS, StoreWriter
+from dist_llm.data.store import SHARD_TOKENS
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError
 
@@ -21,12 +21,16 @@ Progress = Callable[[str, float], None]  # a message, and how much of the work i
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document as ids (not empty, without the end token); its digest, its place for the split in [0, 1), its bytes of text."""
+    """A document as ids (not empty, without the end token); its digest, its place for the split in [0, 1), its bytes of text.
+
+    number: how many documents of the corpus come before it.
+    """
 
     ids: list[int]
     digest: bytes
     fraction: float
     text_bytes: int
+    number: int
 
 
 def build_store(
@@ -38,39 +42,62 @@ def build_store(
     max_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress | None = None,
+    note: Path | None = None,
 ) -> list[str]:
     """Write `folder`/train and, when validation > 0, `folder`/validation: the documents whose hash falls below that fraction.
 
     When none falls there, the document with the smallest hash is held out. max_tokens (at least 2) cuts the last
-    document short. Returns notes. Raises DataError when there is no text.
+    document short. note: the file that says how far a build has come, which a later call goes on from. Returns notes.
+    Raises DataError when there is no text.
     """
-    train, held_out, threshold = folder / "train", folder / "validation", validation
+    threshold, notes = validation, []
     for again in (True, False, False):
-        batches = encode(corpus, tokenizer, max_tokens=max_tokens, progress=progress)
-        lowest = _write(batches, corpus.name, tokenizer, folder, threshold=threshold, shard_tokens=shard_tokens)
-        if not threshold or (train.is_dir() and held_out.is_dir()):
+        terms = [corpus.identity, threshold, max_tokens]
+        stores = Stores(folder, tokenizer=tokenizer, terms=terms, shard_tokens=shard_tokens, note=note)
+        if stores.tokens:
+            notes.append(f"an interrupted build of {corpus.name} was gone on with: {stores.tokens:,} tokens were there")
+        batches = encode(corpus, tokenizer, max_tokens=max_tokens, progress=progress, documents=stores.documents, tokens=stores.tokens)
+        _write(batches, stores, threshold=threshold)
+        if not stores.close(source=corpus.name):
+            raise no_text(corpus)
+        if not threshold or ((folder / "train").is_dir() and (folder / "validation").is_dir()):
             break
-        shutil.rmtree(train, ignore_errors=True)
-        shutil.rmtree(held_out, ignore_errors=True)
-        threshold = lowest if again else 0.0
-    return [f"{corpus.name} is one document, or one many times: nothing is held out for validation"] if validation and not threshold else []
+        threshold = stores.lowest if again else 0.0
+    if validation and not threshold:
+        notes.append(f"{corpus.name} is one document, or one many times: nothing is held out for validation")
+    return notes
 
 
 def encode(
-    corpus: Corpus, tokenizer: Tokenizer, *, max_tokens: int | None = None, progress: Progress | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+    documents: int = 0,
+    tokens: int = 0,
 ) -> Iterator[list[Encoded]]:
     """The documents of a corpus as ids, in lists of about a megabyte; with their ends they make at most `max_tokens` tokens.
 
-    A generator without a limit gives its default amount of text.
+    A generator without a limit gives its default amount of text. documents, tokens: how many are done already; the former
+    are read past, not encoded.
     """
-    tokens, endless = 0, corpus.endless and max_tokens is None
-    for group in _groups(limited(corpus.documents(), GENERATED) if endless else corpus.documents()):
+    endless = corpus.endless and max_tokens is None
+    source = limited(corpus.documents(), GENERATED) if endless else corpus.documents()
+    kept_tokens = tokens
+
+    def tell(place: float) -> None:
+        if progress:
+            progress(f"{corpus.name}: {kept_tokens:,} tokens taken up from an interrupted build", place)
+
+    for group in _groups(_after(source, documents, tell)):
         batch = []
         for document, ids in zip(group, tokenizer.encode_batch([document.text for document in group]), strict=True):
             kept = ids if max_tokens is None else ids[: max(0, max_tokens - tokens - 1)]
             if kept:
-                batch.append(Encoded(kept, *identify(document), len(document.text.encode())))
+                batch.append(Encoded(kept, *identify(document), len(document.text.encode()), documents))
                 tokens += len(kept) + 1
+            documents += 1
         yield batch
         if progress:
             progress(f"{corpus.name}: {tokens:,} tokens", tokens / max_tokens if max_tokens else group[-1].place)
@@ -94,33 +121,37 @@ def sample(corpus: Corpus, budget: int) -> Iterator[Document]:
     return limited(_join(first, chosen), budget) if first else limited(corpus.documents(), budget)
 
 
-def no_text(source: str) -> DataError:
-    """The failure of a corpus without a single document."""
-    return DataError("there is no text", where=f"data.source: {source}", expected="at least one document that is not empty")
+def no_text(*corpora: Corpus) -> DataError:
+    """The failure of corpora without a single document."""
+    where = f"data.source: {', '.join(corpus.place or corpus.name for corpus in corpora)}"
+    expected, way = "at least one document that is not empty", "name other text: data.source=PATH, or --data PATH with train"
+    return DataError("there is no text", where=where, expected=expected, next=way)
 
 
-def _write(
-    batches: Iterable[list[Encoded]], source: str, tokenizer: Tokenizer, folder: Path, *, threshold: float, shard_tokens: int
-) -> float:
-    """One pass: documents whose fraction is at most a positive threshold are held out. Returns the smallest fraction seen."""
-    writers: dict[str, StoreWriter] = {}
-    lowest = 1.0
+def _write(batches: Iterable[list[Encoded]], stores: Stores, *, threshold: float) -> None:
+    """One pass: documents whose fraction is at most a positive threshold are held out."""
     for batch in batches:
-        lowest = min([lowest, *(one.fraction for one in batch)])
         held_out = [one for one in batch if threshold > 0 and one.fraction <= threshold]
         trained = [one for one in batch if not (threshold > 0 and one.fraction <= threshold)]
         for split, part in (("train", trained), ("validation", held_out)):
-            if part and split not in writers:
-                home = folder / split
-                writers[split] = StoreWriter(home, vocab=tokenizer.vocab_size, end_id=tokenizer.end_id, shard_tokens=shard_tokens)
             if part:
                 digests, text_bytes = b"".join(one.digest for one in part), sum(one.text_bytes for one in part)
-                writers[split].add([one.ids for one in part], digests=digests, text_bytes=text_bytes)
-    if not writers:
-        raise no_text(source)
-    for split, writer in writers.items():
-        writer.close(split=split, source=source, tokenizer=tokenizer.hash)
-    return lowest
+                stores.add(split, [one.ids for one in part], digests=digests, text_bytes=text_bytes)
+        if batch:
+            stores.documents, stores.lowest = batch[-1].number + 1, min([stores.lowest, *(one.fraction for one in batch)])
+        stores.keep()
+
+
+def _after(documents: Iterator[Document], count: int, tell: Callable[[float], object]) -> Iterator[Document]:
+    """The documents after the first `count`, which are read past. Raises DataError when there are fewer."""
+    for number in range(count):
+        document = next(documents, None)
+        if document is None:
+            what, found = "the text is not what it was when its build was interrupted", f"{number} documents"
+            raise DataError(what, expected=f"at least {count}", found=found)
+        if number % 4096 == 0:
+            tell(document.place)
+    yield from documents
 
 
 def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -22,6 +22,7 @@ class Corpus:
 
     size: bytes of text expected, for progress and sampling. identity: what the text depends on, without reading it:
     equal identities mean equal text. endless: a generator, to be cut by the caller. notes: what a user should know.
+    place: the path or glob of files.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Corpus:
     endless: bool = False
     shuffled: bool = False
     notes: tuple[str, ...] = ()
+    place: str = ""
 
 
 def open_corpus(source: str | tuple[str, ...], *, seed: int, text_key: str = "text", bad: BadLines | None = None) -> Corpus:
@@ -70,7 +72,7 @@ def _files(source: str, *, text_key: str, bad: BadLines) -> Corpus:
     identity = ("files", text_key, *((str(path.resolve()), size_of(path), path.stat().st_mtime_ns) for path in files))
     size = sum(size_of(path) * (4 if path.suffix in (".gz", ".zst") else 1) for path in files)
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-").lower()[:32]
-    return Corpus(name or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad), size)
+    return Corpus(name or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad), size, place=source)
 
 
 def _skills(seed: int) -> Iterator[Document]:
@@ -109,4 +111,5 @@ def _chain(parts: list[Corpus]) -> Corpus:
 
     notes = tuple(note for part in parts for note in part.notes)
     name = "-".join(dict.fromkeys(part.name for part in parts))[:48]
-    return Corpus(name, tuple(part.identity for part in parts), documents, total, notes=notes)
+    place = ", ".join(part.place or part.name for part in parts)
+    return Corpus(name, tuple(part.identity for part in parts), documents, total, notes=notes, place=place)

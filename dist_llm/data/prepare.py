@@ -3,19 +3,15 @@
     <dir>/<name>-bpe<vocab>-<key>/    a trained tokenizer
     <dir>/<name>-<key>/               tokenizer.json, train/ and validation/: one store each; skipped.json: lines left out
 
-Everything is made in a folder of another name, under a lock, and renamed when it is complete and on the disk: a build
-that is killed leaves nothing under the final name, and of two at once the second finds the work of the first.
+Each has a seal that lists its files (sealed.py), and appears complete or not at all (publish.py): a build that is killed
+leaves nothing under the final name, the next one goes on from there, and of two at once the second finds the work of the first.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +22,17 @@ from dist_llm.data.build import Progress, build_store, no_text, sample
 from dist_llm.data.corpora import Corpus, open_corpus
 from dist_llm.data.entropy import entropy_rate
 from dist_llm.data.mixture import whole_weights
+from dist_llm.data.publish import NOTE, publish
 from dist_llm.data.readers import BadLines
-from dist_llm.data.store import VERSION, TokenStore, sync_folder, write_durably
+from dist_llm.data.sealed import check_seal, read_file, seal, write_durably
+from dist_llm.data.store import MANIFEST, TokenStore
 from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer, load, train_bpe
 from dist_llm.errors import SpaceError, UsageError
 
 if TYPE_CHECKING:
     from dist_llm.config.schema import DataConfig
 
+FORMAT = 2  # of what lies in <dir>; older folders are not found again
 TRAINED_ON = 4_000_000  # bytes of text that a BPE is trained on
 BYTES_PER_TOKEN = 8  # more than a BPE reaches: it is trained on no more text than max_tokens can hold
 DEFAULT_VOCAB = 2048
@@ -84,13 +83,15 @@ class _Work:
     built: bool = False
 
 
-def prepare(data: DataConfig, *, seed: int, progress: Progress | None = None, max_bad_lines: int | None = None) -> Prepared:
+def prepare(
+    data: DataConfig, *, seed: int, progress: Progress | None = None, max_bad_lines: int | None = None, verify: bool | None = None
+) -> Prepared:
     """Read the data section; build the tokenizer and the stores, or find them again.
 
     seed: of the generated corpora, unless data.seed is given. max_bad_lines: of JSON, skipped and listed in the notes; as
     data.max_bad_lines says where None. What an earlier call has built with more of them skipped is found again, and the
-    notes say so. Safe to call from several processes at once. Raises UsageError, DataError, or SpaceError when the folder
-    cannot be written.
+    notes say so. verify: what is compared with its hash now, as for a TokenStore; the rest is when it is first read. Safe to
+    call from several processes at once. Raises UsageError, DataError, or SpaceError when the folder cannot be written.
     """
     bad = BadLines(data.max_bad_lines if max_bad_lines is None else max_bad_lines)
     work = _Work(Path(data.dir).expanduser(), progress or (lambda message, fraction: None), bad)
@@ -108,48 +109,17 @@ def prepare(data: DataConfig, *, seed: int, progress: Progress | None = None, ma
     except OSError as error:
         raise SpaceError("the data folder cannot be written", where=str(work.folder), found=error.strerror or str(error)) from error
     known = data.source == "entropy" and not data.mix and data.tokenizer.kind == "bytes"
-    held_out = [(home / "validation", weight) for home, weight in zip(homes, weights, strict=True) if (home / "validation").is_dir()]
+    held_out = [(home / "validation", weight) for (home, splits), weight in zip(homes, weights, strict=True) if "validation" in splits]
     return Prepared(
         tokenizer=tokenizer,
-        train=tuple(TokenStore(home / "train", tokenizer=tokenizer.hash) for home in homes),
+        train=tuple(TokenStore(home / "train", tokenizer=tokenizer.hash, verify=verify) for home, _ in homes),
         weights=tuple(weights),
-        validation=tuple(TokenStore(home, tokenizer=tokenizer.hash) for home, _ in held_out),
+        validation=tuple(TokenStore(home, tokenizer=tokenizer.hash, verify=verify) for home, _ in held_out),
         validation_weights=tuple(weight for _, weight in held_out),
         entropy_rate=entropy_rate(seed) if known else None,
         built=work.built,
         notes=(*(note for corpus in corpora for note in corpus.notes), *work.notes, *_skipped(work.bad)),
     )
-
-
-def publish(home: Path, make: Callable[[Path], object]) -> bool:
-    """Make the folder `home` unless it is there; returns whether it was made. One process at a time, the others wait."""
-    if home.is_dir():
-        return False
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(home.parent / ".lock"):
-        if home.is_dir():
-            return False
-        make_folder(home, make)
-    return True
-
-
-def make_folder(home: Path, make: Callable[[Path], object]) -> None:
-    """Call `make` on a folder of another name, wait until all is on the disk, and rename it to `home`.
-
-    What a killed call left behind is cleared first.
-    """
-    target = home.parent / f".{home.name}.partial"
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        target.mkdir(parents=True)
-        make(target)
-        for folder in (*(path for path in target.iterdir() if path.is_dir()), target):
-            sync_folder(folder)
-        target.rename(home)
-        sync_folder(home.parent)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
 
 
 def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
@@ -171,42 +141,50 @@ def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[in
 def _trained(vocab: int, corpora: Sequence[Corpus], budgets: Sequence[int], work: _Work) -> Tokenizer:
     """A BPE of the corpora, each giving its budget of bytes."""
     name = "-".join(dict.fromkeys(corpus.name for corpus in corpora))[:48]
-    identity = [VERSION, [corpus.identity for corpus in corpora], list(budgets), vocab, tokenizers.__version__]
+    identity = [FORMAT, [corpus.identity for corpus in corpora], list(budgets), vocab, tokenizers.__version__]
 
     def make(target: Path) -> None:
         work.progress(f"training a BPE of {vocab:,} tokens on {name}", 0.0)
         samples = (sample(corpus, budget) for corpus, budget in zip(corpora, budgets, strict=True))
         texts = [document.text for documents in samples for document in documents]
         if not texts:
-            raise no_text(name)
+            raise no_text(*corpora)
         train_bpe(texts, vocab=vocab).save(target)
+        seal(target, key=key)
 
-    home = work.folder / f"{name}-bpe{vocab}-{_key(identity)}"
-    work.built |= publish(home, make)
+    key = _key(identity)
+    home = work.folder / f"{name}-bpe{vocab}-{key}"
+    work.built |= publish(home, make, waiting=lambda: work.progress(f"waiting for another process that makes {home.name}", 0.0))
+    check_seal(home, key=key)
     tokenizer = load(home)
     if tokenizer.vocab_size < vocab:
         work.notes.append(f"the text gives a BPE of {tokenizer.vocab_size} tokens, not {vocab}")
     return tokenizer
 
 
-def _store(corpus: Corpus, tokenizer: Tokenizer, *, validation: float, max_tokens: int | None, tell: Progress, work: _Work) -> Path:
-    """The folder of one corpus' stores, built when it is not there yet."""
+def _store(
+    corpus: Corpus, tokenizer: Tokenizer, *, validation: float, max_tokens: int | None, tell: Progress, work: _Work
+) -> tuple[Path, set[str]]:
+    """The folder of one corpus' stores, built when it is not there yet, and the names of its splits."""
 
     def make(target: Path) -> None:
         work.bad.met.clear()
-        work.notes += build_store(corpus, tokenizer, target, validation=validation, max_tokens=max_tokens, progress=tell)
+        note = target.parent / NOTE
+        work.notes += build_store(corpus, tokenizer, target, validation=validation, max_tokens=max_tokens, progress=tell, note=note)
         tokenizer.save(target)
         if work.bad.met:
             write_durably(target / SKIPPED, json.dumps(sorted(work.bad.met), indent=0).encode())
+        seal(target, key=key)
 
-    identity = [VERSION, corpus.identity, tokenizer.hash, validation, max_tokens]
-    home = work.folder / f"{corpus.name}-{_key(identity)}"
-    built = publish(home, make)
-    if not built and (home / SKIPPED).is_file():
-        count = len(json.loads((home / SKIPPED).read_text()))
+    key = _key([FORMAT, corpus.identity, tokenizer.hash, validation, max_tokens])
+    home = work.folder / f"{corpus.name}-{key}"
+    built = publish(home, make, waiting=lambda: tell(f"waiting for another process that builds {home.name}", 0.0))
+    files = check_seal(home, key=key)
+    if not built and SKIPPED in files:
+        count = len(json.loads(read_file(home / SKIPPED, home=home)))
         work.notes.append(f"{count} bad line{'' if count == 1 else 's'} of {corpus.name} were skipped when it was built: {home / SKIPPED}")
     work.built |= built
-    return home
+    return home, {name.removesuffix(f"/{MANIFEST}") for name in files if name.endswith(f"/{MANIFEST}")}
 
 
 def _part(progress: Progress, number: int, count: int) -> Progress:
@@ -215,20 +193,12 @@ def _part(progress: Progress, number: int, count: int) -> Progress:
     return lambda message, fraction: progress(message, TOKENIZER_PART + width * (number + min(1.0, fraction)))
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _key(identity: object) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _skipped(bad: BadLines) -> list[str]:
-    return [f"{bad.count} bad lines were skipped", *bad.told] if bad.count else []
+    """What was left out of the text, in words."""
+    blank = sum(bad.blank.values())
+    notes = [f"{blank} line{'' if blank == 1 else 's'} without text were left out"] if blank else []
+    return [f"{bad.count} bad lines were skipped", *bad.told, *notes] if bad.count else notes

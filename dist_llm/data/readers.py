@@ -2,8 +2,8 @@
 
 Everything streams: memory is bounded by one passage or one line, whatever the size of the file. JSON lines are read
 strictly, because a line that is half understood trains a model on something else than what its owner sees: every
-line is one UTF-8 JSON object with a string under the text key, ended by a newline. The faults of up to 20 lines are
-told at once, each with file and line.
+line is one UTF-8 JSON object without double keys, with a string under the text key, ended by a newline. The faults of up
+to 20 lines are told at once, each with file and line. Lines that are empty, or whose text is, are left out and counted.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ MAX_LINE = 8 << 20  # bytes of one JSON line
 MAX_DEPTH = 64  # brackets open at once in one JSON line
 MAX_TOLD = 20  # faulty lines told at once
 PASSAGE = 32 << 10  # characters after which a long text is cut at the next empty line; at twice this, at any line
+BLANK = b" \t\r\n"  # what JSON allows between its words
 SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a document
 
 
@@ -51,13 +52,15 @@ class Document:
 class BadLines:
     """The lines that could not be read: how many are allowed, where they were, and the first few in words.
 
-    A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it.
+    A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it. blank: for each
+    file, how many lines without text there are.
     """
 
     allowed: int = 0
     places: set[str] = field(default_factory=set)
     met: set[str] = field(default_factory=set)
     told: list[str] = field(default_factory=list)
+    blank: dict[str, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -71,23 +74,23 @@ class BadLines:
             return
         self.places.add(where)
         if len(self.told) < MAX_TOLD:
-            shown = _printable(excerpt[:200].decode("utf-8", "backslashreplace"))[:60]
+            shown = _printable(excerpt[:200].decode("utf-8", "backslashreplace"), 60)
             self.told.append(f"{where}: {why}" + (f": {shown}" if shown else ""))
         if self.count >= max(MAX_TOLD, self.allowed + 1):
-            self.check()
+            self.check(more=True)
 
-    def check(self) -> None:
-        """Raises DataError when more lines than allowed are bad."""
+    def check(self, *, more: bool = False) -> None:
+        """Raises DataError when more lines than allowed are bad. more: there may be others that were not read yet."""
         if self.count <= self.allowed:
             return
-        one = self.count == 1
-        mend = f"mend the line{'' if one else 's'}, or skip: dist-llm data build CONFIG data.max_bad_lines={self.count}"
+        lines = f"{'at least ' if more else ''}{self.count} line{'' if self.count == 1 else 's'}"
+        wanted = "N" if more else self.count
         raise DataError(
-            f"{self.count} line{'' if one else 's'} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
+            f"{lines} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
             where=self.told[0].split(": ", 1)[0],
             expected="UTF-8 JSON objects with a string under the text key, one a line",
             details=self.told,
-            next=f"{mend}; train takes it too",
+            next=f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
         )
 
 
@@ -197,12 +200,12 @@ class _Zstandard(io.RawIOBase):
 
 
 def _json_lines(stream: BinaryIO, path: Path, text_key: str, bad: BadLines) -> Iterator[Document]:
-    number = 0
+    number = blank = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
         text, why = "", f"longer than {MAX_LINE >> 20} MiB"
         if len(line) <= MAX_LINE:
-            text, why = parse_line(line, text_key=text_key, first=number == 1)
+            text, why = parse_line(line, text_key=text_key)
         head = line[:200]
         while len(line) > MAX_LINE and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE + 1)
@@ -212,29 +215,34 @@ def _json_lines(stream: BinaryIO, path: Path, text_key: str, bad: BadLines) -> I
             bad.add(f"{path}:{number}", why, head)
         elif text.strip():
             yield Document(text, f"{path}:{number}")
+        else:
+            blank += 1
+            bad.blank[str(path)] = max(blank, bad.blank.get(str(path), 0))
 
 
-def parse_line(line: bytes, *, text_key: str, first: bool = False) -> tuple[str, str]:
+def parse_line(line: bytes, *, text_key: str) -> tuple[str, str]:
     """The text of one JSON line, and what is wrong with the line (empty when nothing is).
 
     An empty line gives an empty text and no fault.
     """
-    if why := _wrong_bytes(line, first=first):
+    if why := _wrong_bytes(line):
         return "", why
-    if not line.strip():
+    if not line.strip(BLANK):
         return "", ""
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
+        record = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if not line.endswith(b"\n"):
             return "", "the last line is cut off"
         return "", f"not JSON ({error.msg} at column {error.colno})"
+    except _TwiceError as error:
+        return "", f"holds the key {_printable(str(error), 20)} twice"
     except (ValueError, RecursionError) as error:
-        return "", f"not JSON ({_printable(str(error))[:60]})"
+        return "", f"not JSON ({_printable(str(error), 60)})"
     if not isinstance(record, dict):
         return "", f"expected an object, found {_type_name(record)}"
     if text_key not in record:
-        keys = ", ".join(_printable(key)[:20] for key in list(record)[:5])
+        keys = ", ".join(_printable(key, 20) for key in list(record)[:5])
         return "", f"no key {text_key!r}" + (f" (it has {keys})" if keys else "")
     text = record[text_key]
     if not isinstance(text, str):
@@ -244,9 +252,10 @@ def parse_line(line: bytes, *, text_key: str, first: bool = False) -> tuple[str,
     return (text, "") if _encodes(text) else ("", f"{text_key!r} holds half of a surrogate pair")
 
 
-def _printable(text: str) -> str:
-    """`text` on one line, without anything a terminal would act on."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+def _printable(text: str, width: int) -> str:
+    """The beginning of `text` on one line; whatever a terminal would act on is shown as an escape."""
+    shown = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text[:width])
+    return "".join(shown)[:width]
 
 
 def _encodes(text: str) -> bool:
@@ -257,13 +266,13 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _wrong_bytes(line: bytes, *, first: bool) -> str:
+def _wrong_bytes(line: bytes) -> str:
     """What is wrong with the line before it is JSON; empty when nothing is."""
-    if first and line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+    if line.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return "starts with a byte order mark"
     if b"\x00" in line:
         return "holds a NUL byte"
-    if line.endswith(b"\r\n"):
+    if line.removesuffix(b"\n").endswith(b"\r"):
         return "ends in CRLF, expected LF"
     try:
         line.decode("utf-8")
@@ -277,12 +286,14 @@ def _wrong_bytes(line: bytes, *, first: bool) -> str:
 
 
 def _depth(line: bytes) -> int:
-    """The most brackets open at once outside of strings."""
+    """The most brackets open at once outside of strings, as far as MAX_DEPTH + 1; a string without end reaches to the end of the line."""
     depth = deepest = 0
-    for match in re.finditer(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', line):
+    for match in re.finditer(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]}]', line, re.DOTALL):
         first = match.group()[0]
         depth += (first in b"[{") - (first in b"]}")
         deepest = max(deepest, depth)
+        if deepest > MAX_DEPTH:
+            break
     return deepest
 
 
@@ -329,6 +340,20 @@ def _is_readable(path: Path) -> bool:
 def _type_name(value: object) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null")
+
+
+class _TwiceError(ValueError):
+    """An object has a key twice."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, none of whose keys is there twice."""
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _TwiceError(key)
+        found[key] = value
+    return found
 
 
 def _refuse_constant(name: str) -> None:

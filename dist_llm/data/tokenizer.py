@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dist_llm.data.store import write_durably
+from dist_llm.data.sealed import write_durably
 from dist_llm.errors import DataError, UsageError, plain
 
 END = "<|endoftext|>"
