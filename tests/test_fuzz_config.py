@@ -27,7 +27,7 @@ from dist_llm.config.yaml_file import MAX_BYTES, dump
 from dist_llm.errors import MAX_LINES, UsageError, render
 from tests import config_oracle as oracle
 
-CASES, LONG_CASES, SHELL_CASES = 2000, 100_000, 64
+CASES, LONG_CASES, SHELL_CASES = 2000, 100_000, 60
 SECONDS = 2.0  # for one config, a thousand times what a usual one takes
 ROOT = Path(__file__).parent.parent
 PLACE = re.compile(r"[^:]*:\d+:\d+: ")
@@ -71,6 +71,8 @@ BYTES = (
     "...\n",
     "%YAML 1.1\n",
 )
+EDGES = ("null", "true", "on", "-1", "0", "1", "4", "0.5", "0.51", "1.0", "1.01", "1e308", ".inf", ".nan", "text", "1.", "-0.0")
+FAR_EDGES = ("4096", "4097", "100000", "100001", "10000000", "10000001", "1099511627776", "1099511627777", str(2**63 - 1), str(2**63))
 LARGE = (
     "x" * MAX_BYTES, "#" * MAX_BYTES, "[" * MAX_BYTES, "{a: " * 200_000, "- " * 400_000, "? " * 400_000, "a:\n" * 300_000,
     "'" + "x\n" * 400_000,
@@ -189,8 +191,9 @@ def outcome(text: str, world: int) -> str:
         told(error)
         return "refused"
     assert not reasons, f"taken, and the oracle would not run it: {reasons}"
-    again = dump_config(config)
-    assert load_text(again, name="again").config == config and dump_config(load_text(again, name="again").config) == again
+    text = dump_config(config)
+    again = load_text(text, name="again").config
+    assert again == config and dump_config(again) == text
     return "taken"
 
 
@@ -221,6 +224,16 @@ def test_two_thousand_configs() -> None:
     found = fuzz(21, CASES)
     assert min(found.values()) > CASES // 10, found
     print(found)
+
+
+def test_every_key_at_its_edges() -> None:
+    """One key at a time, with the numbers beside every bound; and every word of every choice of any key."""
+    words = ("native", "ddp", "gelu", "layer", "learned", "gpt2", "qwen3-8b", "wsd", "sgd", "file", "full", "all", "fast", "nccl")
+    keys = [(name, key) for name, section in oracle.SCHEMA.items() for key in section if key != "mix"]
+    for number, (section, key) in enumerate(keys):
+        far = FAR_EDGES if key in ("layers", "threads", "timeout_seconds", "vocab", "seed", "lr", "keep", "max_tokens", "shard") else ()
+        for value in (*EDGES, *far, *words[number % 4 :: 4]):
+            outcome(f"{section}: {{{key}: {value}}}" if key != "tokenizer" else f"data: {{tokenizer: {{vocab: {value}}}}}", 1)
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_llm.cli.loopback import stay_on_loopback
 from dist_llm.cli.train import short_overrides
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.errors import Failure, NumericError, UsageError, plain
@@ -56,6 +57,7 @@ def _compare(
         error.where = "--reference"
         raise
     command = " ".join(["dist-llm", *sys.argv[1:]])
+    stay_on_loopback()
     with Progress(quiet) as say:
         found = Comparison(loaded.config, entries, held, steps=steps, run_dir=folder, say=say).run(command=command)
     write(found, folder)
