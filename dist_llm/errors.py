@@ -6,11 +6,25 @@ A user's mistake raises a `Failure`; the command line prints `render(failure)` o
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from enum import IntEnum
 
 MAX_LINES = 12
 MAX_WIDTH = 300
+MOST_SHOWN = 10_000  # characters of one text that are looked at
+HIDDEN = "***"
+# What is a secret by its form: the password in a web address, and keys that their makers begin with a mark of their own.
+_KEYS = re.compile(
+    r"(?:(?<=://)|(?<=:/)(?!/))[^/\s:@]{0,200}:[^/\s@]{1,200}(?=@)"  # a path has one of the two slashes
+    r"|\bhf_[A-Za-z0-9]{30,}|\bAKIA[A-Z0-9]{16}\b|\bgh[opsu]_[A-Za-z0-9]{36,}|\bsk-[\w-]{32,}"
+)
+# What is one by the name before it: `api_key=...`, `"password": "..."`.
+_NAMED = re.compile(
+    r"""((?:passw(?:or)?d|secret|credentials?|(?:api|access|auth|hf|private)[_-]?(?:key|token))[\w-]{0,40}["']?\s?[=:]\s?["']?)"""
+    r"""[^\s,"'}]+?(?=:?(?:[\s,"'}]|$))""",
+    re.IGNORECASE,
+)
 
 
 class Code(IntEnum):
@@ -59,9 +73,10 @@ class Failure(Exception):
         return (_rebuild, (type(self), self.what, self.as_dict()))
 
     def as_dict(self) -> dict[str, object]:
-        """The message as data: `{"code", "what", "where", "expected", "found", "safe", "next", "details"}`."""
-        keys = ("what", "where", "expected", "found", "safe", "next", "details")
-        return {"code": int(self.code), **{key: getattr(self, key) for key in keys}}
+        """The message as data, without secrets: `{"code", "what", "where", "expected", "found", "safe", "next", "details"}`."""
+        texts = {key: getattr(self, key) for key in ("what", "where", "expected", "found", "safe", "next")}
+        shown = {key: text if text is None else redacted(str(text)) for key, text in texts.items()}
+        return {"code": int(self.code), **shown, "details": [redacted(str(line)) for line in self.details]}
 
 
 class UsageError(Failure):
@@ -121,9 +136,20 @@ def _rebuild(kind: type[Failure], what: str, message: dict) -> Failure:
     return kind(what, **{key: message[key] for key in ("where", "expected", "found", "safe", "next", "details")})
 
 
+def holds_secret(text: str) -> bool:
+    """Whether a text has the form of a secret: a web address with a password, a key of a known maker."""
+    return _KEYS.search(text) is not None
+
+
+def redacted(text: str) -> str:
+    """`text` with `***` in the place of what looks like a secret."""
+    return _NAMED.sub(rf"\1{HIDDEN}", _KEYS.sub(HIDDEN, text))
+
+
 def plain(text: object) -> str:
-    """`text` with control and format characters made visible or dropped, cut to a line's width; safe for a terminal."""
-    shown = "".join(c if c == "\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else "?" for c in str(text))
+    """`text` without secrets, control and format characters made visible or dropped, cut to a line's width; safe for a terminal."""
+    text = redacted(str(text)[:MOST_SHOWN])
+    shown = "".join(c if c == "\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else "?" for c in text)
     return shown if len(shown) <= MAX_WIDTH else shown[: MAX_WIDTH - 1] + "…"
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_llm.errors import UsageError
+from dist_llm.errors import UsageError, plain
 
 ROOT = Path(__file__).parents[2]
 QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -79,8 +79,10 @@ class Progress:
 
     def say(self, text: str) -> None:
         """What is under way."""
+        from rich.text import Text
+
         if self.status:
-            self.status.update(text)
+            self.status.update(Text(plain(text)))
         elif time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
             self._print(text)
@@ -93,7 +95,7 @@ class Progress:
             self._print(f"{question}, {row['name']}: {label} {times}" + (f", {figure}: {judged}" if rival["figure"] else ""))
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_list(questions: list[dict[str, Any]], as_json: bool) -> None:
@@ -130,4 +132,4 @@ def _show(results: list[dict[str, Any]], folder: Path | None) -> None:
         for name in found[kind]:
             typer.echo(f"  {kind}: {name}")
     if folder is not None:
-        typer.echo(f"results: {folder}")
+        typer.echo(f"results: {plain(folder)}")

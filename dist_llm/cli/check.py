@@ -13,13 +13,14 @@ from dist_llm.config import explain as explained
 from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.config.rules import check as check_rules
-from dist_llm.errors import Failure, UsageError, plain
+from dist_llm.errors import Failure, SpaceError, UsageError, plain
 from dist_llm.model.table import num_parameters
 from dist_llm.plan.memory import PARTS
 from dist_llm.plan.predict import predicted, shape_of, timeline
 from dist_llm.report.units import show_bytes
 
 CORPORA = ("python", "skills", "entropy")
+MOST_ACTIONS = 200_000  # of a step's schedule that is laid out for a prediction or a drawing: a few seconds
 
 
 def check(
@@ -58,6 +59,8 @@ def _predictions(loaded: Loaded, layout: Layout) -> list[str]:
     """What the fullest rank will hold and the busiest send, from the table and the layout (plan/memory.py, plan/traffic.py)."""
     if layout.engine != "native":
         return []
+    if (actions := _num_actions(loaded, layout)) > MOST_ACTIONS:
+        return [f"no prediction: a step is {actions:,} actions, and at most {MOST_ACTIONS:,} are laid out here"]
     given = loaded.config.runtime.dtype
     dtype, where = (given, "") if given != "auto" else ("bfloat16", ", as on CUDA")
     device = "cpu" if loaded.config.runtime.device == "cpu" else "cuda"
@@ -73,21 +76,38 @@ def _predictions(loaded: Loaded, layout: Layout) -> list[str]:
     return lines
 
 
+def _num_actions(loaded: Loaded, layout: Layout) -> int:
+    """Forwards and backwards of a step, over all blocks."""
+    micro_batches = explained.sizes(loaded.config, layout)["micro_batches"]
+    return 2 * micro_batches * max(layout.stages, loaded.config.model.layers)
+
+
 def _draw(loaded: Loaded, layout: Layout, target: Path | None) -> None:
     """The schedule that would run, from the same lists."""
     from dist_llm.schedule import draw
 
+    if (actions := _num_actions(loaded, layout)) > MOST_ACTIONS:
+        expected, found = f"at most {MOST_ACTIONS:,} actions in a step", f"{actions:,}"
+        raise UsageError("this schedule is too long to draw", where="--draw", expected=expected, found=found, next="a smaller batch.global")
     spans = timeline(shape_of(loaded.config, layout, dtype="bfloat16")).spans
     if target is None:
         typer.echo("\n".join(draw.grid(spans, ranks=layout.pp).splitlines()[:-1]))  # the last line is in seconds: these are units
     elif target.suffix == ".svg":
-        target.write_text(draw.svg(spans, ranks=layout.pp, title=str(layout)))
-        typer.echo(f"drawn in {target}")
+        _write(target, draw.svg(spans, ranks=layout.pp, title=str(layout)))
+        typer.echo(f"drawn in {plain(target)}")
     elif target.suffix == ".json":
-        target.write_text(json.dumps(draw.trace(spans)))
-        typer.echo(f"drawn in {target}; open it at https://ui.perfetto.dev")
+        _write(target, json.dumps(draw.trace(spans)))
+        typer.echo(f"drawn in {plain(target)}; open it at https://ui.perfetto.dev")
     else:
         raise UsageError("no such kind of drawing", where="--draw-to", expected="a name that ends in .svg or .json", found=str(target))
+
+
+def _write(target: Path, text: str) -> None:
+    try:
+        target.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        found, way = getattr(error, "strerror", None) or str(error), "name a file in a folder that is there"
+        raise SpaceError("the drawing cannot be written", where=f"--draw-to {target}", found=found, next=way) from None
 
 
 def _print_origins(loaded: Loaded) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dist_llm.cli.loopback import stay_on_loopback
 from dist_llm.cli.train import short_overrides
 from dist_llm.config.load import Loaded, load_config
-from dist_llm.errors import NumericError, UsageError
+from dist_llm.errors import Failure, NumericError, UsageError, plain
 
 
 def compare(
@@ -27,15 +29,16 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
 ) -> None:
     """Prove layouts equal to one process and measure them; exit 6 if one is not equal."""
-    if Path(config_path).is_dir():
+    if os.path.isdir(config_path):
         _compare_runs(Path(config_path), words, as_json)
         return
     overrides = [word for word in words if "." in word.split("=")[0]]
     texts = [word for word in words if word not in overrides]
     loaded = load_config(config_path, [*overrides, *short_overrides({"runtime.dtype": dtype, "save.dir": run_dir}, data)])
     folder = Path(run_dir or Path(loaded.config.save.dir) / "compare")
+    earlier = None if baseline is None else _read_baseline(baseline)  # before minutes are spent on what is held against it
     found = _compare(loaded, texts, nproc=nproc, reference=reference, steps=steps, folder=folder, quiet=as_json)
-    worse, notes = _held_against(found, baseline)
+    worse, notes = ([], []) if baseline is None else _held_against(found, earlier, baseline)
     _show(found, folder, notes, as_json)
     _judge(found, worse, folder)
 
@@ -48,8 +51,13 @@ def _compare(
     if not texts:
         raise UsageError("no layout to compare", expected="at least one, such as dp=2", next="dist-llm compare CONFIG dp=2 tp=2")
     entries = read_layouts(loaded.config, texts, nproc=nproc)
-    (held,) = read_layouts(loaded.config, [reference], nproc=None)
+    try:
+        (held,) = read_layouts(loaded.config, [reference], nproc=None)
+    except UsageError as error:
+        error.where = "--reference"
+        raise
     command = " ".join(["dist-llm", *sys.argv[1:]])
+    stay_on_loopback()
     with Progress(quiet) as say:
         found = Comparison(loaded.config, entries, held, steps=steps, run_dir=folder, say=say).run(command=command)
     write(found, folder)
@@ -76,22 +84,34 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Shows a line; on a terminal what is under way stays in the spinner."""
+        from rich.text import Text
+
         if self.status and ("proving" in text or text.startswith("data:")):
-            self.status.update(text)
+            self.status.update(Text(plain(text)))
         else:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def _held_against(found: dict[str, Any], baseline: Path | None) -> tuple[list[str], list[str]]:
-    if baseline is None:
-        return [], []
+def _read_baseline(path: Path) -> Any:
+    """An earlier comparison. Raises UsageError where the file is none."""
+    from dist_llm.cli.report import read_comparison
+
+    try:
+        return read_comparison(path)
+    except Failure as failure:
+        what, expected, found = "the baseline cannot be read", "a comparison.json", failure.found or failure.what
+        way = "dist-llm compare CONFIG LAYOUT --run-dir DIR makes one"
+        raise UsageError(what, where=failure.where, expected=expected, found=found, next=way) from None
+
+
+def _held_against(found: dict[str, Any], earlier: Any, path: Path) -> tuple[list[str], list[str]]:
     from dist_llm.compare.run import against_baseline
 
     try:
-        earlier = json.loads(baseline.read_text())
         return against_baseline(found, earlier)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError("the baseline cannot be read", where=str(baseline), expected="a comparison.json", found=str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError("the baseline contradicts itself", where=str(path), expected="a comparison.json", found=why) from error
 
 
 def _show(found: dict[str, Any], folder: Path, notes: list[str], as_json: bool) -> None:
@@ -109,8 +129,8 @@ def _show(found: dict[str, Any], folder: Path, notes: list[str], as_json: bool) 
     else:
         typer.echo(plain_table(found))
     for note in notes:
-        typer.echo(f"  baseline: {note}")
-    typer.echo(f"report: {folder / 'report.html'}")
+        typer.echo(f"  baseline: {plain(note)}")
+    typer.echo(f"report: {plain(folder / 'report.html')}")
 
 
 def _judge(found: dict[str, Any], worse: list[str], folder: Path) -> None:
@@ -137,7 +157,8 @@ def _compare_runs(first: Path, words: list[str], as_json: bool) -> None:
     from dist_llm.compare.runs import compare_runs
 
     if len(words) != 1:
-        raise UsageError("two runs to compare", expected="dist-llm compare RUN_A RUN_B", found=f"{1 + len(words)} names")
+        what, expected = "a run is compared with one other run", "dist-llm compare RUN_A RUN_B"
+        raise UsageError(what, where=str(first), expected=expected, found=f"{1 + len(words)} names")
     found = compare_runs(first, Path(words[0]))
     if as_json:
         typer.echo(json.dumps(found))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as json_format
+import os
+import stat
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dist_llm.errors import DataError, UsageError
+from dist_llm.errors import DataError, SpaceError, UsageError, plain
 
 LARGEST_COMPARISON = 256 * 1024 * 1024  # bytes
 
@@ -22,36 +24,45 @@ def report(
     page = (source if source.is_dir() else source.parent) / "report.html"
     from dist_llm.report.page import write_comparison_page, write_run_page
 
-    if kind == "run":
-        write_run_page(source, page)
-    else:
-        write_comparison_page(read_comparison(source), page)
-    typer.echo(json_format.dumps({"version": 1, "kind": kind, "report": str(page)}) if json else str(page))
+    comparison = read_comparison(source) if kind == "comparison" else None
+    try:
+        if comparison is None:
+            write_run_page(source, page)
+        else:
+            write_comparison_page(comparison, page)
+    except OSError as error:
+        raise SpaceError("the report cannot be made", where=error.filename or str(page), found=error.strerror) from None
+    typer.echo(json_format.dumps({"version": 1, "kind": kind, "report": str(page)}) if json else plain(page))
 
 
 def find_source(run: Path) -> tuple[str, Path]:
     """What there is to report: ("run", folder with metrics.jsonl) or ("comparison", file); a run folder's own metrics come first."""
-    if run.is_file():
+    if os.path.isfile(run):
         return ("run", run.parent) if run.name == "metrics.jsonl" else ("comparison", run)
-    if (run / "metrics.jsonl").is_file():
+    if os.path.isfile(run / "metrics.jsonl"):
         return "run", run
-    if (run / "comparison.json").is_file():
+    if os.path.isfile(run / "comparison.json"):
         return "comparison", run / "comparison.json"
     raise UsageError(
         "there is nothing to report here",
         where=str(run),
         expected="a folder with metrics.jsonl (from train) or comparison.json (from compare)",
-        found="a folder with neither" if run.is_dir() else "no such file or folder",
+        found="a folder with neither" if os.path.isdir(run) else "no such file or folder",
         next="dist-llm train CONFIG, then dist-llm report RUN_FOLDER",
     )
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
     """The content of a comparison.json. Raises DataError where it is not one."""
-    if path.stat().st_size > LARGEST_COMPARISON:
-        raise DataError("this file is too large for a comparison", where=str(path), expected=f"at most {LARGEST_COMPARISON} bytes")
     try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise DataError("the comparison is not a file", where=str(path))
+        if about.st_size > LARGEST_COMPARISON:
+            raise DataError("this file is too large for a comparison", where=str(path), expected=f"at most {LARGEST_COMPARISON} bytes")
         comparison = json_format.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError("the comparison cannot be read", where=str(path), found=error.strerror) from None
     except json_format.JSONDecodeError as error:
         raise DataError("the comparison is not valid JSON", where=f"{path}:{error.lineno}:{error.colno}", found=error.msg) from None
     except (UnicodeDecodeError, RecursionError, ValueError) as error:

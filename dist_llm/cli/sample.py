@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ def sample(
     from dist_llm.train.folder import open_checkpoint
     from dist_llm.train.sample import Choice, generate, stream
 
+    _check(prompt, temperature=temperature, top_p=top_p)
     opened = open_checkpoint(checkpoint)
     opened.verify()
     model, tokenizer, window = load(opened)
@@ -53,6 +55,17 @@ def sample(
     for piece in pieces:
         typer.echo(printable(piece), nl=False)
     typer.echo()
+
+
+def _check(prompt: str, *, temperature: float, top_p: float | None) -> None:
+    """Raises UsageError for what passes the flags' own bounds and is no text, or no number."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("the prompt is not UTF-8", where="--prompt", expected="text", found=f"character {error.start}") from None
+    for flag, value in (("--temperature", temperature), ("--top-p", top_p)):
+        if value is not None and not isfinite(value):
+            raise UsageError("this is no number to sample with", where=flag, expected="a finite number", found=str(value))
 
 
 def load(opened: Checkpoint) -> tuple[Model, Tokenizer, int]:

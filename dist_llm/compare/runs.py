@@ -10,6 +10,7 @@ from dist_llm.errors import DataError
 from dist_llm.train.checkpoint import KINDS
 from dist_llm.train.folder import Checkpoint, open_checkpoint, step_folders
 
+TRAIN = "dist-llm train CONFIG --run-dir DIR makes one"
 FLOOR = 1e-3  # of the largest value of a kind; see train/proof.py
 
 
@@ -64,13 +65,15 @@ def _losses(run: Path) -> dict[int, str]:
     """step -> loss_hex of a run's metrics."""
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise DataError("no finished run here", where=str(run), expected="a run folder with metrics.jsonl")
+        raise DataError("no finished run here", where=str(run), expected="a run folder with metrics.jsonl", next=TRAIN)
     losses = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             if record.get("loss_hex"):
-                losses[int(record["step"])] = str(record["loss_hex"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                losses[int(record["step"])] = float.fromhex(record["loss_hex"]).hex()
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError("a line of the metrics cannot be read", where=f"{path}:{number}", found=line[:80]) from error
     return losses

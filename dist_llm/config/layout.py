@@ -25,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "engine": get_args(EngineName),
 }
 _SWITCHES = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+LONGEST = 1000  # characters of a layout text; all keys with their largest numbers are fewer
 _TWO_CHUNKS = ("interleaved", "zb-v", "dualpipe-v")
 
 
@@ -77,6 +78,8 @@ def parse_layout(text: str) -> LayoutConfig:
 
 def read_layout(text: str) -> tuple[dict[str, Any], list[str]]:
     """The pairs of a layout text and every fault in it, as sentences. An empty text is the empty layout."""
+    if len(text) > LONGEST:
+        return {}, [f"a layout of more than {LONGEST} characters"]
     values: dict[str, Any] = {}
     faults: list[str] = []
     for pair in text.split(",") if text.strip() else ():

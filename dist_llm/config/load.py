@@ -15,7 +15,7 @@ from dist_llm.config import layout as layouts
 from dist_llm.config.layout import did_you_mean
 from dist_llm.config.presets import fill_model
 from dist_llm.config.schema import Config, MixItem, Section, fill_across
-from dist_llm.config.yaml_file import Fault, Node, Place, dump, flow, read, read_file
+from dist_llm.config.yaml_file import MAX_DEPTH, MAX_FAULTS, Fault, Node, Place, dump, flow, read, read_file
 from dist_llm.errors import UsageError, plain
 
 # What other trainers call our keys: refused, with the name to write.
@@ -98,6 +98,8 @@ def _override(root: Node, text: str) -> list[Fault]:
     parts = name.strip().split(".")
     if not equals or not all(parts):
         return [Fault(place, "expected a.b=value")]
+    if len(parts) > MAX_DEPTH:
+        return [Fault(place, f"a name of {len(parts)} parts; no key has more than three")]
     if parts == ["layout"] and not word.lstrip().startswith("{"):  # `layout=dp=2,tp=2`: the text form, which is no YAML
         value: Any = word
     else:
@@ -150,6 +152,8 @@ class _Walk:
         known = (*fields, *SHORTHANDS.get(dotted(key), ()))
         values = {}
         for name, child in node.value.items():
+            if len(self.faults) >= MAX_FAULTS:
+                break
             if name not in known:
                 self.faults.append(Fault(child.place, unknown_key(name, known, dotted(key))))
                 continue
@@ -214,6 +218,8 @@ def _validated(tree: dict[str, Any], walk: _Walk) -> Config | None:
 def _known_part(location: Key, sub: str | None, places: dict[Key, Place]) -> Key:
     """The longest part of pydantic's location that the user wrote (it adds the names of union members at the end)."""
     key = (*location, sub) if sub and (*location, sub) in places else location
+    if key not in places and key[:1] == ("model",) and str(key[-1]).endswith("_bias"):
+        key = ("model", "bias")  # one word that sets three keys
     while key and key not in places:
         key = key[:-1]
     return key
@@ -232,7 +238,7 @@ def _sentence(item: Any, key: Key) -> str:
         near = did_you_mean(found, choices) if isinstance(found, str) else ""
         return f"expected one of {', '.join(choices)}, found {_found(found)}{near}"
     if key == ("data", "source"):
-        return f"expected a corpus name, a path, or a list of them, found {_found(found)}"
+        return f"expected a corpus name, a path, or a list of them, found {'an empty list' if found in ([], ()) else _found(found)}"
     hint = f" (write {int(found)})" if kind == "int_type" and isinstance(found, float) and found.is_integer() and abs(found) < 1e18 else ""
     bound = next((context[name] for name in ("ge", "gt", "le", "lt") if name in context), None)
     limit = f"{bound:g}" if isinstance(bound, float) else str(bound)

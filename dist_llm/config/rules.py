@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from math import log2
+from math import isqrt, log2
 
 from dist_llm.config.layout import Layout, canonical, concrete, resolve
-from dist_llm.config.schema import BYTES, Config
+from dist_llm.config.schema import BYTES, LARGEST_BPE, Config
 from dist_llm.errors import UsageError
 
 MAX_WORLD = 1_000_000
@@ -220,6 +220,8 @@ def _text(config: Config, layout: Layout) -> Iterator[Problem]:
     if tokenizer.kind == "bpe" and tokenizer.vocab is not None and tokenizer.vocab < BYTES:
         text = f"bpe has at least {BYTES} tokens, every byte and the end of a document, found {tokenizer.vocab}"
         yield Problem("data.tokenizer.vocab", text)
+    if tokenizer.kind == "bpe" and tokenizer.vocab is not None and tokenizer.vocab > LARGEST_BPE:
+        yield Problem("data.tokenizer.vocab", f"a bpe of at most {LARGEST_BPE} tokens can be learned, found {tokenizer.vocab}")
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield Problem("data.tokenizer.path", "kind file needs the path of a tokenizer.json")
 
@@ -239,7 +241,7 @@ def nearest_layouts(config: Config, layout: Layout, n: int = 3, *, world: int | 
         return []
     best: dict[tuple[int, int], tuple[float, str, Layout]] = {}  # one per tp and pp, so that the list shows different ways
     for tp, pp in product(_divisors(world, config.model.heads), _divisors(world, config.model.layers)):
-        if world % (tp * pp):
+        if world % (tp * pp) or config.model.heads % tp:
             continue
         for candidate in _variants(layout, dp=world // (tp * pp), tp=tp, pp=pp):
             if not problems(config, candidate):
@@ -249,7 +251,8 @@ def nearest_layouts(config: Config, layout: Layout, n: int = 3, *, world: int | 
 
 
 def _divisors(number: int, most: int) -> list[int]:
-    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted(size for size in {*small, *(number // size for size in small)} if size <= most)
 
 
 def _variants(layout: Layout, *, dp: int, tp: int, pp: int) -> Iterator[Layout]:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from dist_llm.config.presets import SMALL, fill_model
+from dist_llm.errors import holds_secret
 
 Family = Literal["llama", "gpt2", "qwen3", "custom"]
 Preset = Literal["gpt2-124m", "llama-1b", "llama3-8b", "llama3-70b", "llama3-405b", "qwen3-0.6b", "qwen3-8b"]
@@ -22,6 +23,7 @@ Offload = Literal["none", "optimizer", "all"]
 
 BYTES = 257  # tokens of the bytes tokenizer, and the fewest of a bpe: every byte, and the end of a document
 LARGEST = 2**40  # a bound on every count, so that no product of a few of them grows without end
+LARGEST_BPE = 2**24  # tokens that can be learned: the trainer makes room for all of them before it starts
 
 
 def _on_off(value: Any) -> Any:
@@ -34,9 +36,14 @@ def _tuple(value: Any) -> Any:
 
 
 def _visible(value: str) -> str:
-    """Names and paths only: a control character in one is a mistake, or an attempt to write over somebody's terminal."""
+    """Names and paths only: a control character in one is a mistake, or an attempt to write over somebody's terminal.
+
+    A config is kept in run folders, checkpoints and reports, so that it holds no secret.
+    """
     if not value.isprintable():
         raise PydanticCustomError("text", "expected text without control characters")
+    if holds_secret(value):
+        raise PydanticCustomError("text", "expected text without a password or key; a config is copied into checkpoints and reports")
     return value
 
 
@@ -45,6 +52,7 @@ Whole = Annotated[int, Strict(), Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Switch = Annotated[bool, BeforeValidator(_on_off), Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=4096), AfterValidator(_visible)]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 Number = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
@@ -127,7 +135,7 @@ class MixItem(Section):
 class DataConfig(Section):
     """Text, how it becomes tokens and how tokens become sequences."""
 
-    source: Annotated[Text | tuple[Text, ...], BeforeValidator(_tuple)] = "python"  # python, skills, entropy, or paths and globs
+    source: Annotated[Text | Texts, BeforeValidator(_tuple)] = "python"  # python, skills, entropy, or paths and globs
     mix: Annotated[Annotated[tuple[MixItem, ...], Field(min_length=1)] | None, BeforeValidator(_tuple)] = None  # replaces source
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence: Annotated[Count, Field(ge=2)] = 256
@@ -205,11 +213,11 @@ class RuntimeConfig(Section):
     fp8: Literal["off", "tensorwise", "rowwise"] = "off"  # the blocks' matrix products in 8-bit floats
     cuda_graph: Switch = False  # forward and backward of a step as one CUDA graph
     seed: Seed = 7
-    timeout_seconds: Positive = 600.0
+    timeout_seconds: Annotated[Positive, Field(le=1e7)] = 600.0
     digest_every: Whole = 100  # steps between comparisons of what ranks hold alike; 0: never
     reduce_order: Literal["fixed", "fast"] = "fixed"  # of data-parallel gradients; fixed: in rank order; fast: left to the library
     peak_tflops: Positive | None = None  # of one device, for MFU; None: looked up, or unknown
-    threads: Count | None = None  # CPU threads per rank
+    threads: Annotated[Count, Field(le=4096)] | None = None  # CPU threads per rank
     offload_dir: Text | None = None  # DeepSpeed's folder on a fast disk for what is offloaded; None: host memory
 
 

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -29,7 +31,8 @@ from ruamel.yaml.reader import ReaderError
 
 from dist_llm.errors import UsageError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18
+MAX_TAG = 1000  # characters: a longer one costs the parser the square of its length
 MAX_DEPTH = 12
 MAX_FAULTS = 1000
 MAX_NODES = 20_000  # a second of parsing; no config comes near
@@ -44,6 +47,8 @@ _WORDS = {
     **{sign + word: float(sign + "inf") for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")},
     **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
 }
+_LONG_TAG = re.compile(rf"!\S{{{MAX_TAG}}}")
+_PAIR = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 
 
@@ -82,19 +87,30 @@ class Fault:
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a config file. Raises UsageError when it is missing, not a file, unreadable or over 1 MiB."""
+    """The bytes of a config file. Raises UsageError when it is missing, not a file, unreadable or over 256 KiB."""
     name = os.fspath(path)
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):
-            raise UsageError("the config is not a file", where=name)
+            raise UsageError("the config is not a file", where=name, expected="a YAML file, such as configs/quickstart.yaml")
         with open(name, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError("the config cannot be read", where=name, found=why) from None
+        near = f"is it {near[0]}?" if isinstance(error, FileNotFoundError) and (near := _near(name)) else None
+        raise UsageError("the config cannot be read", where=name, found=why, next=near) from None
     if len(data) > MAX_BYTES:
-        raise UsageError("the config is too large", where=name, expected="at most 1 MiB")
+        raise UsageError("the config is too large", where=name, expected=f"at most {MAX_BYTES >> 10} KiB")
     return data
+
+
+def _near(name: str) -> list[str]:
+    """The path of a config in the same folder whose name is the nearest to that of one that is not there."""
+    folder, wanted = os.path.split(name)
+    try:
+        there = [entry for entry in islice(os.listdir(folder or "."), 1000) if entry.endswith((".yaml", ".yml"))]
+    except OSError:
+        return []
+    return [os.path.join(folder, entry) for entry in difflib.get_close_matches(wanted, there, n=1)]
 
 
 def read(data: bytes | str, *, name: str) -> tuple[Node, list[Fault]]:
@@ -105,6 +121,10 @@ def read(data: bytes | str, *, name: str) -> tuple[Node, list[Fault]]:
         head = bytes(error.object[: error.start])
         place = Place(name, head.count(b"\n") + 1, error.start - head.rfind(b"\n"))
         return _empty(name), [Fault(place, f"not UTF-8: byte 0x{error.object[error.start]:02x}")]
+    if long := _LONG_TAG.search(text):
+        before = text[: long.start()]
+        place = Place(name, before.count("\n") + 1, long.start() - before.rfind("\n"))
+        return _empty(name), [Fault(place, f"a tag of more than {MAX_TAG} characters")]
     reader = _Reader(name)
     try:
         reader.document(YAML(typ="safe", pure=True).parse(text))
@@ -117,10 +137,19 @@ def read(data: bytes | str, *, name: str) -> tuple[Node, list[Fault]]:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(name, mark.line + 1, mark.column + 1) if mark else Place(name, 1, 1)
-        reader.faults.append(Fault(place, f"not YAML: {error.problem or error.context}"))
+        reader.faults.append(Fault(place, f"not YAML: {_explained(error)}"))
     except (YAMLError, ValueError, OverflowError, IndexError) as error:  # ruamel lets a few of its own slips through on odd text
         reader.faults.append(Fault(Place(name, 1, 1), f"not YAML: {type(error).__name__}"))
     return reader.root or _empty(name), reader.faults
+
+
+def _explained(error: MarkedYAMLError) -> str:
+    """What the parser found, with the line of a bracket or quote that was left open, and a tab by its name."""
+    problem, context, mark, end = str(error.problem or error.context), str(error.context or ""), error.context_mark, error.problem_mark
+    if "'\\t'" in problem:
+        return "a tab; lines are indented with blanks"
+    opened = "bracket" if "flow" in context else "quote" if "quoted" in context else ""
+    return problem + (f"; was the {opened} of line {mark.line + 1} closed?" if opened and mark and end and mark.line < end.line else "")
 
 
 def _empty(name: str) -> Node:
@@ -172,7 +201,7 @@ class _Reader:
             self._fault(event, f"tag {tag}: a config holds plain values only")
         place = self._place(event)
         if isinstance(event, ScalarEvent):
-            return Node(place, scalar(event.value) if event.implicit[0] and not event.style else event.value)
+            return Node(place, scalar(event.value) if event.implicit[0] and not event.style else _joined(event.value))
         if isinstance(event, SequenceStartEvent):
             items = []
             while not isinstance(event := next(events), SequenceEndEvent):
@@ -193,6 +222,11 @@ class _Reader:
             else:
                 found[event.value] = Node(key_node.place, node.value)
         return found
+
+
+def _joined(text: str) -> str:
+    """Quoted text in which a letter was written as two escapes, as JSON writes those beyond U+FFFF."""
+    return _PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
 def scalar(text: str) -> Any:

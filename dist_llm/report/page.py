@@ -223,7 +223,9 @@ def _write(path: Path, content: str, context: dict[str, Any], figures: dict[str,
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        unfinished.unlink(missing_ok=True)  # it may be a link to somewhere else
+        with unfinished.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

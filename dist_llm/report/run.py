@@ -17,6 +17,7 @@ Point = tuple[float, float]  # (step, value)
 MOST_POINTS = 1500  # of one line; longer series keep the least and the largest value of every bucket
 MOST_SAMPLES = 60
 LONGEST_CONFIG = 100_000  # characters
+LONGEST_LINE = 1 << 20  # characters; a longer one counts as several that cannot be read
 
 
 @dataclass
@@ -35,7 +36,10 @@ def read_run(run_dir: Path) -> Run:
     steps = {step: record for record in records if (step := finite(record.get("step"))) is not None}
     samples, _ = read_lines(run_dir / "samples.jsonl")
     config = run_dir / "config.yaml"
-    text = config.read_text(encoding="utf-8", errors="replace")[:LONGEST_CONFIG] if config.is_file() else ""
+    text = ""
+    if config.is_file():
+        with config.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(LONGEST_CONFIG)
     return Run([steps[step] for step in sorted(steps)], samples, text, unreadable)
 
 
@@ -45,7 +49,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         return [], 0
     records, unreadable, line = [], 0, ""
     with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
+        while part := lines.readline(LONGEST_LINE):
+            line = part
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):

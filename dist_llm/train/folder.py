@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Mapping
 from dataclasses import fields
 from math import prod
@@ -112,11 +113,12 @@ def step_folders(run: Path) -> list[Path]:
 
 def newest(path: Path) -> Path:
     """The step folder that `path` means: itself, or the newest one of a run folder. Raises CheckpointError when there is none."""
-    if (path / MANIFEST).is_file() or FOLDER_NAME.fullmatch(path.name):
+    if os.path.isfile(path / MANIFEST) or FOLDER_NAME.fullmatch(path.name):
         return path
-    if folders := step_folders(path):
+    if os.path.isdir(path) and (folders := step_folders(path)):
         return folders[0]
-    seen = "nothing: no such folder" if not path.exists() else ", ".join(sorted(p.name for p in path.glob("checkpoints/*"))) or "none"
+    there = sorted(p.name for p in path.glob("checkpoints/*")) if os.path.isdir(path) else []
+    seen = f"{', '.join(there)}: without a COMMIT, a save that was cut" if there else "none" if os.path.exists(path) else "no such folder"
     raise CheckpointError(
         "there is no checkpoint here",
         where=str(path),
@@ -136,7 +138,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         commit, text = _read_bounded(folder / COMMIT, 1 << 10), _read_bounded(folder / MANIFEST, LARGEST_MANIFEST)
     except OSError as error:
         what, lacks = "the checkpoint is not complete", f"{Path(error.filename or folder).name}: {error.strerror}"
-        raise CheckpointError(what, where=str(folder), expected=f"{MANIFEST} and {COMMIT}", found=lacks) from None
+        advice = "name the run folder: its newest complete checkpoint is taken"
+        raise CheckpointError(what, where=str(folder), expected=f"{MANIFEST} and {COMMIT}", found=lacks, next=advice) from None
     found = hashlib.sha256(text).hexdigest()
     if commit != f"{found}\n".encode():
         expected = f"sha256 {commit.decode(errors='replace').strip()} (in {COMMIT})"
@@ -213,6 +216,9 @@ def _check_files(files: dict[str, Any], world: int) -> None:
 
 
 def _read_bounded(path: Path, most: int) -> bytes:
+    """At most so many bytes of a file. Raises OSError, also for a pipe, which would keep its reader waiting for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a file", str(path))
     with path.open("rb") as handle:
         return handle.read(most)
 
@@ -285,8 +291,12 @@ def tidy(disk: Disk, run: Path) -> None:
     """Deletes what interrupted saves and deletions have left behind."""
     used = step_folders(run)
     for left in sorted((run / "checkpoints").glob(".step-*")):
-        if left not in used:
+        if left in used:
+            continue
+        if left.is_dir() and not left.is_symlink():
             disk.remove_tree(left)
+        else:
+            disk.remove(left)  # never what a link leads to
 
 
 def set_aside(disk: Disk, run: Path, step: int) -> list[Path]:

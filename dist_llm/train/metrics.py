@@ -71,7 +71,9 @@ def keep_until(path: Path, step: int) -> None:
         if isinstance(record, dict) and record.get("step", 0) <= step and step:
             kept.append(line + "\n")
     spare = path.with_name(f".{path.name}.kept")
-    spare.write_text("".join(kept), encoding="utf-8")
+    spare.unlink(missing_ok=True)  # it may be a link to somewhere else
+    with spare.open("x", encoding="utf-8") as file:
+        file.write("".join(kept))
     os.replace(spare, path)
 
 

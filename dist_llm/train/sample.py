@@ -131,7 +131,7 @@ def pick(logits: Tensor, choice: Choice, *, position: int) -> int:
     if choice.temperature == 0:
         return int(tokens[0])
     kept = len(values) if choice.top_k is None else min(choice.top_k, len(values))
-    likely = torch.softmax(values[:kept] / choice.temperature, dim=0).cumsum(0)
+    likely = torch.softmax((values[:kept] - values[0]) / choice.temperature, dim=0).cumsum(0)
     if choice.top_p is not None:
         likely = likely[: int((likely < choice.top_p * likely[-1]).sum()) + 1]
     point = uniform(torch.tensor([position]), key_of(choice.seed, "sample"))[0] * likely[-1]

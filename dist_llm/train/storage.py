@@ -73,5 +73,7 @@ class RunFolder:
         """Writes the resolved config, itself a valid one."""
         spare = self.path / ".config.yaml"
         with storing(spare):
-            spare.write_text(dump_config(config), encoding="utf-8")
+            spare.unlink(missing_ok=True)  # it may be a link to somewhere else
+            with spare.open("x", encoding="utf-8") as file:
+                file.write(dump_config(config))
             os.replace(spare, self.path / "config.yaml")
