@@ -12,6 +12,7 @@ from enum import IntEnum
 
 MAX_LINES = 12
 MAX_WIDTH = 300
+MAX_COMMAND = 4000  # a command that is cut cannot be run
 MOST_SHOWN = 10_000  # characters of one text that are looked at
 HIDDEN = "***"
 # What is a secret by its form: the password in a web address, and keys that their makers begin with a mark of their own.
@@ -146,11 +147,11 @@ def redacted(text: str) -> str:
     return _NAMED.sub(rf"\1{HIDDEN}", _KEYS.sub(HIDDEN, text))
 
 
-def plain(text: object) -> str:
+def plain(text: object, *, width: int = MAX_WIDTH) -> str:
     """`text` without secrets, control and format characters made visible or dropped, cut to a line's width; safe for a terminal."""
     text = redacted(str(text)[:MOST_SHOWN])
     shown = "".join(c if c == "\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else "?" for c in text)
-    return shown if len(shown) <= MAX_WIDTH else shown[: MAX_WIDTH - 1] + "…"
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def render(failure: Failure) -> str:
@@ -165,5 +166,5 @@ def render(failure: Failure) -> str:
         details = [*details[: room - 1], f"  - ... and {len(details) - room + 1} more"]
     lines += details
     if failure.next:
-        lines.append(f"  {'next:':<10}{plain(failure.next)}")
+        lines.append(f"  {'next:':<10}{plain(failure.next, width=MAX_COMMAND)}")
     return "\n".join(lines)

@@ -179,7 +179,7 @@ SCHEMA: dict[str, Any] = {
     "batch": {"global": COUNT, "micro": COUNT},
     "optimizer": {
         "kind": choice("adamw sgd"), "lr": NUMBER, "betas": betas, "eps": POSITIVE, "weight_decay": NUMBER, "momentum": BELOW_ONE,
-        "nesterov": switch, "clip": or_null(NUMBER), "label_smoothing": BELOW_ONE,
+        "nesterov": switch, "clip": or_null(NUMBER), "label_smoothing": BELOW_ONE, "skip_non_finite": WHOLE,
     },
     "schedule": {
         "kind": choice("constant linear cosine wsd inverse_sqrt"), "warmup": WHOLE, "steps": COUNT, "final": SHARE, "decay": SHARE,
@@ -194,7 +194,7 @@ SCHEMA: dict[str, Any] = {
     "runtime": {
         "device": choice("auto cpu cuda"), "dtype": choice("auto float64 float32 bfloat16"), "backend": choice("auto gloo nccl"),
         "compile": switch, "fp8": choice("off tensorwise rowwise"), "cuda_graph": switch, "seed": SEED,
-        "timeout_seconds": number(lambda value: 0 < value <= 1e7), "reduce_order": choice("fixed fast"),
+        "timeout_seconds": number(lambda value: 0 < value <= 1e7), "digest_every": WHOLE, "reduce_order": choice("fixed fast"),
         "peak_tflops": or_null(POSITIVE), "threads": or_null(whole(1, 4096)), "offload_dir": or_null(words),
     },
     "save": {"every": WHOLE, "keep": WHOLE, "async": switch, "dir": words},

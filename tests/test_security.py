@@ -560,7 +560,6 @@ def test_a_run_leaks_no_secret(watched: tuple[Path, bytes, set[str]]) -> None:
     assert not [name for name, value in SECRETS.items() if value.encode() in said]
 
 
-@pytest.mark.xfail(condition="stay_on_loopback" not in (ROOT / "dist_llm/cli/train.py").read_text(), reason="train does not ask for it yet")
 def test_local_ranks_open_no_port_to_others(watched: tuple[Path, bytes, set[str]]) -> None:
     assert watched[2] <= set(LOOPBACK), watched[2]
 

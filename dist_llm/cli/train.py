@@ -16,11 +16,12 @@ from typing import Annotated, Any
 import typer
 
 from dist_llm import faults, flight
+from dist_llm.cli.loopback import stay_on_loopback
 from dist_llm.config import explain
 from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, config_tree, load_config
 from dist_llm.config.rules import check as check_rules
-from dist_llm.errors import CheckpointError, Code, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
+from dist_llm.errors import MAX_COMMAND, CheckpointError, Code, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
 from dist_llm.meeting import Meeting
 from dist_llm.model.table import num_parameters
 from dist_llm.report.units import show_bytes
@@ -42,6 +43,7 @@ def train(
     resume: Annotated[str | None, typer.Option("--resume", metavar="auto|CKPT", help="Go on from a checkpoint of any layout.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float64, float32 or bfloat16")] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="data.source: text to train on.")] = None,
+    max_bad_lines: Annotated[int | None, typer.Option("--max-bad-lines", min=0, help="data.max_bad_lines")] = None,
     max_restarts: Annotated[int, typer.Option("--max-restarts", min=0, help="Go on so often after a rank was lost.")] = 0,
     profile: Annotated[str | None, typer.Option("--profile", metavar="FIRST:LAST", help="Steps to trace, into the run's logs/.")] = None,
 ) -> None:
@@ -50,6 +52,7 @@ def train(
     What is written: RUN/metrics.jsonl, checkpoints/, samples.jsonl, config.yaml, report.html and logs/.
     """
     short = {"layout": layout, "schedule.steps": steps, "save.every": save_every, "save.dir": run_dir, "runtime.dtype": dtype}
+    short["data.max_bad_lines"] = max_bad_lines
     loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)])
     place = torchrun_place()
     if place is not None:
@@ -174,6 +177,7 @@ def go_on(words: list[str]) -> str:
 
 def _train_here(run: Run, restarts: int) -> None:
     """Starts local ranks, and shows what they do."""
+    stay_on_loopback()
     with Console(steps=run.loaded.config.schedule.steps) as console:
         _introduce(run, console)
         from dist_llm.train.run import candidates  # torch: seconds, after there is something to read
@@ -302,7 +306,7 @@ def _conclude(run: Run, result: dict[str, Any], console: Console | None) -> None
             console.line(f"checkpoint  {plain(result['checkpoint'])}")
         if result["stopped"] is not None:
             console.line(f"stopped     as asked, after step {result['stopped']} of {run.loaded.config.schedule.steps}, which is saved")
-            console.line(f"next        {plain(go_on(sys.argv[1:]))}")
+            console.line(f"next        {plain(go_on(sys.argv[1:]), width=MAX_COMMAND)}")
         else:
             console.line(f"next        dist-llm sample {plain(run.path)} --prompt 'def '")
     if result["stopped"] is not None:

@@ -121,6 +121,9 @@ class WholeEngine:
         if self.dtype not in self.dtypes:
             expected, found = (" or ".join(str(dtype)[6:] for dtype in dtypes) for dtypes in (self.dtypes, [self.dtype]))
             raise UsageError(f"{where},zero={layout.zero} has another dtype", where="runtime.dtype", expected=expected, found=found)
+        if self.config.skip_non_finite:
+            what, found = "this engine leaves no step out", f"optimizer.skip_non_finite={self.config.skip_non_finite}"
+            raise UsageError(what, where=where, found=found, next="leave it out, or engine=native")
         if compiled or layout.recompute != "none":
             found = "runtime.compile=true" if compiled else f"recompute={layout.recompute}"
             raise UsageError("this engine neither compiles nor recomputes", where=where, found=found, next="leave it out, or engine=native")
