@@ -84,7 +84,7 @@ class BadLines:
         if self.count <= self.allowed:
             return
         lines = f"{'at least ' if more else ''}{self.count} line{'' if self.count == 1 else 's'}"
-        wanted = "N" if more else self.count
+        wanted = 50 * self.count if more else self.count
         raise DataError(
             f"{lines} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
             where=self.told[0].split(": ", 1)[0],
