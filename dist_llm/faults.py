@@ -30,7 +30,7 @@ POINTS = (
 
 
 OTHERS = ("SLOW", "MEMORY")  # than signals
-SLOW_SECONDS = 0.1
+SLOW_SECONDS = 0.05
 
 
 @dataclass(frozen=True)

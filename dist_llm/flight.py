@@ -21,6 +21,7 @@ PHASES = ("start", "data", "forward", "backward", "reduce", "update", "validate"
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "barrier")
 DTYPES = ("float32", "bfloat16", "float64", "float16", "int64", "int32", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", "another dtype")
 BEGUN, WAITED_FOR, DONE = range(3)
+_SENT, _RECEIVED = KINDS.index("send"), KINDS.index("recv")
 
 RING = 512  # collectives that are remembered
 STEPS = 32  # steps whose own work is remembered
@@ -223,6 +224,17 @@ def read(buffer: Any, *, calls: bool = True) -> Snapshot | None:
     good = [call for call in found if call is not None]
     waiting = _call(buffer, awaited) if awaited >= 0 else None
     return Snapshot(rank, _text_at(buffer, 0), pid, step, PHASES[phase], changed_at, good, waiting, seconds)
+
+
+def signatures(buffer: Any) -> dict[tuple[str, int], tuple]:
+    """What was sent, by group and place, of all remembered collectives: the quick half of a comparison between ranks."""
+    begun, names, found = _HEAD.unpack_from(buffer, 0)[5], dict[int, str](), dict[tuple[str, int], tuple]()
+    ring = _ENTRY.iter_unpack(bytes(buffer[_RING_AT:_TEXTS_AT]))
+    for at, (held, place, _, group, _, kind, dtype, _, *shape) in enumerate(ring):
+        if begun - RING + 8 <= held < begun and held % RING == at:
+            name = names.get(group) or names.setdefault(group, _text_at(buffer, group))
+            found[name, place] = (_RECEIVED if kind == _SENT else kind, dtype, *shape)
+    return found
 
 
 def _call(buffer: Any, number: int) -> Call | None:

@@ -32,7 +32,7 @@ PR_SET_PDEATHSIG = 1
 # What gloo and NCCL say of a rank that is gone or does not come.
 LOST = (
     *("Connection closed by peer", "Connection closed by remote peer", "Connection reset", "Broken pipe"),
-    *("Timed out waiting", "Socket Timeout", "ncclRemoteError"),
+    *("Timed out waiting", "Socket Timeout", "Application timeout", "ncclRemoteError"),
 )
 
 

@@ -48,6 +48,14 @@ class Job:
             raise TimeoutError(f"{self.out.read_text()}\n{self.err.read_text()}")
         return Result(code, self.out.read_text(), self.err.read_text())
 
+    @property
+    def running(self) -> bool:
+        """Whether its own process lives."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0] not in (b"Z", b"X")
+        except OSError:
+            return False
+
     def ranks(self) -> list[int]:
         """The processes that it has forked, oldest first."""
         return [pid for pid in self.left() if pid != self.pid]

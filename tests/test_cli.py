@@ -17,6 +17,7 @@ from dist_llm.cli import main as cli
 from dist_llm.cli.train import Place, short_overrides, told_by, torchrun_place
 from dist_llm.errors import CheckpointError, DataError, Failure, MemoryFailure, NumericError, PeerError, UsageError
 from dist_llm.meeting import Meeting
+from tests.commands import Commands
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs/tiny.yaml")
@@ -27,11 +28,6 @@ QUIET = {**{key: value for key, value in os.environ.items() if key not in ("RANK
 def start(*words: str, **settings: Any) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*COMMAND, *words], cwd=ROOT, env=QUIET, text=True, start_new_session=True, **{**pipes, **settings})
-
-
-def call(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end."""
-    return subprocess.run([*COMMAND, *words], cwd=ROOT, env=QUIET, text=True, capture_output=True, timeout=120, check=False)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
@@ -47,7 +43,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> s
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["check", TINY], ["doctor"], ["data", "--help"], ["trian"]]
+    "words",
+    [["--help"], ["--version"], ["train", "--help"], ["check", TINY], ["doctor"], ["data", "--help"], ["trian"], ["train", TINY, "model.x=2"]],
 )
 def test_what_needs_no_torch_imports_none(words: list[str]) -> None:
     code = f"""
@@ -63,10 +60,10 @@ print("seconds", resource.getrusage(resource.RUSAGE_SELF).ru_utime)
     assert float(done.stdout.split()[-1]) < 1.0, "of processor time; about a quarter on a quiet machine"
 
 
-def test_every_verb_is_there() -> None:
-    shown = call("--help").stdout
+def test_every_verb_is_there(commands: Commands) -> None:
+    shown = commands.run("--help").stdout
     assert all(verb in shown for verb in cli.VERBS) and "Exit codes" in shown
-    assert call("--version").stdout.startswith("dist-llm ")
+    assert commands.run("--version").stdout.startswith("dist-llm ")
 
 
 # --- words that are wrong --------------------------------------------------------------------------------------------------
@@ -79,7 +76,7 @@ def test_a_wrong_word_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
     assert "--nproc" in refused(capsys, "train", TINY, "--nproc", "0")
 
 
-def test_a_wrong_config_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_wrong_config_is_refused(commands: Commands, tmp_path: Path) -> None:
     for words, told in (
         (["model.layerz=2"], "did you mean 'layers'"),
         (["--dtype", "float16"], "runtime.dtype"),
@@ -88,10 +85,10 @@ def test_a_wrong_config_is_refused_before_torch_is_imported(tmp_path: Path) -> N
         (["--layout", "dp=2,tq=2"], "did you mean 'tp'"),
     ):
         began = time.monotonic()
-        done = call("train", TINY, *words, "--run-dir", str(tmp_path / "run"))
+        done = commands.run("train", TINY, *words, "--run-dir", str(tmp_path / "run"))
         assert done.returncode == 2 and told in done.stderr, done.stderr
         assert not (tmp_path / "run").exists() and time.monotonic() - began < 20
-    assert call("train", str(tmp_path / "none.yaml")).returncode == 2
+    assert commands.run("train", str(tmp_path / "none.yaml")).returncode == 2
 
 
 def test_what_is_not_there_is_told_with_what_to_type(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -101,16 +98,18 @@ def test_what_is_not_there_is_told_with_what_to_type(capsys: pytest.CaptureFixtu
         assert nothing in told and told.splitlines()[-1].startswith("  next: "), told
 
 
-def test_bad_lines_are_skipped_as_the_message_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bad_lines_are_skipped_as_the_message_says(
+    commands: Commands, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """The command that it names runs, and after it the same `train`, which says what was skipped."""
     text = tmp_path / "x.jsonl"
     text.write_text("".join(json.dumps({"text": f"line number {number} of a small text"}) + "\n" for number in range(90)) + "bad\n" * 2)
     data, run = [f"data.source={text}", f"data.dir={tmp_path / 'data'}", "data.validation=0"], ["--steps", "2", "--run-dir", str(tmp_path)]
-    failed = call("train", TINY, *data, *run)
+    failed = commands.run("train", TINY, *data, *run)
     assert failed.returncode == 3 and "2 lines cannot be read" in failed.stderr
     named = failed.stderr.split("dist-llm ")[-1].split(";")[0].replace("CONFIG", TINY).split()
     assert cli.run([*named, *data]) == 0 and "2 bad lines were skipped" in capsys.readouterr().out
-    done = call("train", TINY, *data, *run)
+    done = commands.run("train", TINY, *data, *run)
     assert done.returncode == 0 and "note: 2 bad lines of x were skipped when it was built" in done.stdout, done.stderr
     flag = ["data", "build", TINY, data[0], f"data.dir={tmp_path / 'other'}", "data.max_bad_lines=1", "--max-bad-lines"]
     assert cli.run([*flag, "2"]) == 0 and "built" in capsys.readouterr().out
@@ -186,16 +185,16 @@ def test_under_torchrun_a_failure_is_told_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of two ranks by the command, and what it showed."""
     home = tmp_path_factory.mktemp("cli")
     words = ["--steps", "3", "--run-dir", str(home / "run"), f"data.dir={home / 'data'}", "data.max_tokens=20_000", "--nproc", "2"]
-    done = call("train", TINY, *words, "track.sample_every=3", "--save-every", "2")
+    done = commands.run("train", TINY, *words, "track.sample_every=3", "--save-every", "2")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return home, done.stdout
 
 
-def test_train_shows_and_leaves(trained: tuple[Path, str]) -> None:
+def test_train_shows_and_leaves(commands: Commands, trained: tuple[Path, str]) -> None:
     home, shown = trained
     lines = shown.splitlines()
     assert lines[0].startswith("llama: 31,424 parameters") and lines[1] == "2 ranks = dp 2 x pp 1 x cp 1 x tp 1"
@@ -205,15 +204,15 @@ def test_train_shows_and_leaves(trained: tuple[Path, str]) -> None:
     run = home / "run"
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "checkpoints", "logs"}
     assert "<html" in (run / "report.html").read_text()[:2000].lower() and not (run / ".weights").exists()
-    assert call("check", str(run / "config.yaml"), "--world", "2").returncode == 0, "the resolved config is a config"
+    assert commands.run("check", str(run / "config.yaml"), "--world", "2").returncode == 0, "the resolved config is a config"
 
 
-def test_a_second_run_needs_a_word(trained: tuple[Path, str]) -> None:
+def test_a_second_run_needs_a_word(commands: Commands, trained: tuple[Path, str]) -> None:
     home, _ = trained
     words = ["train", str(home / "run/config.yaml")]
-    again = call(*words)
+    again = commands.run(*words)
     assert again.returncode == 2 and "already holds a run" in again.stderr and "--resume auto" in again.stderr
-    on = call(*words, "--resume", "auto", "--steps", "4", "--layout", "tp=2")
+    on = commands.run(*words, "--resume", "auto", "--steps", "4", "--layout", "tp=2")
     assert on.returncode == 0 and "going on from step 3" in on.stdout and "step 4/4" in on.stdout, on.stderr
     steps = [json.loads(line)["step"] for line in (home / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
@@ -262,13 +261,13 @@ def test_an_interrupt_leaves_nothing_behind(trained: tuple[Path, str], tmp_path:
         os.killpg(process.pid, 0)
 
 
-def test_a_failure_of_a_rank_is_told_once(trained: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_failure_of_a_rank_is_told_once(commands: Commands, trained: tuple[Path, str], tmp_path: Path) -> None:
     words = [f"data.dir={trained[0] / 'data'}", "data.max_tokens=20_000", "--nproc", "2", "--run-dir", str(tmp_path)]
-    done = call("train", TINY, *words, "optimizer.lr=1e30", "optimizer.clip=null")
+    done = commands.run("train", TINY, *words, "optimizer.lr=1e30", "optimizer.clip=null")
     assert done.returncode == 6 and done.stderr.count("error:") == 1 and "not finite" in done.stderr and "Traceback" not in done.stderr
     assert "Traceback" in (tmp_path / "logs/rank-0.log").read_text(), "the traceback is kept"
     assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
-    few = call("train", TINY, *words[:1], "data.max_tokens=300", "--run-dir", str(tmp_path / "few"))
+    few = commands.run("train", TINY, *words[:1], "data.max_tokens=300", "--run-dir", str(tmp_path / "few"))
     assert few.returncode == 3 and "too little text" in few.stderr
 
 

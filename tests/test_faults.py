@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -148,7 +149,7 @@ def wait_for(job: Job, text: str) -> None:
     """Until a command has said something."""
     deadline = time.monotonic() + 60
     while text not in job.out.read_text():
-        assert time.monotonic() < deadline and job.left(), job.err.read_text()
+        assert time.monotonic() < deadline and job.running, job.err.read_text()
         time.sleep(0.01)
 
 
@@ -311,3 +312,38 @@ def another_code(rank: int, world: int, say: Callable) -> None:
     if rank == 1:
         run.code_hash = lambda: "f" * 64
     run.require_equal(whole_world(rank, world), torch.device("cpu"), config={"a": {"b": 1}}, layout={}, data="0" * 64)
+
+
+SOAK_STEPS, SOAK_PERIOD = 8000, 30.0  # about ten minutes with what is done twice
+
+
+def soak(commands: Commands, home: Path, folder: Path, *, steps: int, period: float) -> int:
+    """Runs to its end through a fault every so many seconds; returns how many there were."""
+    first = [*words(home, folder, "dp=2,zero=2"), f"schedule.steps={steps}", "save.every=50", "track.validate_every=0", "save.keep=2"]
+    draw, faults = random.Random(7), 0
+    while True:
+        resume = ["--resume", "auto"] if (folder / "checkpoints").is_dir() and step_folders(folder) else []
+        job, begun = commands.start(*first, *resume), time.monotonic()
+        while job.running and time.monotonic() - begun < period:
+            time.sleep(0.05)
+        kind = draw.choice(("kill", "stop", "told", "launcher"))
+        victims = [job.pid] if kind in ("told", "launcher") else job.ranks()[-2:]
+        if victims and job.running:
+            faults += 1
+            number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "told": signal.SIGTERM, "launcher": signal.SIGKILL}[kind]
+            os.kill(draw.choice(victims), number)
+        result = job.wait(timeout=period + 60)
+        nothing_left(job, set(os.listdir("/dev/shm")))
+        if result.returncode == 0:
+            return faults
+        assert result.returncode in (5, 75, 137, 143) and "Traceback" not in result.stderr, (kind, result)
+
+
+@pytest.mark.long
+def test_a_soak_ends_in_the_state_of_a_calm_run(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """A fault every 30 seconds for some ten minutes: the last checkpoint has the calm run's bytes, and metrics its losses."""
+    assert soak(commands, home, tmp_path / "soaked", steps=SOAK_STEPS, period=SOAK_PERIOD) >= 10
+    soak(commands, home, tmp_path / "calm", steps=SOAK_STEPS, period=1e9)
+    assert losses(tmp_path / "soaked") == losses(tmp_path / "calm")
+    ends = [open_checkpoint(tmp_path / name).manifest["files"] for name in ("soaked", "calm")]
+    assert ends[0] == ends[1]
