@@ -44,7 +44,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> s
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["--version"], ["train", "--help"], ["check", TINY], ["doctor"], ["data", "--help"], ["trian"], ["train", TINY, "model.x=2"]],
+    [["--help"], ["--version"], ["train", "--help"], ["train", TINY, "model.x=2"], ["check", TINY], ["doctor"], ["data", "--help"], ["x"]],
 )
 def test_what_needs_no_torch_imports_none(words: list[str]) -> None:
     code = f"""

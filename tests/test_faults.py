@@ -314,7 +314,7 @@ def another_code(rank: int, world: int, say: Callable) -> None:
     run.require_equal(whole_world(rank, world), torch.device("cpu"), config={"a": {"b": 1}}, layout={}, data="0" * 64)
 
 
-SOAK_STEPS, SOAK_PERIOD = 8000, 30.0  # about ten minutes with what is done twice
+SOAK_STEPS, SOAK_PERIOD = 4500, 30.0  # about ten minutes, and as many for the calm run
 
 
 def soak(commands: Commands, home: Path, folder: Path, *, steps: int, period: float) -> int:
