@@ -29,7 +29,7 @@ from tests.commands import Commands, Job, Result
 from tests.ranks import Ranks
 
 STEPS, FAULT = 8, 6  # steps of a run, and the one that is disturbed; every second one is saved
-TIMEOUT = 2.0  # runtime.timeout_seconds
+TIMEOUT = 4.0  # runtime.timeout_seconds
 STEP = ("step.data", "step.forward", "step.backward", "step.reduce", "step.update", "step.validate")
 SAVE = ("save.write", "save.commit", "retain.delete")
 PAIRS = ("dp=2,zero=1", "tp=2", "pp=2", "dp=2,zero=3", "dp=2,zero=2,shard=2", "dp=2,zero=0")
@@ -215,7 +215,7 @@ def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None
     folder, layout = tmp_path / "run", "dp=2,zero=1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     environment = {**os.environ, "DIST_LLM_FAULT": f"step.backward:1:{FAULT}", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "dist_llm", *words(home, folder, layout)]
+    command = [*torchrun, "-m", "dist_llm", *words(home, folder, layout), "runtime.timeout_seconds=60"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "going on from step" in result.stdout
