@@ -25,7 +25,8 @@ _SENT, _RECEIVED = KINDS.index("send"), KINDS.index("recv")
 
 RING = 512  # collectives that are remembered
 STEPS = 32  # steps whose own work is remembered
-TEXTS, TEXT = 256, 96  # places for names of groups and lines of code
+TEXTS, TEXT = 256, 96  # places for names of groups and lines of code; the last one is for those that find none
+NO_PLACE = "..."
 MAGIC = b"dllmfly1"
 _HEAD = struct.Struct("<8sIIqdqqqHB")  # magic, rank, pid, step, changed at, collectives begun, awaited, steps done, texts, phase
 _ENTRY = struct.Struct("<QQIHHBBBB4I")  # number, place in its group, step, group, site, kind, dtype, state, num dims, dims
@@ -114,6 +115,7 @@ class Flight:
         if known is None:
             known = min(len(self._texts), TEXTS - 1)
             self._texts[key] = known
+            text = text if known < TEXTS - 1 else NO_PLACE
             self.buffer[_TEXTS_AT + known * TEXT : _TEXTS_AT + (known + 1) * TEXT] = text.encode()[:TEXT].ljust(TEXT, b"\0")
         return known
 
@@ -233,6 +235,8 @@ def signatures(buffer: Any) -> dict[tuple[str, int], tuple]:
     for at, (held, place, _, group, _, kind, dtype, _, *shape) in enumerate(ring):
         if begun - RING + 8 <= held < begun and held % RING == at:
             name = names.get(group) or names.setdefault(group, _text_at(buffer, group))
+            if name == NO_PLACE:
+                continue
             found[name, place] = (_RECEIVED if kind == _SENT else kind, dtype, *shape)
     return found
 

@@ -51,7 +51,7 @@ def mismatch(snapshots: Sequence[Snapshot]) -> Mismatch | None:
     first: dict[tuple[str, int], tuple[int, Call]] = {}
     found: list[Mismatch] = []
     for snapshot in snapshots:
-        for call in snapshot.calls:
+        for call in (call for call in snapshot.calls if call.group != flight.NO_PLACE):
             rank, other = first.setdefault((call.group, call.place), (snapshot.rank, call))
             if other.what != call.what:
                 found.append(Mismatch((rank, snapshot.rank), (other, call)))
@@ -153,9 +153,12 @@ def process_states(snapshots: Sequence[Snapshot]) -> dict[int, str]:
 
 
 class Watchdog:
-    """Looks at the records of all ranks. note: hears of a slow rank, once each."""
+    """Looks at the records of all ranks. note: hears of a slow rank, once each. A record that is out of reach is None."""
 
-    def __init__(self, buffers: Sequence[Any], *, timeout_seconds: float, logs: object = None, note: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, buffers: Sequence[Any | None], *, timeout_seconds: float, logs: object = None, note: Callable[[str], None] | None
+    ) -> None:
+        self.complete, buffers = None not in buffers, [buffer for buffer in buffers if buffer is not None]
         self.buffers, self.timeout, self.logs, self.note = buffers, timeout_seconds, logs, note
         self.looked_at = time.monotonic()
         self.noted: set[int] = set()
@@ -187,11 +190,11 @@ class Watchdog:
         return any(first.setdefault(place, what) != what for buffer in self.buffers for place, what in flight.signatures(buffer).items())
 
     def explain(self) -> Failure | None:
-        """After a rank has given up waiting: what the records say of it."""
+        """After a rank has given up waiting: what the records say of it. Nobody is blamed where not all of them are here."""
         if (differing := self.mismatch()) is not None:
             return differing
         found = self.snapshots()
-        return self.hang(found) if any(one.awaited is not None for one in found) else None
+        return self.hang(found) if self.complete and any(one.awaited is not None for one in found) else None
 
     def mismatch(self) -> Failure | None:
         """The failure of ranks that do not make the same collectives, if they do not."""

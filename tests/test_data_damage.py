@@ -18,7 +18,7 @@ from dist_llm.data import store as storing
 from dist_llm.data.build import build_store
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.errors import DataError, render
-from tests.test_damage import CONTENTS, FILES
+from tests.test_damage import CONTENTS, FILES, flip_each
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,18 +69,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Data:
         return Data(tmp_path_factory.mktemp("damage") / "other", salt="a")
 
 
-def flip_each(data: Data, places: list[tuple[Path, int]], chance: random.Random) -> None:
-    """One byte after the other is changed, refused, and put back."""
-    for path, at in places:
-        with path.open("rb+") as handle:
-            handle.seek(at)
-            (byte,) = handle.read(1)
-            handle.seek(at)
-            handle.write(bytes([byte ^ chance.randrange(1, 256)]))
-            handle.flush()
-            assert data.refused().where == str(path), (path, at)
-            handle.seek(at)
-            handle.write(bytes([byte]))
+def flip_each_of(data: Data, places: list[tuple[Path, int]], chance: random.Random) -> None:
+    """One byte after the other is changed, refused with its file, and put back."""
+
+    def refused(path: Path) -> None:
+        assert data.refused().where == str(path), path
+
+    flip_each(places, chance, refused)
     data.take_up()
 
 
@@ -100,12 +95,12 @@ def test_every_byte_of_a_small_data_set(data: Data) -> None:
     tokenizers = [path for path in data.files if path.name == "tokenizer.json"]
     places = places_of([path for path in data.files if path not in tokenizers])
     assert 3500 < len(places) < 6000
-    flip_each(data, places + places_of(tokenizers)[::29], random.Random(1))
+    flip_each_of(data, places + places_of(tokenizers)[::29], random.Random(1))
 
 
 @pytest.mark.long
 def test_every_byte_of_its_tokenizers(data: Data) -> None:
-    flip_each(data, places_of([path for path in data.files if path.name == "tokenizer.json"]), random.Random(2))
+    flip_each_of(data, places_of([path for path in data.files if path.name == "tokenizer.json"]), random.Random(2))
 
 
 def spoil(path: Path, twin: Path, kind: str, *, other: Path) -> bool:

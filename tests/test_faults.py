@@ -222,6 +222,22 @@ def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None
     assert losses(folder) == calm(layout)
 
 
+def test_told_to_stop_under_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None:
+    """As a scheduler stops it: torchrun hands the signal on, and the step that was made is saved."""
+    folder = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dist_llm"]
+    settings = ["schedule.steps=4000", "save.every=0", "runtime.timeout_seconds=60"]
+    process = subprocess.Popen([*torchrun, *words(home, folder, "dp=2,zero=1"), *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() or not losses(folder):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert b"stopped     as asked" in out and open_checkpoint(folder).step == losses(folder)[-1][0] < 4000
+    assert not (folder / "logs/rank-1.log").exists(), "no failure, so no traceback"
+
+
 def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:
     """Ten times slower from step 2 on: one note within 20 steps (F10)."""
     first = [*words(home, tmp_path / "run", "dp=2"), "schedule.steps=24", "save.every=0", "track.validate_every=0"]
@@ -242,8 +258,9 @@ def test_out_of_memory_says_what_would_fit(commands: Commands, home: Path, tmp_p
     assert "bytes of memory at most so far" in result.stderr
     changes = [line.split(" needs ")[0].removeprefix("  - ").split() for line in lines if " needs " in line]
     assert len(changes) == 3, lines
-    for change in changes:
-        assert commands.run("check", "configs/tiny.yaml", "--world", "2", "layout.dp=2", "batch.micro=2", *change).returncode == 0
+    for change in changes:  # added to the command they are what they say
+        explained = commands.run("check", "configs/tiny.yaml", "--layout", "dp=2", "batch.micro=2", *change, "--json")
+        assert explained.returncode == 0 and change[-1].split("=", 1)[1] in explained.stdout, (change, explained)
 
 
 # --- ranks that do not meet, or are not the same --------------------------------------------------------------------------

@@ -6,15 +6,11 @@ comes back equal from its own dump. Each find is a kept case.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +22,9 @@ from dist_llm.config.rules import check
 from dist_llm.config.yaml_file import MAX_BYTES, dump
 from dist_llm.errors import MAX_LINES, UsageError, render
 from tests import config_oracle as oracle
+from tests.commands import Commands
 
-CASES, LONG_CASES, SHELL_CASES = 2000, 100_000, 60
+CASES, LONG_CASES, SHELL_CASES = 2000, 100_000, 200
 SECONDS = 2.0  # for one config, a thousand times what a usual one takes
 ROOT = Path(__file__).parent.parent
 PLACE = re.compile(r"[^:]*:\d+:\d+: ")
@@ -302,22 +299,15 @@ def test_the_search_for_a_layout_ends_soon(axes: str, world: int) -> None:
 # --- through the shell -----------------------------------------------------------------------------------------------------
 
 
-def test_through_the_shell(tmp_path: Path) -> None:
+def test_through_the_shell(commands: Commands, tmp_path: Path) -> None:
     """The whole command: exit 0 or 2 as the oracle says, one short block, and nothing else on stderr."""
-    chosen = random.Random(23).sample([(text, 1 + n % 4) for n, text in enumerate(cases(23, 600)) if "\x00" not in text], SHELL_CASES)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(case: tuple[int, tuple[str, int]]) -> tuple[str, int, subprocess.CompletedProcess[bytes]]:
-        number, (text, world) = case
+    chosen = random.Random(23).sample([(text, 1 + n % 4) for n, text in enumerate(cases(23, 900)) if "\x00" not in text], SHELL_CASES)
+    for number, (text, world) in enumerate(chosen):
         path = tmp_path / f"{number}.yaml"
         path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
-        command = [sys.executable, "-m", "dist_llm", "check", str(path), "--world", str(world)]
-        return text, world, subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=30)
-
-    with ThreadPoolExecutor(2) as pool:
-        for text, world, done in pool.map(run, enumerate(chosen)):
-            refused = bool(oracle.judge(text.removeprefix("\ufeff"), world))
-            assert done.returncode == (2 if refused else 0), (text, world, done.stderr)
-            lines = done.stderr.decode("utf-8").splitlines()
-            assert len(lines) <= MAX_LINES and b"Traceback" not in done.stderr and bool(lines) == refused, (text, lines)
-            assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", done.stderr + done.stdout), text
+        done = commands.run("check", str(path), "--world", str(world), timeout=30)
+        refused = bool(oracle.judge(text.removeprefix("\ufeff"), world))
+        assert done.returncode == (2 if refused else 0), (text, world, done.stderr)
+        lines = done.stderr.splitlines()
+        assert len(lines) <= MAX_LINES and "Traceback" not in done.stderr and bool(lines) == refused, (text, lines)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", done.stderr + done.stdout), text

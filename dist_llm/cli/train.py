@@ -211,6 +211,8 @@ def _train_under_torchrun(run: Run, place: Place) -> None:
         with Console(steps=run.loaded.config.schedule.steps) as console:
             result = _join(run, place, console)
             _conclude(run, result, console if place.rank == 0 else None)
+    except typer.Exit:
+        raise
     except Exception as error:
         from dist_llm.ranks import known_failure
 
@@ -229,8 +231,8 @@ def _train_under_torchrun(run: Run, place: Place) -> None:
 def _records(run: Run, place: Place, note: Callable[[str], None] | None = None) -> Watchdog:
     """A watch over the flight records of torchrun's ranks, as far as they share this folder."""
     logs, timeout = run.path / "logs", run.loaded.config.runtime.timeout_seconds
-    records = (flight.open_file(logs / f"rank-{rank}.flight") for rank in range(place.world))
-    return Watchdog([record for record in records if record is not None], timeout_seconds=timeout, logs=logs, note=note)
+    records = [flight.open_file(logs / f"rank-{rank}.flight") for rank in range(place.world)]
+    return Watchdog(records, timeout_seconds=timeout, logs=logs, note=note)
 
 
 def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:

@@ -16,7 +16,7 @@ MOST = 3
 
 @dataclass(frozen=True)
 class Relief:
-    """A change as it is typed, and the predicted bytes of the fullest rank."""
+    """A change as it is added to the command, and the predicted bytes of the fullest rank."""
 
     words: str
     bytes: int
@@ -32,14 +32,16 @@ def reliefs(config: Config, layout: Layout, *, dtype: str, device: str) -> list[
     """The legal single changes that need the least memory, least first; only those that need less than now."""
     now = peak(config, layout, dtype=dtype, device=device)
     found = []
-    for changes in _candidates(config, layout):
+    for change in _candidates(config, layout):
         try:
-            other = changed(config, changes)
-            need = peak(other, check(other, layout.world), dtype=dtype, device=device)
+            other = changed(config, change)
+            split = check(other, layout.world)
+            need = peak(other, split, dtype=dtype, device=device)
         except (UsageError, ValueError):
             continue
         if need < now:
-            found.append(Relief(" ".join(f"{key}={value}" for key, value in changes.items()), need))
+            words = f"--layout {split}" if split != layout else " ".join(f"{key}={value}" for key, value in change.items())
+            found.append(Relief(words, need))
     return sorted(found, key=lambda one: one.bytes)[:MOST]
 
 
