@@ -222,6 +222,8 @@ def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, stor
         store.set(f"here/{rank}", "yes")
         store.wait([f"here/{other}" for other in range(world)])
         dist.init_process_group(backend, timeout=_patience, store=dist.PrefixStore("groups", store), rank=rank, world_size=world)
+        store.set(f"met/{rank}", "yes")  # who is done and leaves would break a connection that another rank still makes
+        store.wait([f"met/{other}" for other in range(world)])
     except (RuntimeError, ValueError) as error:
         raise PeerError(
             "the ranks could not meet",
