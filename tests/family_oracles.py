@@ -17,7 +17,10 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.engines.whole import Whole
 from dist_llm.interop.families import place, read_config, write_config
 from dist_llm.model.table import table
-from dist_llm.model.transformer import make_context
+from dist_llm.model.transformer import Context, make_context
+from dist_llm.random import key_of, uniform
+from dist_llm.train import trainer as trainer_module
+from dist_llm.train.proof import proof_rank
 from tests.oracles import CPU, batch, worst
 
 Say = Callable[..., None]
@@ -162,3 +165,37 @@ def _differences(model: ModelConfig) -> dict[str, Any]:
         "not named": sorted(held ^ state),
         "read back": read_config(theirs.config.to_dict(), where="config.json") == model.model_dump(),
     }
+
+
+# --- what each token's loss counts -------------------------------------------------------------------------------------
+
+
+def weighted_proof(rank: int, world: int, say: Say, job: dict[str, Any], layout: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A proof run in which every token has a weight of its own, addressed by its place in the global batch."""
+    make = trainer_module.make_context
+
+    def weighted(*given: Any, **options: Any) -> Context:
+        length = given[1].shape[1]
+        place = options["rows"][:, None] * length + torch.arange(length)
+        return make(*given, **options, weights=2 * uniform(place, key_of(3, "weights")).float())
+
+    trainer_module.make_context = weighted
+    return proof_rank(rank, world, say, job, layout, folder)
+
+
+def weighted_by_torch(rank: int, world: int, say: Say) -> list[float]:
+    """Differences of the loss and of the worst gradient of one micro-batch."""
+    torch.set_num_threads(1)
+    model, data = model_of("llama"), batch(61)
+    weights = torch.rand(data["labels"].shape, generator=torch.Generator().manual_seed(2))
+    context = make_context(model, data["tokens"], data["labels"], dtype=torch.float64, weights=weights)
+    plain = Whole(model, dtype=torch.float64, device=CPU)
+    loss = plain(context)
+    loss.backward()
+    ours = {name: parameter.grad for name, parameter in plain.by_name.items()}
+    plain.zero_grad()
+    each = F.cross_entropy(plain.logits(context).flatten(0, 1), data["labels"].flatten(), ignore_index=-100, reduction="none")
+    expected = (each * weights.flatten()).sum()
+    expected.backward()
+    theirs = {name: parameter.grad for name, parameter in plain.by_name.items()}
+    return [abs(float(loss.detach() / expected.detach()) - 1), worst(ours, theirs)[0]]

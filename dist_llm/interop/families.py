@@ -225,14 +225,14 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _write_gpt2(model: ModelConfig, family: Family) -> dict[str, Any]:
-    written = {"n_embd": model.dim, "n_layer": model.layers, "n_head": model.heads, "n_inner": model.ffn}
+    written: dict[str, Any] = {"n_embd": model.dim, "n_layer": model.layers, "n_head": model.heads, "n_inner": model.ffn}
     written |= {"n_positions": model.max_positions, "layer_norm_epsilon": model.norm_eps}
     written |= {"resid_pdrop": model.dropout, "embd_pdrop": model.dropout, "attn_pdrop": 0.0}
     return {**written, "activation_function": {"gelu_tanh": "gelu_new"}.get(model.activation, model.activation)}
 
 
 def _write_rotary(model: ModelConfig, family: Family) -> dict[str, Any]:
-    written = {"hidden_size": model.dim, "intermediate_size": model.ffn, "num_hidden_layers": model.layers}
+    written: dict[str, Any] = {"hidden_size": model.dim, "intermediate_size": model.ffn, "num_hidden_layers": model.layers}
     written |= {"num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim}
     written |= {"hidden_act": "silu", "rms_norm_eps": model.norm_eps, "max_position_embeddings": model.max_positions}
     written |= {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}, "attention_dropout": 0.0}
