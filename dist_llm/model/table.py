@@ -33,6 +33,7 @@ class Row:
     parts: int = 1
     std: float | None = None  # None: ones for norm weights, zeros for biases
     decay: bool = True  # takes weight decay: matrices do, norms and biases do not
+    trained: bool = True  # False: as it came, under an adapter; all rows of a unit are alike in this
 
     @property
     def numel(self) -> int:
