@@ -34,6 +34,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
     },
 }
+# Trained are small matrices alone: on all projections, and on some of them with biases, tied weights and other scales.
+MODELS["lora"] = {**MODELS["llama"], "adapter": {"rank": 3, "alpha": 8.0}}
+MODELS["lora on some"] = {
+    **MODELS["tied"],
+    "bias": True,
+    "adapter": {"rank": 5, "alpha": 3.0, "rank_stabilized": True, "targets": ["q", "v", "o", "up"]},
+}
 # More rows in the vocabulary than the tokenizer has tokens: over tp=4 the last rank holds nothing but padding.
 MODELS["padded"] = {**MODELS["llama"], "layers": 2, "tied": True}
 EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
@@ -77,6 +84,18 @@ NAMED: list[tuple[str, str]] = [
     ("tied", "pp=4,schedule=1f1b"),
     ("tied", "dp=2,pp=2,zero=3,unshard=micro_batch"),
     ("tied", "tp=4,sp=off"),  # 2 kv heads on 4 ranks (trap 9)
+    ("lora", "dp=2"),
+    ("lora", "dp=2,zero=1"),
+    ("lora", "dp=2,zero=2"),
+    ("lora", "dp=2,zero=3"),
+    ("lora", "tp=2"),
+    ("lora", "pp=2"),
+    ("lora", "dp=2,tp=2,zero=3,recompute=full"),
+    ("lora", "tp=2,pp=2,sp=off"),
+    ("lora on some", "tp=4"),  # 2 kv heads on 4 ranks
+    ("lora on some", "dp=2,pp=2,zero=3,unshard=micro_batch"),
+    ("lora on some", "dp=2,tp=2,zero=2,recompute=selective"),
+    ("lora on some", "pp=4,schedule=1f1b"),
     ("one kv head", "tp=2"),
     ("one kv head", "tp=4,sp=off"),
     ("one kv head", "tp=8"),

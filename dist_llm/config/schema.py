@@ -65,6 +65,24 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class AdapterConfig(Section):
+    """Small matrices that are trained instead of the model: W x + alpha / rank B A x for each target (LoRA, arXiv:2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Count = 8
+    alpha: Positive = 16.0
+    rank_stabilized: Switch = False  # divided by the root of the rank instead (rsLoRA, arXiv:2312.03732)
+    targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1), BeforeValidator(_tuple)] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
 class ModelConfig(Section):
     """The model. Names left out come from the preset, then the family, then a small default; none stays open but `preset`."""
 
@@ -91,6 +109,7 @@ class ModelConfig(Section):
     dropout: BelowOne
     init_std: Number
     residual_scale: Switch  # o and down weights start with init_std / sqrt(2 layers)
+    adapter: AdapterConfig | None = None  # trained in the place of everything else
 
     @model_validator(mode="before")
     @classmethod

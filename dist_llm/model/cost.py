@@ -19,7 +19,7 @@ def forward_flops(model: ModelConfig, sequence: int, *, convention: Convention =
     costs = dict.fromkeys(unit_names(model), 0.0)
     for row in table(model):
         if len(row.shape) == 2 and row.unit.startswith("blocks."):
-            costs[row.unit] += 2.0 * row.numel
+            costs[row.unit.removesuffix(".adapter")] += 2.0 * row.numel
     pairs = sequence if convention == "full" else sequence / 2
     for name in costs:
         if name.startswith("blocks."):

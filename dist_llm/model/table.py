@@ -8,11 +8,12 @@ Legend: L layers, D dim, H heads, K kv_heads, E head_dim, F ffn, V vocab, P max_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import Literal
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.schema import AdapterConfig, ModelConfig
 
 # How a parameter meets the tensor-parallel axis:
 #   column   output features are split (dim 0)        row      input features are split (dim 1)
@@ -46,7 +47,10 @@ def table(model: ModelConfig) -> tuple[Row, ...]:
     rows = _embedding_rows(model)
     for layer in range(model.layers):
         rows += _block_rows(model, layer)
-    return tuple(rows + _head_rows(model))
+    rows += _head_rows(model)
+    if model.adapter is None:
+        return tuple(rows)
+    return (*(replace(row, trained=False) for row in rows), *adapter_rows(model, model.adapter, rows))
 
 
 def unit_names(model: ModelConfig) -> tuple[str, ...]:
@@ -63,7 +67,32 @@ def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
     """The parameter units that a walk unit reads: its own and, where weights are tied, the shared one."""
     tied = ("tied",) if model.tied and walk_unit in ("embedding", "head") else ()
     own = walk_unit != "embedding" or not model.tied or model.positions == "learned"
-    return (*tied, walk_unit) if own else tied
+    adapter = (adapter_unit(walk_unit),) if model.adapter is not None and walk_unit.startswith("blocks.") else ()
+    return (*tied, walk_unit, *adapter) if own else tied
+
+
+def adapter_unit(walk_unit: str) -> str:
+    """The unit of the adapter of a block."""
+    return f"{walk_unit}.adapter"
+
+
+def adapter_rows(m: ModelConfig, adapter: AdapterConfig, rows: Sequence[Row]) -> list[Row]:
+    """A and B of each target among the rows of a model, block by block.
+
+    A (rank, in) starts with the variance that PEFT gives it, 1 / (3 in), of the whole input whatever part of it a rank has; B (out,
+    rank) with zeros. Of a column target each rank has all of A and its rows of B; of a row target its columns of A and all of B.
+    """
+    found: list[Row] = []
+    for row in rows:
+        *_, target, last = row.name.split(".")
+        if last != "weight" or target not in adapter.targets or row.role not in ("column", "row"):
+            continue
+        (out, into), unit, name = row.shape, adapter_unit(row.unit), row.name.removesuffix(".weight")
+        whole: dict[Role, tuple[Role, Role]] = {"column": ("inside", "column"), "row": ("row", "inside")}
+        (role_a, role_b), std = whole[row.role], 1 / sqrt(3 * into)
+        found.append(Row(f"{name}.lora_a", (adapter.rank, into), role_a, unit, row.parts if role_a == "row" else 1, std))
+        found.append(Row(f"{name}.lora_b", (out, adapter.rank), role_b, unit, row.parts if role_b == "column" else 1, 0.0))
+    return found
 
 
 def _embedding_rows(m: ModelConfig) -> list[Row]:

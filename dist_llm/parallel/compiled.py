@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_llm.mesh import groups_by_key
 from dist_llm.model.kernels import activate
-from dist_llm.model.parts import Norm, Projections
+from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.parallel import tensor
 from dist_llm.parallel.operation import differentiable, operation
 from dist_llm.parallel.tensor import Split, TensorRoles, beside
@@ -34,11 +34,11 @@ class CompiledRoles(TensorRoles):
         outputs = column(norm(x), weights, projections.biases, joined, split.group.key, split.sp, split.fp8)
         return list(outputs[0].split_with_sizes([weight.shape[0] for weight in weights], dim=-1)) if joined else outputs
 
-    def row(self, parts: Sequence[Tensor], activation: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
         split = self.split
-        y = row(activate(parts, kind=activation), weight, split.group.key, split.sp, split.fp8)
-        return y if bias is None else y + bias
+        y = row(activate(parts, kind=activation), projection.weight, split.group.key, split.sp, split.fp8)
+        return y if projection.bias is None else y + projection.bias
 
 
 def _split(group: str, sp: bool, fp8: str) -> Split:

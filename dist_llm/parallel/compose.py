@@ -35,6 +35,7 @@ from dist_llm.model.cost import forward_flops
 from dist_llm.model.fused import fuse
 from dist_llm.model.table import table, unit_names, uses
 from dist_llm.model.transformer import Block, build_unit
+from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.compiled import CompiledRoles
 from dist_llm.parallel.flat import pack
 from dist_llm.parallel.pipeline import Stage, Unit
@@ -83,7 +84,7 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     layout, tp = mesh.layout, mesh.at.tp
     fuse(options.compiled and options.device.type == "cuda")
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
-    kind = CompiledRoles if options.compiled else TensorRoles
+    kind = AdaptedRoles if model.adapter else CompiledRoles if options.compiled else TensorRoles
     roles = kind(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing, fp8=options.fp8)
     parts = stage_units(model, layout, options.sequence)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
@@ -122,7 +123,7 @@ def _flat_units(model: ModelConfig, mesh: Mesh, walk: Sequence[str], options: Op
             num_uses = sum(unit in uses(model, other) for other in walk)
             shared = unit == "tied" and layout.pp > 1
             given = {"dtype": dtype, "device": device, "num_uses": num_uses, "shared": shared}
-            flats[unit] = FlatUnit(plan, mesh, fixed=options.fixed, **given) if rows[0].trained else FlatWeights(plan, mesh, **given)
+            flats[unit] = FlatUnit(plan, mesh, fixed=options.fixed, **given) if plan.trained else FlatWeights(plan, mesh, **given)
             flats[unit].initialise(seed=options.seed)
     return flats
 

@@ -65,6 +65,11 @@ class FlatPlan:
     padded: int
 
     @property
+    def trained(self) -> bool:
+        """Whether the unit's parameters are trained: all of them or none."""
+        return self.slots[0].row.trained
+
+    @property
     def shard_size(self) -> int:
         """Elements of one shard."""
         return self.padded // self.shards

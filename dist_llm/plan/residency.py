@@ -46,6 +46,7 @@ class Residency:
 
     def __init__(self, plan: FlatPlan, shape: Shape, tally: Tally) -> None:
         layout, wide = shape.layout, shape.widths
+        self.trained = plan.trained
         self.tally, self.stage, self.keep = tally, layout.zero, layout.unshard == "step"
         self.by_step, self.fixed, self.alone = layout.reduce == "step", shape.fixed, layout.shard == 1
         self.weights = plan.padded * wide.weight

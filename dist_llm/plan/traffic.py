@@ -92,6 +92,10 @@ class Shape:
         """Parameter unit -> (flat plan, uses of it on this rank)."""
         return _flat_plans(self, pp, tp)
 
+    def trained_plans(self, pp: int, tp: int) -> list[tuple[FlatPlan, int]]:
+        """As `flat_plans`, of units that are trained."""
+        return [(plan, num_uses) for plan, num_uses in self.flat_plans(pp, tp).values() if plan.trained]
+
     def lists(self) -> list[list[Action]]:
         """The lowered schedule, one list per pipeline rank."""
         return _lists(self)
@@ -146,7 +150,7 @@ def sent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, float]:
 def _data(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
     """Gradient reductions, and the weights that ZeRO moves: inside the shard group, and once a step shards between replicas."""
     layout, wide, part = shape.layout, shape.widths, (shape.layout.shard - 1) / shape.layout.shard
-    for plan, num_uses in shape.flat_plans(pp, tp).values():
+    for plan, num_uses in shape.trained_plans(pp, tp):
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         total["dp"] += reductions * part * plan.padded * wide.gradient
         total["dp"] += 2 * (shape.replicas - 1) / shape.replicas * plan.shard_size * wide.gradient
@@ -190,13 +194,14 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
     moved = (t - 1) / t * tokens * shape.model.dim * wide.weight  # one gather or scatter; an all_reduce is two
     scalars = 2 * (t - 1) / t * tokens * wide.statistic * (4 if shape.smoothing else 3)
     again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
-    per_block, per_embedding, per_head = (10 + again, 2, 2) if layout.sp else (8 + again, 2, 2)
+    per_block, per_head = (10 if layout.sp else 8) + again, 2
+    per_embedding = 1 if layout.sp and shape.model.adapter else 2  # no slope is gathered where the table is not trained
     for units in shape.rank_stages(pp).values():
         for name in units:
             each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
             total["tp"] += shape.micro_batches * (each * moved + (scalars if name == "head" else 0))
             total["tp"] += shape.micro_batches * (_scales(shape) if name.startswith("blocks.") else 0)
-    for plan, num_uses in shape.flat_plans(pp, tp).values():
+    for plan, num_uses in shape.trained_plans(pp, tp):
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         for slot in plan.slots:
             if slot.sharding.partial:
@@ -228,7 +233,7 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
     message = shape.micro * length * shape.model.dim * wide.weight
     total["pp"] += message * sum(action.kind in SENDS for action in actions)
     plans = shape.flat_plans(pp, tp)
-    if layout.pp > 1 and "tied" in plans:
+    if layout.pp > 1 and "tied" in plans and plans["tied"][0].trained:
         total["pp"] += plans["tied"][0].shard_size // shape.replicas * wide.gradient
 
 

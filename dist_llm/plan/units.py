@@ -56,9 +56,10 @@ class Tensors:
         return sum(self.tokens * self.weights[f"{name}.weight"][0] for name in names) * self.width
 
     def by_weight(self, *names: str) -> int:
-        """The gradients by these weights, together."""
-        shapes = [self.weights[f"{name}.weight"] for name in names]
-        return sum(rows * columns for rows, columns in shapes) * self.width
+        """The gradients by these weights, together; under an adapter by its matrices."""
+        ends = ("lora_a", "lora_b") if self.model.adapter else ("weight",)
+        found = [self.weights[f"{name}.{end}"] for name in names for end in ends if f"{name}.{end}" in self.weights]
+        return sum(rows * columns for rows, columns in found) * self.width
 
     # --- (B, S', D) <-> (B, S, D) --------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class Block:
         statistics = self.q // (model.head_dim * t.width) * t.exact  # log-sum-exp, a number per head and token
         normed = self.q + self.k if model.qk_norm else 0
         self.attention = self.qkv + normed + self.q + statistics + t.mask  # its output is as large as the queries
-        pieces = min(PIECE, t.tokens) if t.cpu else t.tokens
+        pieces = min(PIECE, t.tokens) if t.cpu and not model.adapter else t.tokens
         self.piece = self.mlp // len(names) * pieces // t.tokens  # (piece, F)
         self.num_pieces = len(names) + 1  # in backward: the slope, the activation, for SwiGLU up's slope
 
@@ -172,7 +173,7 @@ class Block:
         again = self._mlp_forward() if t.layout.recompute == "selective" else 0
         full = made + (self.mlp if again else 0)
         narrow = t.exact != t.width
-        by_down = self.by_down * (1 + t.exact // t.width if narrow else 1)  # added up in float32, then cast
+        by_down = self.by_down * (1 + t.exact // t.width if narrow and not t.model.adapter else 1)  # added up in float32, then cast
         feed_forward = [
             made + 2 * t.dropped,
             made + t.dropped + again,
