@@ -63,6 +63,12 @@ CASES: list[Case] = [
     ("dp=2,pp=2,zero=3", "float32", {"micro": 1}),
     ("dp=2,tp=2,zero=2", "float32", {}),
     ("tp=2,pp=2,recompute=full", "float32", {"layers": 4}),
+    ("dp=1", "float32", {"adapter": {"rank": 8}}),
+    ("dp=1", "bfloat16", {"sequence": 64, "layers": 2, "adapter": {"rank": 4, "targets": ["q", "v"]}}),
+    ("dp=2,zero=2", "float32", {"adapter": {"rank": 8}}),
+    ("dp=2,zero=3", "float32", {"adapter": {"rank": 16}, "micro": 1, "layers": 6, "sequence": 64}),
+    ("tp=2", "float32", {"adapter": {"rank": 8}}),
+    ("pp=2", "float32", {"adapter": {"rank": 8}, "batch": 8}),
     ("dp=4,zero=3,shard=2", "float32", {"micro": 1, "sequence": 64}),
     ("dp=4,zero=2,shard=2,reduce=step", "float32", {"micro": 1, "sequence": 64}),
 ]

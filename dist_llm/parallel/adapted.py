@@ -78,27 +78,35 @@ class AdaptedColumn(Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
-        """By x (B, S', D), and by A and B of each adapter, which are made while by x travels."""
-        count, split = len(ctx.scales), ctx.split
+        """By x (B, S', D), and by A and B of each adapter."""
+        count, rule = len(ctx.scales), ctx.rule
         x, gain, shift, *rest = ctx.saved_tensors
-        weights, adapters, products = rest[:count], _pairs(ctx.scales, rest[count:]), split.products("output")
-        normed = ctx.rule(x, gain, shift)
-        gathering, by_whole, inner = start_gather(normed, split), None, []
-        for slope, weight, adapter in zip((slope.flatten(0, 1) for slope in slopes), weights, adapters, strict=True):
-            by_whole = products.by_input(slope, weight, total=by_whole)
-            if adapter is not None:
-                by_low = (slope @ adapter.b).mul_(adapter.scale)  # (T, R)
-                by_whole.addmm_(by_low, adapter.a)
-                inner.append((adapter, slope, by_low))
-        assert by_whole is not None
-        whole = finish_gather(gathering, split).flatten(0, 1)
-        reducing = start_reduce(by_whole.unflatten(0, (x.shape[0], -1)), split)
-        trained: list[Tensor] = []
-        for adapter, slope, by_low in inner:
-            low = (whole @ adapter.a.T).mul_(adapter.scale)
-            trained += [by_low.T @ whole, slope.T @ low]
-        by_x, _, _ = ctx.rule.backward(finish_reduce(reducing, split), x, gain, shift)
+        flat, adapters = [slope.flatten(0, 1) for slope in slopes], _pairs(ctx.scales, rest[count:])
+        by_normed, trained = _columns_backward(flat, rule(x, gain, shift), rest[:count], adapters, ctx.split)
+        by_x, _, _ = rule.backward(by_normed, x, gain, shift)
         return by_x, *[None] * (5 + 2 * count), *trained
+
+
+def _columns_backward(
+    slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adapter | None], split: Split
+) -> tuple[Tensor, list[Tensor]]:
+    """Slopes (T, O_i), x (B, S', D), normed -> (by x (B, S', D), by A and B of each adapter, made while by x travels)."""
+    gathering, products = start_gather(x, split), split.products("output")
+    by_whole, inner = None, []
+    for slope, weight, adapter in zip(slopes, weights, adapters, strict=True):
+        by_whole = products.by_input(slope, weight, total=by_whole)
+        if adapter is not None:
+            by_low = (slope @ adapter.b).mul_(adapter.scale)  # (T, R)
+            by_whole.addmm_(by_low, adapter.a)
+            inner.append((adapter, slope, by_low))
+    assert by_whole is not None
+    whole = finish_gather(gathering, split).flatten(0, 1)
+    reducing = start_reduce(by_whole.unflatten(0, (x.shape[0], -1)), split)
+    trained: list[Tensor] = []
+    for adapter, slope, by_low in inner:
+        low = (whole @ adapter.a.T).mul_(adapter.scale)
+        trained += [by_low.T @ whole, slope.T @ low]
+    return finish_reduce(reducing, split), trained
 
 
 class AdaptedRow(Function):
@@ -115,6 +123,7 @@ class AdaptedRow(Function):
         y = split.products("input").forward(wide, weight)
         if a is not None and b is not None:
             y.addmm_(wide @ a.T, b.T, alpha=scale)
+        del wide  # before the sum over ranks takes its own
         return reduce(y.unflatten(0, (parts[0].shape[0], -1)), split)
 
     @staticmethod

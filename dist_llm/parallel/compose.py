@@ -84,7 +84,7 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     layout, tp = mesh.layout, mesh.at.tp
     fuse(options.compiled and options.device.type == "cuda")
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
-    kind = AdaptedRoles if model.adapter else CompiledRoles if options.compiled else TensorRoles
+    kind = AdaptedRoles if model.adapter.rank else CompiledRoles if options.compiled else TensorRoles
     roles = kind(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing, fp8=options.fp8)
     parts = stage_units(model, layout, options.sequence)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
