@@ -41,6 +41,9 @@ MODELS["lora on some"] = {
     "bias": True,
     "adapter": {"rank": 5, "alpha": 3.0, "rank_stabilized": True, "targets": ["q", "v", "o", "up"]},
 }
+QLORA = {**MODELS["llama"], "head_dim": 8, "ffn": 64, "vocab": 53}
+MODELS["nf4"] = {**QLORA, "adapter": {"rank": 4, "quantize": "nf4", "block": 8}}
+MODELS["int8"] = {**QLORA, "tied": True, "bias": True, "adapter": {"rank": 2, "quantize": "int8", "block": 8, "targets": ["q", "down"]}}
 # More rows in the vocabulary than the tokenizer has tokens: over tp=4 the last rank holds nothing but padding.
 MODELS["padded"] = {**MODELS["llama"], "layers": 2, "tied": True}
 EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
@@ -96,6 +99,15 @@ NAMED: list[tuple[str, str]] = [
     ("lora on some", "dp=2,pp=2,zero=3,unshard=micro_batch"),
     ("lora on some", "dp=2,tp=2,zero=2,recompute=selective"),
     ("lora on some", "pp=4,schedule=1f1b"),
+    ("nf4", "dp=2"),
+    ("nf4", "dp=2,zero=2"),
+    ("nf4", "dp=2,zero=3"),
+    ("nf4", "tp=2"),
+    ("nf4", "dp=2,tp=2,zero=3,unshard=step"),
+    ("nf4", "pp=2,recompute=full"),
+    ("int8", "dp=2,pp=2,zero=3"),
+    ("int8", "tp=4,sp=off"),
+    ("int8", "dp=4,zero=3,shard=2"),
     ("one kv head", "tp=2"),
     ("one kv head", "tp=4,sp=off"),
     ("one kv head", "tp=8"),

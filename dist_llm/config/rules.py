@@ -31,7 +31,7 @@ class Problem:
 
 def problems(config: Config, layout: Layout) -> list[Problem]:
     """Every rule that `config` breaks under `layout`; empty when it can run."""
-    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _offload, _fp8, _graph, _numbers, _text, _machine)
+    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _adapter, _offload, _fp8, _graph, _numbers, _text, _machine)
     return [problem for rule in rules for problem in rule(config, layout)]
 
 
@@ -136,6 +136,25 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("runtime.compile", f"engine={layout.engine} compiles nothing; set it to false")
     if config.runtime.dtype == "bfloat16" and layout.zero == 0:
         yield Problem("runtime.dtype", f"engine={layout.engine} with zero=0 keeps no float32 masters beside bfloat16")
+
+
+def _adapter(config: Config, layout: Layout) -> Iterator[Problem]:
+    """Blocks of a scale lie inside rows, and inside what a rank has of them."""
+    model, adapter = config.model, config.model.adapter
+    if adapter.quantize == "none":
+        return
+    if not adapter.rank:
+        yield Problem("model.adapter.quantize", f"{adapter.quantize} weights are not trained, an adapter on them is: model.adapter.rank above 0")
+    ends = {
+        "dim": {model.dim},
+        "heads x head_dim": {rank * model.heads // layout.tp * model.head_dim for rank in range(1, layout.tp + 1)},
+        "ffn": {rank * model.ffn // layout.tp for rank in range(1, layout.tp + 1)},
+    }
+    for name, cuts in ends.items():
+        odd = sorted(cut for cut in cuts if cut % adapter.block)
+        if odd:
+            text = f"{name} is cut at {odd[0]} (tp={layout.tp}), which over blocks of {adapter.block} leaves {odd[0] % adapter.block}"
+            yield Problem("model.adapter.block", text)
 
 
 OFFLOADS: dict[str, tuple[tuple[str, ...], ...]] = {  # what each engine can keep in host memory, by ZeRO stage

@@ -77,6 +77,8 @@ class AdapterConfig(Section):
     rank: Whole = 0  # 0: no adapter, the model itself is trained
     alpha: Positive = 16.0
     rank_stabilized: Switch = False  # divided by the root of the rank instead (rsLoRA, arXiv:2312.03732)
+    quantize: Literal["none", "nf4", "int8"] = "none"  # how the matrices under it are kept (QLoRA, arXiv:2305.14314)
+    block: Annotated[Count, Field(multiple_of=8)] = 64  # neighbours along a row that share a scale there
     targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1), BeforeValidator(_tuple)] = ("q", "k", "v", "o", "gate", "up", "down")
 
     @property

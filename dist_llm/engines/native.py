@@ -218,7 +218,7 @@ class NativeEngine:
         kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [], "host": []}
         updated = kept["host" if self.ferry else "optimizer"]
         updated += [self.optimizer.count, *(self.ferry.buffers if self.ferry else ())]
-        kept["weights"] += [flat.shard if flat.sharded else flat.weights for flat in (*self.flats, *self.frozen)]
+        kept["weights"] += [tensor for flat in (*self.flats, *self.frozen) for tensor in flat.kept_tensors()]
         for flat, moments in zip(self.flats, self.moments, strict=True):
             kept["gradients"] += [*flat.whole.values(), *flat.sums.values(), *([] if flat.gradient is None else [flat.gradient])]
             master = [flat.master] if flat.master is not flat.owned_weights else []

@@ -20,7 +20,7 @@ def forward_flops(model: ModelConfig, sequence: int, *, convention: Convention =
     costs = dict.fromkeys(unit_names(model), 0.0)
     for row in table(model):
         if len(row.shape) == 2 and row.unit.startswith("blocks."):
-            costs[row.unit.removesuffix(".adapter")] += 2.0 * row.numel
+            costs[".".join(row.unit.split(".")[:2])] += 2.0 * row.numel
     for layer in range(model.layers):
         pairs = sequence if convention == "full" else _seen(model, layer, sequence)
         costs[f"blocks.{layer}"] += 4.0 * pairs * model.heads * model.head_dim

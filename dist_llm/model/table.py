@@ -35,7 +35,8 @@ class Row:
     parts: int = 1
     std: float | None = None  # None: ones for norm weights, zeros for biases and where `zeros` says so
     decay: bool = True  # takes weight decay: matrices do, norms and biases do not
-    trained: bool = True  # False: as it came, under an adapter; all rows of a unit are alike in this
+    trained: bool = True  # False: as it came, under an adapter
+    block: int = 0  # elements along dim 1 that share a scale, where it is kept in 4 or 8 bits; all rows of a unit are alike in both
     zeros: bool = False
 
     @property
@@ -52,7 +53,7 @@ def table(model: ModelConfig) -> tuple[Row, ...]:
     rows += _head_rows(model)
     if not model.adapter.rank:
         return tuple(rows)
-    return (*(replace(row, trained=False) for row in rows), *adapter_rows(model, model.adapter, rows))
+    return (*(_as_it_came(row, model.adapter) for row in rows), *adapter_rows(model, model.adapter, rows))
 
 
 def unit_names(model: ModelConfig) -> tuple[str, ...]:
@@ -69,13 +70,21 @@ def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
     """The parameter units that a walk unit reads: its own and, where weights are tied, the shared one."""
     tied = ("tied",) if model.tied and walk_unit in ("embedding", "head") else ()
     own = walk_unit != "embedding" or not model.tied or model.positions == "learned"
-    adapter = (adapter_unit(walk_unit),) if model.adapter.rank and walk_unit.startswith("blocks.") else ()
-    return (*tied, walk_unit, *adapter) if own else tied
+    beside = _units_beside(walk_unit, model.adapter) if walk_unit.startswith("blocks.") else ()
+    return (*tied, walk_unit, *beside) if own else tied
 
 
-def adapter_unit(walk_unit: str) -> str:
-    """The unit of the adapter of a block."""
-    return f"{walk_unit}.adapter"
+def _units_beside(block: str, adapter: AdapterConfig) -> tuple[str, ...]:
+    """The units of a block beside its own: its matrices where they are quantized, and its adapter."""
+    quantized = (f"{block}.quantized",) if adapter.quantize != "none" else ()
+    return (*quantized, f"{block}.adapter") if adapter.rank else ()
+
+
+def _as_it_came(row: Row, adapter: AdapterConfig) -> Row:
+    """A row of a model under an adapter; matrices of blocks in a unit of their own where they are quantized."""
+    if adapter.quantize == "none" or not row.unit.startswith("blocks.") or len(row.shape) != 2:
+        return replace(row, trained=False)
+    return replace(row, trained=False, unit=f"{row.unit}.quantized", block=adapter.block)
 
 
 def adapter_rows(m: ModelConfig, adapter: AdapterConfig, rows: Sequence[Row]) -> list[Row]:
@@ -89,7 +98,7 @@ def adapter_rows(m: ModelConfig, adapter: AdapterConfig, rows: Sequence[Row]) ->
         *_, target, last = row.name.split(".")
         if last != "weight" or target not in adapter.targets or row.role not in ("column", "row"):
             continue
-        (out, into), unit, name = row.shape, adapter_unit(row.unit), row.name.removesuffix(".weight")
+        (out, into), unit, name = row.shape, f"{row.unit}.adapter", row.name.removesuffix(".weight")
         whole: dict[Role, tuple[Role, Role]] = {"column": ("inside", "column"), "row": ("row", "inside")}
         (role_a, role_b), std = whole[row.role], 1 / sqrt(3 * into)
         found.append(Row(f"{name}.lora_a", (adapter.rank, into), role_a, unit, row.parts if role_a == "row" else 1, std))

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +38,9 @@ from dist_llm.model.table import table, unit_names, uses
 from dist_llm.model.transformer import Block, build_unit
 from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.compiled import CompiledRoles
-from dist_llm.parallel.flat import pack
+from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.parallel.pipeline import Stage, Unit
+from dist_llm.parallel.quantized import QuantizedWeights
 from dist_llm.parallel.recompute import run_again
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.parallel.weights import FlatWeights
@@ -123,9 +125,18 @@ def _flat_units(model: ModelConfig, mesh: Mesh, walk: Sequence[str], options: Op
             num_uses = sum(unit in uses(model, other) for other in walk)
             shared = unit == "tied" and layout.pp > 1
             given = {"dtype": dtype, "device": device, "num_uses": num_uses, "shared": shared}
-            flats[unit] = FlatUnit(plan, mesh, fixed=options.fixed, **given) if plan.trained else FlatWeights(plan, mesh, **given)
+            flats[unit] = _made(plan, mesh, model, options, given)
             flats[unit].initialise(seed=options.seed)
     return flats
+
+
+def _made(plan: FlatPlan, mesh: Mesh, model: ModelConfig, options: Options, given: dict[str, Any]) -> FlatWeights:
+    """The flat unit of a plan: trained, or as it came, in the run's dtype or quantized."""
+    if plan.trained:
+        return FlatUnit(plan, mesh, fixed=options.fixed, **given)
+    if plan.block:
+        return QuantizedWeights(plan, mesh, kind=model.adapter.quantize, **given)
+    return FlatWeights(plan, mesh, **given)
 
 
 def _use(model: ModelConfig, unit: str, walk_unit: str, flats: dict[str, FlatWeights]) -> int:

@@ -115,6 +115,10 @@ class FlatWeights:
         mine = self.plan.pieces(self.group.index) if self.counted else []
         return [piece for piece in mine if piece.slot.sharding.owner(self.mesh.at.tp)]
 
+    def kept_tensors(self) -> list[Tensor]:
+        """The tensors that this rank keeps between uses."""
+        return [self.shard if self.sharded else self.weights]
+
     def shard_run(self, piece: Piece) -> Tensor:
         """The elements of a piece in this rank's shard of the weights."""
         return self._run(self.shard, piece)

@@ -47,7 +47,7 @@ def persistent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, int
     for plan, _ in plans:
         sharded = layout.zero == 3 and layout.shard > 1
         owned = plan.shard_size if layout.zero else plan.padded
-        found["weights"] += (plan.shard_size if sharded else plan.padded) * wide.weight
+        found["weights"] += shape.kept_bytes(plan, plan.shard_size if sharded else plan.padded)
         if not plan.trained:
             continue
         found["gradients"] += owned * wide.gradient
@@ -139,9 +139,11 @@ class Walk:
         """The flat units that a walk unit reads, each with the use it makes of them."""
         return [(self.flats[unit], int(self.both and unit == "tied" and name == "head")) for unit in uses(self.shape.model, name)]
 
-    def _gather(self, name: str) -> None:
+    def _gather(self, name: str, *, ahead: bool = False) -> None:
         for flat, _ in self._flats(name):
-            flat.gather()
+            flat.start_gather()
+            if not ahead:
+                flat.finish_gather()
 
     def _release(self, name: str) -> None:
         for flat, _ in self._flats(name):
@@ -158,7 +160,7 @@ class Walk:
             held = self.units[name]
             self._gather(name)
             if at + 1 < len(names) and (follows or names[at + 1] != "head"):
-                self._gather(names[at + 1])
+                self._gather(names[at + 1], ahead=True)
             self.tally.moment(held.forward)
             self.tally.hold("activations", held.kept + held.out)
             if not (follows and at + KEPT_UNITS >= len(names)):
@@ -175,7 +177,7 @@ class Walk:
             if name != "embedding":
                 self._gather(name)
             if at > 1 or (at == 1 and names[0] != "embedding"):
-                self._gather(names[at - 1])
+                self._gather(names[at - 1], ahead=True)
             self.tally.moment(held.making)
             self.tally.hold("activations", held.made - held.kept)
             for flat, use in self._flats(name):

@@ -96,6 +96,12 @@ class Shape:
         """As `flat_plans`, of units that are trained."""
         return [(plan, num_uses) for plan, num_uses in self.flat_plans(pp, tp).values() if plan.trained]
 
+    def kept_bytes(self, plan: FlatPlan, count: int) -> int:
+        """Bytes of `count` elements of a unit as they are kept: in the run's dtype, or codes and float32 scales."""
+        if not plan.block:
+            return count * self.widths.weight
+        return (count // 2 if self.model.adapter.quantize == "nf4" else count) + count // plan.block * 4
+
     def lists(self) -> list[list[Action]]:
         """The lowered schedule, one list per pipeline rank."""
         return _lists(self)
@@ -159,15 +165,15 @@ def _data(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action
         elif layout.zero < 3:
             total["dp"] += part * plan.padded * wide.weight
     if layout.zero == 3 and layout.shard > 1:
-        total["dp"] += part * wide.weight * _gathered(shape, actions, pp, tp)
+        total["dp"] += part * _gathered(shape, actions, pp, tp)
 
 
 def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
-    """Stage 3: elements of flat units gathered in a step."""
-    padded = {unit: plan.padded for unit, (plan, _) in shape.flat_plans(pp, tp).items()}
+    """Stage 3: bytes of flat units gathered in a step."""
+    size = {unit: shape.kept_bytes(plan, plan.padded) for unit, (plan, _) in shape.flat_plans(pp, tp).items()}
     if shape.layout.unshard == "step":
-        return sum(padded.values())
-    elements = 0
+        return sum(size.values())
+    gathered = 0
     compute = [action for action in actions if action.kind in (Kind.F, Kind.B)]
     kept: dict[int, set[str]] = defaultdict(set)
     stages = shape.rank_stages(pp)
@@ -178,11 +184,11 @@ def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
             follows = at + 1 < len(compute) and compute[at + 1] == Action(action.stage, Kind.B, action.micro)
             kept[action.stage] = set(units[-KEPT_UNITS:]) if follows else set()
             walked = [name for name in units if name != "head" or follows]  # the head runs where its backward begins
-            elements += sum(padded[unit] for name in walked for unit in uses(shape.model, name))
+            gathered += sum(size[unit] for name in walked for unit in uses(shape.model, name))
         else:
             again = [name for name in units if name != "embedding" and name not in here]
-            elements += sum(padded[unit] for name in again for unit in uses(shape.model, name))
-    return elements
+            gathered += sum(size[unit] for name in again for unit in uses(shape.model, name))
+    return gathered
 
 
 def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
