@@ -23,6 +23,7 @@ from dist_llm.model.init import initialise
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Block, Context, Embedding, Head, build_unit
 from dist_llm.parallel.compose import Options
+from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.flat import Piece, Slot
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.sharding import shard
@@ -39,10 +40,11 @@ class Whole(nn.Module):
         for row in table(model):
             sharding = shard(row, tp=1, sp=False)
             self.slots[row.name] = Slot(row, sharding, sharding.box(0), 0)
-            self.by_name[row.name] = nn.Parameter(torch.empty(row.shape, dtype=dtype, device=device))
+            self.by_name[row.name] = nn.Parameter(torch.empty(row.shape, dtype=dtype, device=device), requires_grad=row.trained)
             initialise(self.by_name[row.name].data.view(-1), row, sharding.box(0), seed=seed)
         # The native engine's own operations, on a group of one rank: what an engine is compared in is how it splits the work.
-        roles = TensorRoles(Group("tp", (0,), 0), sp=False, vocab=model.vocab, first=0, smoothing=smoothing)
+        kind = AdaptedRoles if model.adapter.rank else TensorRoles
+        roles = kind(Group("tp", (0,), 0), sp=False, vocab=model.vocab, first=0, smoothing=smoothing)
         self.units = nn.ModuleList(build_unit(name, model, self.by_name.get, roles) for name in unit_names(model))
 
     @property

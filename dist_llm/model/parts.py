@@ -49,8 +49,9 @@ class Projection(nn.Module):
     def __init__(self, make: Make, name: str, *, scale: float = 0.0) -> None:
         super().__init__()
         self.weight, self.bias = make(f"{name}.weight"), make(f"{name}.bias")
-        self.lora_a, self.lora_b = (make(f"{name}.lora_a"), make(f"{name}.lora_b")) if scale else (None, None)
-        self.adapter = Adapter(self.lora_a, self.lora_b, scale) if self.lora_a is not None else None
+        self.lora_a = make(f"{name}.lora_a") if scale else None
+        self.lora_b = make(f"{name}.lora_b") if scale else None
+        self.adapter = None if self.lora_a is None or self.lora_b is None else Adapter(self.lora_a, self.lora_b, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O), in plain linear algebra."""

@@ -32,7 +32,7 @@ class AdaptedRoles(TensorRoles):
         adapters, weights = projections.adapters, projections.weights
         given = [adapter for adapter in adapters if adapter is not None]
         scales = [None if adapter is None else adapter.scale for adapter in adapters]
-        biases = projections.biases or [None] * len(weights)
+        biases = [part.bias for part in projections.parts]
         trained = [matrix for adapter in given for matrix in (adapter.a, adapter.b)]
         rule = Rule(norm.kind, norm.eps)
         return list(AdaptedColumn.apply(x, norm.weight, norm.bias, rule, self.split, scales, *weights, *biases, *trained))

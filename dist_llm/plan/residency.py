@@ -9,7 +9,7 @@ from dist_llm.parallel.flat import FlatPlan
 from dist_llm.plan.traffic import Shape
 
 PIECE = 1 << 18  # elements of codes that are made float32 at once (model/quantize.py)
-FLOAT32_OF_CODES = 10  # bytes an element there: its codes as int32, what they stand for, and that times its scale
+FLOAT32 = {"nf4": 6, "int8": 4, "none": 0}  # bytes an element there: two codes as an int32, and what they stand for
 
 
 class Tally:
@@ -50,7 +50,7 @@ class Residency:
     def __init__(self, plan: FlatPlan, shape: Shape, tally: Tally) -> None:
         layout, wide = shape.layout, shape.widths
         self.trained = plan.trained
-        self.elements = plan.padded
+        self.elements, self.float32 = plan.padded, FLOAT32[shape.model.adapter.quantize]
         self.tally, self.stage, self.keep = tally, layout.zero, layout.unshard == "step"
         self.by_step, self.fixed, self.alone = layout.reduce == "step", shape.fixed, layout.shard == 1
         self.weights, self.quantized = plan.padded * wide.weight, plan.block > 0
@@ -78,7 +78,7 @@ class Residency:
             return
         if self.quantized:
             self.tally.hold("buffers", self.weights)
-            self.tally.moment(min(self.elements, PIECE) * FLOAT32_OF_CODES)
+            self.tally.moment(min(self.elements, PIECE) * self.float32)
             self.tally.free("buffers", self.codes if self.sharded else 0)
         self.here, self.coming = True, False
 
