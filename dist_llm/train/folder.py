@@ -18,7 +18,6 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Mapping
 from dataclasses import fields
 from math import prod
@@ -26,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_llm.config.layout import Layout
-from dist_llm.config.schema import LARGEST, Config, LayoutConfig
+from dist_llm.config.schema import Config, LayoutConfig
 from dist_llm.errors import CheckpointError
+from dist_llm.strict import is_count, read_bounded, strict_json
 from dist_llm.train.durable import Digest, Disk
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a step folder, or the newest of a run folder. Raises CheckpointError (exit 4) when it is absent, damaged or too new."""
     folder = newest(path)
     try:
-        commit, text = _read_bounded(folder / COMMIT, 1 << 10), _read_bounded(folder / MANIFEST, LARGEST_MANIFEST)
+        commit, text = read_bounded(folder / COMMIT, 1 << 10), read_bounded(folder / MANIFEST, LARGEST_MANIFEST)
     except OSError as error:
         what, lacks = "the checkpoint is not complete", f"{Path(error.filename or folder).name}: {error.strerror}"
         advice = "name the run folder: its newest complete checkpoint is taken"
@@ -169,26 +169,6 @@ def read_manifest(text: bytes, path: Path) -> tuple[dict[str, Any], Config]:
         raise damaged("the manifest of the checkpoint contradicts itself", path, found=first[:200]) from None
 
 
-def strict_json(text: bytes) -> Any:
-    """JSON in UTF-8 in which no key comes twice and every number is finite. Raises ValueError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key comes twice")
-        return found
-
-    def refuse(word: str) -> Any:
-        raise ValueError(f"the number {word}")
-
-    return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
-
-
-def is_count(value: Any, *, least: int = 0) -> bool:
-    """Whether a JSON value is a whole number that a file can speak of."""
-    return type(value) is int and least <= value <= LARGEST
-
-
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Asserts that names lead nowhere else, that every rank has its files, and that the tensors fit into them."""
     assert type(manifest["version"]) is int and manifest.keys() == KEYS, "its keys"
@@ -213,14 +193,6 @@ def _check_files(files: dict[str, Any], world: int) -> None:
     assert files.keys() == {*ranks, "tokenizer.json", "tokenizer_config.json"}, "a file name"
     for about in files.values():
         assert about.keys() == {"bytes", "sha256"} and is_count(about["bytes"]) and SHA256.fullmatch(about["sha256"]), "a file"
-
-
-def _read_bounded(path: Path, most: int) -> bytes:
-    """At most so many bytes of a file. Raises OSError, also for a pipe, which would keep its reader waiting for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    with path.open("rb") as handle:
-        return handle.read(most)
 
 
 # --- save ----------------------------------------------------------------------------------------------------------------

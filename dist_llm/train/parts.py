@@ -27,8 +27,9 @@ from torch import Tensor
 from dist_llm.engines.native import Item, Wanted
 from dist_llm.errors import CheckpointError
 from dist_llm.sharding import Box
+from dist_llm.strict import first_line, is_count, strict_json
 from dist_llm.train.durable import BLOCK, Bytes, Digest, Disk
-from dist_llm.train.folder import SHA256, damaged, is_count, require_hash, strict_json
+from dist_llm.train.folder import SHA256, damaged, require_hash
 
 CHUNK = 1 << 20  # elements matched at a time: bounds the int64 temporaries
 LARGEST_HEADER = 100 << 20  # bytes, as the safetensors library has it
@@ -185,7 +186,7 @@ def read_header(file: HashedFile) -> dict[str, tuple[torch.dtype, int, int]]:
         assert at == file.size, "the end of the last tensor"
         return found
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError, AttributeError) as error:
-        raise damaged("the header of a file contradicts itself", file.path, found=_first_line(error)) from None
+        raise damaged("the header of a file contradicts itself", file.path, found=first_line(error)) from None
 
 
 def read_index(text: bytes, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], dict[str, tuple[Box, int, int]]]:
@@ -205,11 +206,7 @@ def read_index(text: bytes, path: Path, shapes: Mapping[str, tuple[int, ...]]) -
             runs[key] = (box, start, stop)
         return index["blocks"], runs
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError, AttributeError) as error:
-        raise damaged("the index of a file contradicts itself", path, found=_first_line(error)) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise damaged("the index of a file contradicts itself", path, found=first_line(error)) from None
 
 
 class Parts:
