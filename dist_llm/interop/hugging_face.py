@@ -101,10 +101,11 @@ class HuggingFaceFolder:
         for name, file in self.files.items():
             for key, stored in file.tensors.items():
                 if key in found:
-                    raise unsound("a tensor is in two files", file.path, expected="each tensor once", found=f"{key}, also in {found[key][0].path.name}")
+                    also = f"{key}, also in {found[key][0].path.name}"
+                    raise unsound("a tensor is in two files", file.path, expected="each tensor once", found=also)
                 if index is not None and index.get(key) != name:
-                    says = f"{INDEX} puts it into {index[key]}" if key in index else f"{INDEX} does not name it"
-                    raise unsound("a file of weights does not fit its index", file.path, expected="the tensors of the index", found=f"{key}: {says}")
+                    says = f"{key}: {INDEX} " + (f"puts it into {index[key]}" if key in index else "does not name it")
+                    raise unsound("a file of weights does not fit its index", file.path, expected="the tensors of the index", found=says)
                 found[key] = file, stored
         for key, name in (index or {}).items():
             if key not in found:
@@ -143,9 +144,11 @@ class HuggingFaceFolder:
         for key, shape in wanted.items():
             file, stored = found[key]
             if stored.shape != shape:
-                raise unsound("a tensor has another shape than its model", file.path, expected=f"{key}: {list(shape)}", found=f"{list(stored.shape)}")
+                expected = f"{key}: {list(shape)}"
+                raise unsound("a tensor has another shape than its model", file.path, expected=expected, found=f"{list(stored.shape)}")
             if stored.dtype not in DTYPES:
-                raise unsound("a tensor has a dtype that cannot be trained", file.path, expected=f"{key}: {' or '.join(DTYPES)}", found=stored.dtype)
+                expected = f"{key}: {' or '.join(DTYPES)}"
+                raise unsound("a tensor has a dtype that cannot be trained", file.path, expected=expected, found=stored.dtype)
         return {row.name: Source(*found[places[row.name].key], places[row.name], row.shape) for row in rows}
 
     def _misses(self, missing: list[str], wanted: dict[str, tuple[int, ...]]) -> CheckpointError:
@@ -162,8 +165,8 @@ class HuggingFaceFolder:
                 continue
             file, stored = found[key]
             if key != head:
-                expected = f"the tensors of {self.values['model_type']} as {CONFIG} describes it"
-                raise unsound("the folder has a tensor that its model does not", file.path, expected=expected, found=f"{key} {list(stored.shape)}")
+                expected, seen = f"the tensors of {self.values['model_type']} as {CONFIG} describes it", f"{key} {list(stored.shape)}"
+                raise unsound("the folder has a tensor that its model does not", file.path, expected=expected, found=seen)
             table_of = self.sources["embedding.weight"]
             alike = (stored.dtype, stored.shape) == (table_of.stored.dtype, table_of.stored.shape)
             if not alike or not _equal(file, stored, table_of.file, table_of.stored):

@@ -20,10 +20,8 @@ from dist_llm.strict import first_line, is_count, strict_json
 
 LARGEST_HEADER = 32 << 20  # bytes; those of models with tens of thousands of tensors have a tenth of it
 MOST_DIMENSIONS = 8
-WIDTHS = {  # bytes of an element
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
-    **{"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8},
-}
+SIZES = {8: "F64 I64 U64 C64", 4: "F32 I32 U32", 2: "F16 BF16 I16 U16", 1: "I8 U8 BOOL F8_E4M3 F8_E5M2"}
+WIDTHS = {name: width for width, names in SIZES.items() for name in names.split()}  # bytes of an element
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _read(source: Source, runs: list[tuple[int, int]]) -> Tensor:
     """The elements of runs (first byte, elements), one behind the other."""
     width = source.stored.width
     out = torch.empty(sum(count for _, count in runs), dtype=TORCH[source.stored.dtype])
-    target, at = memoryview(out.view(torch.uint8).numpy()), 0
+    target, at = out.view(torch.uint8).numpy().data, 0
     for start, count in runs:
         source.file.read_into(target[at : at + count * width], start)
         at += count * width

@@ -14,12 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -264,6 +264,12 @@ class Parts:
             raise CheckpointError(f"the checkpoint does not hold all of {kind} {name}", where=str(self.folder), found=lacks)
         return out
 
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """The dtype in which a tensor is kept. Raises CheckpointError where there is none."""
+        for run in self.runs.get((kind, name), ()):
+            return self._file(run.file)[1][run.key][0]
+        raise CheckpointError(f"the checkpoint does not hold {kind} {name}", where=str(self.folder))
+
     def whole(self, name: str, kind: str = "weight") -> Tensor:
         """A whole global tensor."""
         shape = self.shapes[name]
@@ -312,18 +318,37 @@ class Parts:
         return values if isinstance(where, slice) else values[where - low]
 
 
-class Staged:
-    """Runs of tensors that were read, and so verified, before any weight changes; an engine takes them from here."""
+class Source(Protocol):
+    """Weights, and perhaps moments, of which any slice can be read."""
 
-    def __init__(self, parts: Parts, wanted: Iterable[Wanted]) -> None:
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU."""
+
+
+class Staged:
+    """Runs of tensors that were read, and so verified, before any weight changes; an engine takes them from here.
+
+    fresh: kinds that are not there, and zero: the moments before a first step.
+    """
+
+    def __init__(self, parts: Source, wanted: Iterable[Wanted], *, fresh: Collection[str] = ()) -> None:
+        self.fresh = fresh
         self.runs: dict[tuple[str, str, Box], list[tuple[int, int, Tensor]]] = {}
         for want in wanted:
+            if want.kind in fresh:
+                continue
             held = self.runs.setdefault((want.kind, want.name, want.box), [])
             if not any(start <= want.start and want.stop <= stop for start, stop, _ in held):
                 held.append((want.start, want.stop, parts.read(want.kind, want.name, want.box, want.start, want.stop)))
 
     def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a box of a global tensor, (stop - start,)."""
+        if kind in self.fresh:
+            return torch.zeros(stop - start)
         for first, last, values in self.runs.get((kind, name, box), ()):
             if first <= start and stop <= last:
                 return values[start - first : stop - first]
