@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dist_llm.config.base import Facts
 from dist_llm.config.schema import ModelConfig
-from dist_llm.errors import UsageError
+from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
 from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
 
@@ -24,6 +24,9 @@ class Base:
 
     def __init__(self, given: str | Path) -> None:
         path = Path(given).expanduser()
+        if not path.is_dir():
+            expected = "a run folder or step folder, or a Hugging Face folder"
+            raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder")
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
         self.checkpoint: Checkpoint | None = None if self.folder else open_checkpoint(path)
         self.path = path if self.checkpoint is None else self.checkpoint.path
