@@ -36,7 +36,7 @@ from dist_llm.train.storage import RunFolder, storing
 
 LONGEST = 2048  # tokens of a sequence that the config asks for where the model could read more
 ABOUT = 512  # bytes that the index and the header need for a tensor, at most; and those of a block's hash
-HASH = 68
+HASH = 36
 
 
 @dataclass(frozen=True)
