@@ -17,7 +17,10 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.engines.whole import Whole
 from dist_llm.interop.families import place, read_config, write_config
 from dist_llm.model.table import table
-from dist_llm.model.transformer import make_context
+from dist_llm.model.transformer import Context, make_context
+from dist_llm.random import key_of, uniform
+from dist_llm.train import trainer as trainer_module
+from dist_llm.train.proof import proof_rank
 from tests.oracles import CPU, batch, worst
 
 Say = Callable[..., None]
@@ -31,9 +34,29 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "rope_theta": 5000.0},
     "llama, tied, wide heads": {"family": "llama", "dim": 21, "heads": 3, "kv_heads": 1, "head_dim": 10, "tied": True},
     "llama, biases": {"family": "llama", "qkv_bias": True, "out_bias": True, "mlp_bias": True},
-    "mistral": {"family": "mistral", "head_dim": 6},
+    "mistral": {"family": "mistral", "head_dim": 6, "sliding_window": 0},
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen2, wide heads": {"family": "qwen2", "head_dim": 6},
+    "llama, stretched": {
+        **{"family": "llama", "head_dim": 16, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_theta": 500.0},
+        **{"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_positions": 32},
+    },
+    "llama, linear": {"family": "llama", "rope_scaling": "linear", "rope_factor": 3.0},
+    "qwen2, yarn": {
+        **{"family": "qwen2", "head_dim": 16, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 200.0},
+        **{"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 8.0, "rope_original_positions": 30},
+    },
+    "mistral, window": {"family": "mistral", "sliding_window": 5},
+    "qwen3, windows": {"family": "qwen3", "head_dim": 6, "sliding_window": 4, "full_every": 2, "qkv_bias": True, "out_bias": True},
+    "olmo2": {"family": "olmo2", "rope_theta": 3000.0},
+    "olmo2, tied, wide heads": {"family": "olmo2", "kv_heads": 1, "head_dim": 6, "tied": True},
+    "gemma2": {"family": "gemma2", "head_dim": 10, "query_scale": 7.0, "sliding_window": 6, "attention_softcap": 2.0, "logit_softcap": 3.0},
+    "gemma2, no caps": {"family": "gemma2", "attention_softcap": 0.0, "logit_softcap": 0.0, "sliding_window": 4, "tied": False},
+    "gemma3": {
+        **{"family": "gemma3", "head_dim": 10, "query_scale": 9.0, "sliding_window": 4, "full_every": 3, "rope_theta": 90000.0},
+        **{"rope_local_theta": 50.0, "logit_softcap": 4.0, "rope_scaling": "linear", "rope_factor": 8.0},
+    },
+    "gemma3, one kv head": {"family": "gemma3", "kv_heads": 1, "sliding_window": 7, "layers": 7},
     "qwen3": {"family": "qwen3", "head_dim": 10, "rope_theta": 30000.0},
 }
 
@@ -162,3 +185,37 @@ def _differences(model: ModelConfig) -> dict[str, Any]:
         "not named": sorted(held ^ state),
         "read back": read_config(theirs.config.to_dict(), where="config.json") == model.model_dump(),
     }
+
+
+# --- what each token's loss counts -------------------------------------------------------------------------------------
+
+
+def weighted_proof(rank: int, world: int, say: Say, job: dict[str, Any], layout: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A proof run in which every token has a weight of its own, addressed by its place in the global batch."""
+    make = trainer_module.make_context
+
+    def weighted(*given: Any, **options: Any) -> Context:
+        length = given[1].shape[1]
+        place = options["rows"][:, None] * length + torch.arange(length)
+        return make(*given, **options, weights=2 * uniform(place, key_of(3, "weights")).float())
+
+    trainer_module.make_context = weighted
+    return proof_rank(rank, world, say, job, layout, folder)
+
+
+def weighted_by_torch(rank: int, world: int, say: Say) -> list[float]:
+    """Differences of the loss and of the worst gradient of one micro-batch."""
+    torch.set_num_threads(1)
+    model, data = model_of("llama"), batch(61)
+    weights = torch.rand(data["labels"].shape, generator=torch.Generator().manual_seed(2))
+    context = make_context(model, data["tokens"], data["labels"], dtype=torch.float64, weights=weights)
+    plain = Whole(model, dtype=torch.float64, device=CPU)
+    loss = plain(context)
+    loss.backward()
+    ours = {name: parameter.grad for name, parameter in plain.by_name.items()}
+    plain.zero_grad()
+    each = F.cross_entropy(plain.logits(context).flatten(0, 1), data["labels"].flatten(), ignore_index=-100, reduction="none")
+    expected = (each * weights.flatten()).sum()
+    expected.backward()
+    theirs = {name: parameter.grad for name, parameter in plain.by_name.items()}
+    return [abs(float(loss.detach() / expected.detach()) - 1), worst(ours, theirs)[0]]

@@ -27,8 +27,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("faults", "watch", "sidefiles"),
     ("config", "schedule"),
     ("model.table",),
-    ("model.cost", "sharding", "interop.families", "interop.safe_file"),
-    ("parallel.flat", "interop.hugging_face"),  # to here: no torch
+    ("model.cost", "sharding", "interop.kinds", "interop.safe_file"),
+    ("parallel.flat", "interop.families"),
+    ("interop.hugging_face",),  # to here: no torch
     ("staging", "random"),
     ("mesh",),
     ("comm", "ranks"),
@@ -43,7 +44,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 # Inside parallel/: strategies never import each other, only compose knows all.
-STRATEGIES: tuple[tuple[str, ...], ...] = (("flat", "operation"), ("tensor", "zero", "recompute"), ("compiled", "pipeline"), ("compose",))
+STRATEGIES: tuple[tuple[str, ...], ...] = (
+    ("flat", "operation"),
+    ("across",),
+    ("tensor", "zero", "recompute"),
+    ("compiled", "pipeline"),
+    ("compose",),
+)
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}
 WITHOUT_TORCH = (
     "errors",
@@ -60,6 +67,7 @@ WITHOUT_TORCH = (
     "parallel.flat",
     "strict",
     "sidefiles",
+    "interop.kinds",
     "interop.families",
     "interop.safe_file",
     "interop.hugging_face",
@@ -81,7 +89,7 @@ LAUNCH = {"cli/main.py", "ranks.py"}  # how a verb is found and ranks are forked
 BESIDE = {
     "the model": {
         *("model/transformer.py", "model/parts.py", "model/kernels.py", "model/products.py", "model/loss.py", "model/roles.py"),
-        *("model/fused.py", "parallel/tensor.py"),
+        *("model/fused.py", "model/attention.py", "model/rotary.py", "parallel/tensor.py"),
     },
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "what is noted": {"flight.py", "train/nonfinite.py"},
