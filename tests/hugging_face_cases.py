@@ -18,6 +18,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 10}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5, "tie_word_embeddings": False}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "gemma2": ("Gemma2", {"num_key_value_heads": 1, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 9}),
+    "gemma3": ("Gemma3Text", {"num_key_value_heads": 1, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 9}),
     "gpt2": ("GPT2", {}),
     "gpt2, untied": ("GPT2", {"tie_word_embeddings": False}),
 }
@@ -37,7 +41,8 @@ def their_model(kind: str, *, vocab: int = VOCAB, layers: int = 2) -> nn.Module:
     else:
         shape = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 44, "num_hidden_layers": layers}
         config = getattr(transformers, f"{name}Config")(vocab_size=vocab, max_position_embeddings=64, **shape, **more, **ids)
-        made = getattr(transformers, f"{name}ForCausalLM")(config)
+        config._attn_implementation = "eager"  # the one that knows every family's scores
+        made = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     made = made.double().eval()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Training that begins with weights: of a Hugging Face folder, of an import, of a run under another layout; under every layout and engine."""
+"""Training that begins with weights: of a Hugging Face folder, an import, a run of another layout; under every layout and engine."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_contradictions_are_refused_with_both_values(home: Path) -> None:
         assert words in text
     assert "model.mlp_bias: true here, false in the base" in text
     with pytest.raises(UsageError) as caught:
-        config_of(home / "llama", **{"model": "{preset: qwen3-0.6b, vocab: 263, layers: 2, head_dim: 10, dim: 24, tied: true}"})
+        config_of(home / "llama", model="{preset: qwen3-0.6b, vocab: 263, layers: 2, head_dim: 10, dim: 24, tied: true}")
     assert any("model.qk_norm: true here, false in the base" in line for line in caught.value.details), caught.value.details
     with pytest.raises(CheckpointError, match="no base"):
         config_of(home / "nowhere")
@@ -197,7 +197,9 @@ def test_a_run_from_a_base_goes_on_and_refuses_another_base(home: Path, commands
     assert "a rank read at most" in done.stdout
     assert abs(float.fromhex(losses(calm)[0]) - float.fromhex(losses(cut)[0])) < 1e-5
     step = cut / "checkpoints/step-00000002"
-    done = commands.run("train", str(cut / "config.yaml"), "--run-dir", str(tmp_path / "on"), "--resume", str(step), "--layout", "dp=2,zero=3")
+    done = commands.run(
+        "train", str(cut / "config.yaml"), "--run-dir", str(tmp_path / "on"), "--resume", str(step), "--layout", "dp=2,zero=3"
+    )
     assert done.returncode == 0 and losses(tmp_path / "on") == losses(cut)[2:], done.stderr
     refused = commands.run("train", config, f"base={home / 'ours-llama'}", "--run-dir", str(cut), "--resume", "auto", "--steps", "6")
     assert refused.returncode == 2 and "base: the run began with" in refused.stderr

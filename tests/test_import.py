@@ -21,7 +21,7 @@ from dist_llm.config.load import load_config
 from dist_llm.errors import CheckpointError, Failure, NumericError, UsageError, render
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
-from dist_llm.interop.logits import KeepFloat64, all_logits
+from dist_llm.interop.logits import all_logits, their_logits
 from dist_llm.interop.safe_file import SafeFile
 from dist_llm.interop.slices import Slices
 from dist_llm.model.table import table
@@ -61,16 +61,14 @@ def copied(source: Path, target: Path) -> Path:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_logits_are_theirs(kind: str, tmp_path: Path) -> None:
     """Float64 to 1e-10 and float32 to 1e-4 of the largest logit, from the sealed checkpoint."""
-    model = their_model(kind)
-    save_theirs(model, tmp_path / "in", dtype="float64")
+    save_theirs(their_model(kind), tmp_path / "in", dtype="float64")
     made = import_folder(tmp_path / "in", tmp_path / "run")
     opened = open_checkpoint(made.path)
     opened.verify()
     tokens = [5, 77, 256, 0, 31, 200, 200, 9, 140, 255, 1]
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         ours = all_logits(Model(opened.parts, opened.config.model, dtype=dtype, device=torch.device("cpu")), tokens)
-        with torch.no_grad(), KeepFloat64():
-            theirs = model.to(dtype)(input_ids=torch.tensor([tokens])).logits[0]
+        (theirs,) = their_logits(tmp_path / "in", [tokens], dtype)
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < tolerance
     assert {name: opened.parts.dtype("weight", name) for name in opened.shapes} == dict.fromkeys(opened.shapes, torch.float64)
 
@@ -139,14 +137,18 @@ def indexed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
 
 
 def config_with(**change: Any) -> Callable[[Path], None]:
-    return lambda folder: (folder / "config.json").write_text(
-        json.dumps({**json.loads((folder / "config.json").read_text()), **change})
-    ) and None
+    return lambda folder: (
+        (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **change})) and None
+    )
 
 
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
 
 
 def cut(folder: Path) -> None:
@@ -162,7 +164,7 @@ BAD: dict[str, tuple[str, Callable[[Path], None], type[Failure], str]] = {
     "eight bits": ("tied", with_tensor(Q, torch.zeros(40, 24).to(torch.float8_e4m3fn)), CheckpointError, "F8_E4M3"),
     "not finite": ("tied", with_tensor("model.norm.weight", torch.full((24,), math.inf)), NumericError, "model.norm.weight"),
     "a file that is cut": ("tied", cut, CheckpointError, "model.safetensors"),
-    "an empty file": ("tied", lambda folder: (folder / "model.safetensors").write_bytes(b"") and None, CheckpointError, "model.safetensors"),
+    "an empty file": ("tied", lambda folder: emptied(folder / "model.safetensors"), CheckpointError, "model.safetensors"),
     "pickles": ("tied", pickled, UsageError, "pytorch_model.bin"),
     "no weights": ("tied", lambda folder: (folder / "model.safetensors").unlink(), CheckpointError, "model.safetensors"),
     "no config": ("tied", lambda folder: (folder / "config.json").unlink(), CheckpointError, "config.json"),
@@ -217,7 +219,29 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_does_not_hang(home: Path, tmp
 
 # --- hostile bytes -------------------------------------------------------------------------------------------------------------
 
-ODD: tuple[Any, ...] = (0, -1, 1, 7, 2**31, 2**63, 2**70, 1.5, 1e30, None, True, "", "F32", "BF16", "F4", [], [0], [1, 2], [0, 1, 2], {}, [[]])
+ODD: tuple[Any, ...] = (
+    0,
+    -1,
+    1,
+    7,
+    2**31,
+    2**63,
+    2**70,
+    1.5,
+    1e30,
+    None,
+    True,
+    "",
+    "F32",
+    "BF16",
+    "F4",
+    [],
+    [0],
+    [1, 2],
+    [0, 1, 2],
+    {},
+    [[]],
+)
 
 
 def spoilt_json(value: Any, choose: random.Random) -> Any:
@@ -249,7 +273,11 @@ def spoilt_file(content: bytes, choose: random.Random) -> bytes:
         header = json.dumps(spoilt_json(json.loads(header), choose)).encode()
     elif kind == 5:
         at = choose.randrange(len(header))
-        header = header[:at] + choose.choice([b"", b" ", b'"', b"{", b"\xff", b"\x00", b"[" * 3000, b"9" * 5000]) + header[at + choose.randrange(2) :]
+        header = (
+            header[:at]
+            + choose.choice([b"", b" ", b'"', b"{", b"\xff", b"\x00", b"[" * 3000, b"9" * 5000])
+            + header[at + choose.randrange(2) :]
+        )
     elif kind == 6:
         rest = choose.choice([rest[:-1], rest + b"\0", b"", rest[: len(rest) // 2]])
     elif kind == 7:
@@ -273,7 +301,7 @@ def fuzz_files(folder: Path, count: int, *, seed: int) -> tuple[int, int]:
         content = spoilt_file(sound, choose)
         path.write_bytes(content)
         try:
-            known = {name: about for name, about in safetensors.deserialize(content)}
+            known = dict(safetensors.deserialize(content))
         except Exception:  # its own kind, and what Python raises inside it
             known = None
         theirs += known is not None
@@ -357,7 +385,9 @@ def large(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
     (target / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **LARGE}))
     dim, wide, vocab = LARGE["hidden_size"], LARGE["intermediate_size"], LARGE["vocab_size"]
     block = {f"self_attn.{part}_proj": (dim, dim) for part in "qkvo"} | {"mlp.down_proj": (dim, wide)}
-    block |= {f"mlp.{part}_proj": (wide, dim) for part in ("gate", "up")} | dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (dim,))
+    block |= {f"mlp.{part}_proj": (wide, dim) for part in ("gate", "up")} | dict.fromkeys(
+        ("input_layernorm", "post_attention_layernorm"), (dim,)
+    )
     shapes = {f"model.layers.{layer}.{key}.weight": shape for layer in range(6) for key, shape in block.items()}
     shapes |= {"model.embed_tokens.weight": (vocab, dim), "lm_head.weight": (vocab, dim), "model.norm.weight": (dim,)}
     tensors = {key: torch.linspace(-1, 1, math.prod(shape)).view(shape) for key, shape in shapes.items()}

@@ -58,7 +58,7 @@ def compare_logits(folder: Path, weights: Weights, model: ModelConfig, *, tokens
     """
     dtype = torch.float64 if num_parameters(model) <= LARGEST_WIDE else torch.float32
     prompts = [draw(tokens, number=at, length=length) for at, length in enumerate(LENGTHS) if length <= model.max_positions]
-    theirs = _theirs(folder, prompts, dtype)
+    theirs = their_logits(folder, prompts, dtype)
     ours = Model(weights, model, dtype=dtype, device=torch.device("cpu"))
     worst = 0.0
     for prompt, their in zip(prompts, theirs, strict=True):
@@ -93,8 +93,8 @@ def all_logits(model: Model, tokens: Sequence[int]) -> Tensor:
     return head.logits(x)[0]
 
 
-def _theirs(folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
-    """transformers' logits (S, V) of each prompt."""
+def their_logits(folder: Path, prompts: Sequence[list[int]], dtype: torch.dtype) -> list[Tensor]:
+    """transformers' logits (S, V) of each prompt, weights in `dtype`. Raises UsageError where it is not installed, or cannot read."""
     try:
         import transformers
     except ImportError:
@@ -102,8 +102,9 @@ def _theirs(folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> list[
         raise UsageError("--verify needs transformers", where="--verify", found="it is not installed", next=way) from None
     with _quiet():
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        options |= {"attn_implementation": "eager", "dtype": dtype}  # eager: it knows every family's scores
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **options)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         except Exception as error:  # whatever the library cannot read
             raise UsageError("transformers cannot read the export", where=str(folder), found=str(error).splitlines()[0][:200]) from error
         loaded.eval()
@@ -116,10 +117,13 @@ class KeepFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leaves such a cast out; every other call is as it was."""
-        casts = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in (*args[1:], *(kwargs or {}).values()))
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.softmax and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        casts = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))
         if casts and args[0].dtype == torch.float64:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextmanager
