@@ -157,7 +157,7 @@ def test_contradictions_are_refused_with_both_values(home: Path) -> None:
     assert "model.mlp_bias: true here, false in the base" in text
     with pytest.raises(UsageError) as caught:
         config_of(home / "llama", model="{preset: qwen3-0.6b, vocab: 263, layers: 2, head_dim: 10, dim: 24, tied: true}")
-    assert any("model.qk_norm: true here, false in the base" in line for line in caught.value.details), caught.value.details
+    assert any("model.family: qwen3 here, llama in the base" in line for line in caught.value.details), caught.value.details
     with pytest.raises(CheckpointError, match="no base"):
         config_of(home / "nowhere")
 
