@@ -210,6 +210,12 @@ class NativeEngine:
                         tensor[piece.at : piece.at + piece.stop - piece.start].copy_(values)
         self.optimizer.count.fill_(count)
 
+    @torch.no_grad()
+    def load_frozen(self, read: Read) -> None:
+        """Takes the weights that are not trained from `read`, as `load_state` takes the others."""
+        for held in self.frozen:
+            held.load(lambda slot, start, stop: read("weight", slot.name, slot.box, start, stop))
+
     def persistent(self) -> dict[str, list[Tensor]]:
         """The tensors that the engine keeps: weights, optimizer (master weights and moments); host: what is offloaded.
 

@@ -119,5 +119,5 @@ def read_adapter_config(values: Mapping[str, Any], model: ModelConfig, *, where:
     if unknown:
         expected = ", ".join(_shortest(module, ours) for module in ours)
         raise UsageError("the adapter is on modules that are not known", where=where, expected=expected, found=", ".join(unknown)[:200])
-    targets = tuple(target for target in dict.fromkeys(ours.values()) if any(target in found for found in met.values()))
+    targets: Any = tuple(target for target in dict.fromkeys(ours.values()) if any(target in found for found in met.values()))
     return AdapterConfig(rank=rank, alpha=float(alpha), rank_stabilized=values.get("use_rslora") is True, targets=targets)

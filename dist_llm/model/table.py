@@ -66,6 +66,11 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(row.numel for row in table(model))
 
 
+def num_trained(model: ModelConfig) -> int:
+    """Parameters that are trained: all, or an adapter's."""
+    return sum(row.numel for row in table(model) if row.trained)
+
+
 def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
     """The parameter units that a walk unit reads: its own and, where weights are tied, the shared one."""
     tied = ("tied",) if model.tied and walk_unit in ("embedding", "head") else ()

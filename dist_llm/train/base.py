@@ -30,6 +30,9 @@ class Base:
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
         self.checkpoint: Checkpoint | None = None if self.folder else open_checkpoint(path)
         self.path = path if self.checkpoint is None else self.checkpoint.path
+        if self.model.adapter.rank:
+            what, advice = "the base is an adapter and not a model", "dist-llm merge BASE ADAPTER DIR, and DIR as the base"
+            raise UsageError(what, where=str(self.path), expected="all weights of a model", found="an adapter's alone", next=advice)
 
     @property
     def model(self) -> ModelConfig:
@@ -57,7 +60,7 @@ class Base:
 
     def facts(self) -> Facts:
         """What a config takes from it."""
-        return Facts(str(self.path), self.model.model_dump(), str(self.path / "tokenizer.json"))
+        return Facts(str(self.path), self.model.model_dump(exclude={"adapter"}), str(self.path / "tokenizer.json"))
 
     def require_tokenizer(self, found: str, *, where: str = "data.tokenizer") -> None:
         """Raises UsageError when a run's tokenizer is another: its ids would mean other things."""

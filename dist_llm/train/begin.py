@@ -53,6 +53,9 @@ def take_base(engine: NativeEngine, base: Base) -> list[int]:
         source = base.source()
         if isinstance(engine, NativeEngine):
             read: Callable[..., Tensor] = ByUnit(source, {row.name: row.unit for row in table(base.model)}).read
+            if engine.frozen:  # what is trained lies beside the base, and starts from its own initial weights
+                engine.load_frozen(read)
+                return source.bytes_read
         else:  # other libraries may speak to their ranks while they take weights: nothing may fail then
             read = Staged(source, engine.wanted(), fresh=MOMENTS).read
         engine.load_state(read, count=0)

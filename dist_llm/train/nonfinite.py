@@ -17,7 +17,7 @@ from dist_llm.model.transformer import Context
 from dist_llm.parallel.zero import FlatUnit
 
 MOST = 6  # names or samples in a message
-KINDS = {"weight": "weight", "first_moment": "first moment", "second_moment": "second moment"}
+KINDS = {"weight": "weight", "frozen": "weight", "first_moment": "first moment", "second_moment": "second moment"}
 
 
 def all_finite(totals: Totals) -> bool:

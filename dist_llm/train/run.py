@@ -95,6 +95,9 @@ def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, A
     on_cuda = device.type == "cuda"
     refuse_fp8(config.runtime, device, choose_dtype(config.runtime, device))
     refuse_graph(config.runtime, device, world=local_ranks)
+    if config.model.adapter.rank and config.base is None:
+        advice = "base: a run folder of yours, or a Hugging Face folder"
+        raise UsageError("an adapter has nothing to lie beside", where="model.adapter.rank", expected="a base", found="none", next=advice)
     prepared = prepare_data(config, tell=tell)
     return {
         "backend": backend_name(config.runtime),
@@ -150,10 +153,10 @@ def train_rank(
     stop.listen()
     trainer = Trainer(settings, mesh, engine, order, stop_asked=stop.asked)
     start = 0
+    if base is not None and (settings.model.adapter.rank or not candidates):
+        start = begin(engine, base, tell=tell)
     if candidates:
         start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell)
-    elif base is not None:
-        start = begin(engine, base, tell=tell)
     if base is not None:
         base.close()
     return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
@@ -193,7 +196,7 @@ def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> N
     """Raises UsageError when the checkpoint is of another model, tokenizer, text or order of samples: each difference is listed."""
     before, differences = found.config, []
     fixed = () if found.imported else FIXED  # before a first step nothing depends on them
-    rows = {row.name: row.shape for row in table(config.model)}
+    rows = {row.name: row.shape for row in table(config.model) if row.trained}
     if rows != found.shapes:
         name = next(name for name in (*rows, *found.shapes) if rows.get(name) != found.shapes.get(name))
         differences.append(f"model: {name} has shape {found.shapes.get(name)} in the checkpoint, {rows.get(name)} here")

@@ -190,15 +190,27 @@ class Samples:
         return texts
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Weights that are trained and those that are not, under their names."""
+
+    parts: Parts
+    trained: dict[str, bool]
+
+    def whole(self, name: str) -> Tensor:
+        """A whole weight, on the CPU."""
+        return self.parts.whole(name, "weight" if self.trained[name] else "frozen")
+
+
 def with_whole_weights(engine: NativeEngine, model: ModelConfig, folder: Path, use: Callable[[Weights], Any]) -> None:
     """Every rank writes its weights into `folder`, rank 0 calls `use` on whole tensors, and the folder is gone again."""
     mesh, shapes = engine.mesh, {row.name: row.shape for row in table(model)}
     try:
         together(mesh, engine.device, lambda: _empty(folder) if mesh.rank == 0 else None)
-        part = part_of(item for item in engine.state() if item.kind == "weight")
+        part = part_of(item for item in engine.state() if item.kind in ("weight", "frozen"))
         together(mesh, engine.device, lambda: write_part(Disk(), folder, mesh.rank, part) and None)
         if mesh.rank == 0:
-            use(Parts(folder, mesh.layout.world, shapes))
+            use(Merged(Parts(folder, mesh.layout.world, shapes), {row.name: row.trained for row in table(model)}))
     finally:
         if mesh.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
