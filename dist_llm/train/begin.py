@@ -49,22 +49,26 @@ def take_base(engine: NativeEngine, base: Base) -> list[int]:
     """
     mesh, device = engine.mesh, engine.device
 
+    staged: list[Staged] = []
+
     def take() -> int:
         source = base.source()
         if isinstance(engine, NativeEngine):
-            read: Callable[..., Tensor] = ByUnit(source, {row.name: row.unit for row in table(base.model)}).read
+            read = ByUnit(source, {row.name: row.unit for row in table(base.model)}).read
             if engine.frozen:  # what is trained lies beside the base, and starts from its own initial weights
                 engine.load_frozen(read)
-                return source.bytes_read
-        else:  # other libraries may speak to their ranks while they take weights: nothing may fail then
-            read = Staged(source, engine.wanted(), fresh=MOMENTS).read
-        engine.load_state(read, count=0)
+            else:
+                engine.load_state(read, count=0)
+        else:
+            staged.append(Staged(source, engine.wanted(), fresh=MOMENTS))
         return source.bytes_read
 
     def bad() -> list[str]:
         return bad_state(engine.state())[:3]
 
     counts: list[int] = together(mesh, device, take)
+    if staged:  # other libraries may speak to their ranks while they take weights: by now nothing can fail
+        engine.load_state(staged[0].read, count=0)
     base.close()
     for rank, names in enumerate(together(mesh, device, bad)):
         if names:
