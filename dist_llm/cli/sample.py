@@ -71,6 +71,7 @@ def _check(prompt: str, *, temperature: float, top_p: float | None) -> None:
 def load(opened: Checkpoint) -> tuple[Model, Tokenizer, int]:
     """The model of a verified checkpoint on one device, its tokenizer, and the tokens it can see. Raises UsageError (F24)."""
     from dist_llm.data.tokenizer import load as load_tokenizer
+    from dist_llm.train.overlay import weights_of
     from dist_llm.train.sample import Model
     from dist_llm.train.setup import choose_device, choose_dtype
 
@@ -80,5 +81,5 @@ def load(opened: Checkpoint) -> tuple[Model, Tokenizer, int]:
         raise UsageError("the tokenizer has more tokens than the model", where=str(opened.path), found=found)
     device = choose_device(config.runtime.model_copy(update={"device": "auto"}), local_rank=0)
     dtype = choose_dtype(config.runtime.model_copy(update={"dtype": "auto"}), device)
-    model = Model(opened.parts, config.model, dtype=dtype, device=device, tokens=tokenizer.ids)
+    model = Model(weights_of(opened), config.model, dtype=dtype, device=device, tokens=tokenizer.ids)
     return model, tokenizer, config.data.sequence

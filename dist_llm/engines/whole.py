@@ -22,8 +22,8 @@ from dist_llm.mesh import Group, Mesh, default_backend
 from dist_llm.model.init import initialise
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Block, Context, Embedding, Head, build_unit
-from dist_llm.parallel.compose import Options
 from dist_llm.parallel.adapted import AdaptedRoles
+from dist_llm.parallel.compose import Options
 from dist_llm.parallel.flat import Piece, Slot
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.sharding import shard

@@ -57,7 +57,10 @@ def quantize(values: Tensor, *, kind: str, block: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor, *, kind: str, block: int) -> Tensor:
-    """What `quantize` gave -> `out` (n,), in its dtype: products in float32, rounded once. A piece at a time: its float32 is all it takes."""
+    """What `quantize` gave -> `out` (n,), in its dtype: products in float32, rounded once.
+
+    A piece at a time, so that the float32 of one is all it takes.
+    """
     table = torch.tensor([(NF4[code >> 4], NF4[code & 15]) for code in range(256)], device=codes.device)
     for at in range(0, len(scales), max(1, PIECE // block)):
         here = slice(at, at + max(1, PIECE // block))

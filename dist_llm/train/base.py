@@ -72,7 +72,16 @@ class Base:
     def beside(self, prepared: Prepared) -> Prepared:
         """The data of a run, with the base's identity and the files that are carried along. Raises UsageError for another tokenizer."""
         self.require_tokenizer(prepared.tokenizer.hash)
-        return replace(prepared, base=self.identity, beside=self.folder.beside if self.folder else self._opened.beside)
+        return replace(prepared, base=self.identity, beside=self.beside_files())
+
+    def beside_files(self) -> dict[str, bytes]:
+        """name -> content of the files beside its weights."""
+        return self.folder.beside if self.folder else self._opened.beside
+
+    @property
+    def sequence(self) -> int:
+        """Tokens that it was trained to see, as far as is known."""
+        return self.folder.model.max_positions if self.folder else self._opened.config.data.sequence
 
     def source(self) -> Source:
         """The weights. Every byte that is read of a checkpoint of ours is compared with its hash."""
