@@ -52,7 +52,8 @@ def export(
         tokens = sorted(token for token in load(opened.path).ids if token < model.vocab)
         found.append(compare_logits(folder, Cast(opened.parts, cast), model, tokens=tokens))
 
-    made = export_model(Subject.of(opened), target.expanduser(), dtype=cast, shard_size=limit, check=check if verify else lambda folder: None)
+    options: dict[str, Any] = {"dtype": cast, "shard_size": limit} | ({"check": check} if verify else {})
+    made = export_model(Subject.of(opened), target.expanduser(), **options)
     opened.parts.close()
     if as_json:
         about: dict[str, Any] = {"family": made.family, "parameters": made.parameters, "bytes": made.bytes, "files": made.files}

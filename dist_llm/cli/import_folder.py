@@ -15,7 +15,7 @@ from dist_llm.report.units import show_bytes
 def import_(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="The Hugging Face folder: config.json, safetensors, tokenizer.json.")],
     run: Annotated[Path, typer.Argument(metavar="CKPT", help="The run folder to make.")],
-    base: Annotated[Path | None, typer.Option("--base", metavar="BASE", help="What the adapter was trained on, where DIR is PEFT's.")] = None,
+    base: Annotated[Path | None, typer.Option("--base", metavar="BASE", help="Where DIR is PEFT's: what it was trained on.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
 ) -> None:
     """Read a Hugging Face folder, or an adapter of PEFT's, into a run folder with a checkpoint of step 0; weights keep their dtype."""

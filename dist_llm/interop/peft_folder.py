@@ -44,7 +44,7 @@ class PeftFolder:
 
     @classmethod
     def open(cls, path: Path, base: ModelConfig) -> PeftFolder:
-        """Raises CheckpointError where a file is not sound or fits no such base, UsageError where the adapter does what is not done here."""
+        """Raises CheckpointError where a file is not sound or does not fit, UsageError where the adapter does what is not done here."""
         values = _json(path / CONFIG)
         adapter = read_adapter_config(values, base, where=str(path / CONFIG))
         model = base.model_copy(update={"adapter": adapter})
