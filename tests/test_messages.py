@@ -334,6 +334,7 @@ def normal(text: str, folder: Path) -> str:
     text = text.replace(str(folder), "HERE").replace(str(folder.resolve()), "HERE")
     text = re.sub(r"\b[0-9a-f]{64}\b", "<sha256>", text)
     text = re.sub(r"\b[0-9a-f]{32}\b", "<xxh128>", text)
+    text = re.sub(r"\bhash [0-9a-f]{16}\b", "hash <hash>", text)
     text = re.sub(r"\b(skills|text)-[0-9a-f]{12}\b", r"\1-<key>", text)
     return re.sub(r"[\d,]+ bytes free", "<free> bytes free", text)
 
