@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.cli.sample import load
+from dist_llm.use.load import load_whole
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.load import config_tree, load_config
 from dist_llm.config.schema import Config, ScheduleConfig, changed
