@@ -22,7 +22,7 @@ from dist_llm.infer.cache import Cache, Kept, Pass
 from dist_llm.mesh import Group
 from dist_llm.model.table import Row, table, unit_names
 from dist_llm.model.transformer import Attention, Context, build_unit, make_context
-from dist_llm.parallel.tensor import TensorRoles
+from dist_llm.infer.roles import ReadingRoles
 from dist_llm.sharding import Box, shard, split_parts
 
 CHUNK = 1024  # tokens whose logits are whole at a time
@@ -62,7 +62,7 @@ class Model:
         self.absent = torch.tensor(absent, dtype=torch.int64, device=device)
         self.slices = split_parts(config.vocab, self.group.size)  # of the vocabulary, by rank
         self.named = self._load(weights)  # this rank's weights by global name
-        roles = TensorRoles(self.group, sp=False, vocab=config.vocab, first=self.slices[self.group.index][0])
+        self.roles = roles = ReadingRoles(self.group, sp=False, vocab=config.vocab, first=self.slices[self.group.index][0])
         self.units: list[Any] = [build_unit(name, config, self.named.get, roles) for name in unit_names(config)]
         modules = [module for unit in self.units for module in unit.modules()]
         self.attentions = [module for module in modules if isinstance(module, Attention)]
@@ -137,6 +137,7 @@ class Model:
         """The context's tokens (B, S) -> (B, S, D), all units but the last."""
         for attention in self.attentions:
             attention.attend.reading = reading
+        self.roles.short(context.tokens.shape[1] == 1)
         embedding, *blocks, _ = self.units
         x = embedding(context)
         for block in blocks:
