@@ -15,14 +15,14 @@ import torch
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.data.tokenizer import bytes_tokenizer, train_bpe
-from dist_llm.mesh import build_mesh
-from dist_llm.model.init import initialise
-from dist_llm.model.table import table
-from dist_llm.model.transformer import make_context
 from dist_llm.infer.choose import Choice, choose, penalised, points, ranked
 from dist_llm.infer.model import Model
 from dist_llm.infer.text import Text, stream
 from dist_llm.infer.write import Writer, follow
+from dist_llm.mesh import build_mesh
+from dist_llm.model.init import initialise
+from dist_llm.model.table import table
+from dist_llm.model.transformer import make_context
 from dist_llm.train.sample import with_whole_weights
 from dist_llm.train.setup import make_engine, make_mesh
 from tests.ranks import Ranks
@@ -243,7 +243,13 @@ def test_greedy_text_is_that_of_transformers() -> None:
     config = model.config
     settings = {"hidden_size": config.dim, "intermediate_size": config.ffn, "num_hidden_layers": config.layers, "vocab_size": config.vocab}
     settings |= {"num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "rms_norm_eps": config.norm_eps}
-    settings |= {"rope_theta": config.rope_theta, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "max_position_embeddings": 64}
+    settings |= {
+        "rope_theta": config.rope_theta,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "max_position_embeddings": 64,
+    }
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation="eager")).double().eval()
     theirs.load_state_dict({theirs_name(name): value for name, value in parameters(model).items()}, strict=True)
     prompts = [drawn(model, size, seed=size) for size in (4, 9, 2)]
@@ -405,7 +411,9 @@ def split_case(rank: int, world: int, say: Callable, given: dict[str, Any]) -> d
     return {"logits": torch.stack(logits).tolist(), "scores": score.tolist(), "texts": texts, "read": weights.read_elements, "heads": heads}
 
 
-@pytest.mark.parametrize("given", [LLAMA, GPT2, QWEN, {**LLAMA, "kv_heads": 1, "vocab": 259}], ids=["llama", "gpt2", "qwen3", "one kv head"])
+@pytest.mark.parametrize(
+    "given", [LLAMA, GPT2, QWEN, {**LLAMA, "kv_heads": 1, "vocab": 259}], ids=["llama", "gpt2", "qwen3", "one kv head"]
+)
 def test_ranks_share_a_model(ranks: Ranks, given: dict[str, Any]) -> None:
     """Each holds its slices and its heads' cache; logits and texts are those of one process."""
     one = split_case(0, 1, print, given)

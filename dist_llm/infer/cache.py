@@ -21,7 +21,9 @@ from dist_llm.model.transformer import attend
 class Cache:
     """Room for `capacity` tokens on each of some lines, in each layer of a model. lengths: how many are there, by line."""
 
-    def __init__(self, *, layers: int, lines: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, *, layers: int, lines: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.capacity = capacity
         self.lengths = [0] * lines
         shape = (lines, kv_heads, capacity, head_dim)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from dist_llm import comm
 from dist_llm.config.schema import ModelConfig
 from dist_llm.infer.cache import Cache, Kept, Pass
+from dist_llm.infer.roles import ReadingRoles
 from dist_llm.mesh import Group
 from dist_llm.model.table import Row, table, unit_names
 from dist_llm.model.transformer import Attention, Context, build_unit, make_context
-from dist_llm.infer.roles import ReadingRoles
 from dist_llm.sharding import Box, shard, split_parts
 
 CHUNK = 1024  # tokens whose logits are whole at a time
@@ -66,8 +66,9 @@ class Model:
         self.units: list[Any] = [build_unit(name, config, self.named.get, roles) for name in unit_names(config)]
         modules = [module for unit in self.units for module in unit.modules()]
         self.attentions = [module for module in modules if isinstance(module, Attention)]
-        for layer, attention in enumerate(self.attentions):
-            attention.attend = Kept(layer)
+        self.kept = [Kept(layer) for layer in range(len(self.attentions))]
+        for attention, kept in zip(self.attentions, self.kept, strict=True):
+            attention.attend = kept
 
     def _load(self, weights: Weights) -> dict[str, nn.Parameter]:
         """This rank's slices by name; those of a unit are one buffer, in the table's order."""
@@ -116,7 +117,10 @@ class Model:
 
     @torch.no_grad()
     def scores(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and labels (B, S), a label below 0 where none is asked for -> (log probability of each label, float64 (B, S); likeliest or not)."""
+        """Tokens and labels (B, S) -> (the log probability of each label, float64 (B, S); whether it is the likeliest token).
+
+        A label below 0 asks for nothing, and gets 0.
+        """
         context = make_context(self.config, tokens.to(self.device), labels.to(self.device), dtype=self.dtype, training=False)
         x, wanted = self._walk(context, None).flatten(0, 1), context.labels.flatten()
         found = torch.zeros(len(wanted), dtype=torch.float64, device=self.device)
@@ -135,8 +139,8 @@ class Model:
 
     def _walk(self, context: Context, reading: Pass | None) -> Tensor:
         """The context's tokens (B, S) -> (B, S, D), all units but the last."""
-        for attention in self.attentions:
-            attention.attend.reading = reading
+        for kept in self.kept:
+            kept.reading = reading
         self.roles.short(context.tokens.shape[1] == 1)
         embedding, *blocks, _ = self.units
         x = embedding(context)

@@ -20,11 +20,24 @@ class Text:
         self.tokenizer, self.stops, self.silent = tokenizer, [stop for stop in stops if stop], frozenset(silent)
         self.tokens: list[int] = []
         self.stopped: str | None = None
+        self._given: list[str] = []
         self._settled = self._shown = 0  # tokens before `_settled` are behind; the text of those up to `_shown` is given
         self._held = ""  # may begin a stop string
 
+    @property
+    def shown(self) -> str:
+        """All the text that was given so far."""
+        return "".join(self._given)
+
     def add(self, token: int) -> str:
         """Takes a token; returns what can be shown now."""
+        return self._give(self._added(token))
+
+    def _give(self, text: str) -> str:
+        self._given.append(text)
+        return text
+
+    def _added(self, token: int) -> str:
         if self.stopped is not None or token in self.silent:
             return ""
         self.tokens.append(token)
@@ -42,7 +55,7 @@ class Text:
         self._shown = len(self.tokens)
         text = self._release(after[len(before) :])
         rest, self._held = self._held, ""
-        return text if self.stopped is not None else text + rest
+        return self._give(text if self.stopped is not None else text + rest)
 
     def _release(self, text: str) -> str:
         """What is no stop string and cannot become one."""
@@ -51,10 +64,14 @@ class Text:
         if found:
             at, self.stopped = min(found)
             return self._held[:at]
-        ends = (self._held[-size:] for stop in self.stops for size in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:size]))
-        kept = max((len(end) for end in ends), default=0)
+        kept = max((_overlap(self._held, stop) for stop in self.stops), default=0)
         shown, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many letters at the end of a text may be the first ones of a stop string."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def stream(tokenizer: Tokenizer, tokens: Iterator[int], *, silent: Iterable[int] = ()) -> Iterator[str]:
