@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("faults", "watch"),
     ("config", "schedule"),
     ("model.table",),
-    ("model.cost", "sharding"),
-    ("parallel.flat",),  # to here: no torch
+    ("model.cost", "sharding", "interop.kinds"),
+    ("parallel.flat", "interop.families"),  # to here: no torch
     ("staging", "random"),
     ("mesh",),
     ("comm", "ranks"),
@@ -36,13 +36,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parallel", "data"),
     ("engines", "infer"),
     ("train",),
+    ("interop",),
     ("plan", "report", "use"),
     ("compare",),
     ("cli",),
     ("__main__",),
 )
 # Inside parallel/: strategies never import each other, only compose knows all.
-STRATEGIES: tuple[tuple[str, ...], ...] = (("flat", "operation"), ("tensor", "zero", "recompute"), ("compiled", "pipeline"), ("compose",))
+STRATEGIES: tuple[tuple[str, ...], ...] = (
+    ("flat", "operation"),
+    ("across",),
+    ("tensor", "zero", "recompute"),
+    ("compiled", "pipeline"),
+    ("compose",),
+)
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}
 WITHOUT_TORCH = (
     "errors",
@@ -57,6 +64,8 @@ WITHOUT_TORCH = (
     "model.cost",
     "sharding",
     "parallel.flat",
+    "interop.kinds",
+    "interop.families",
     "train.durable",
     "train.folder",
     "train.preflight",
@@ -74,7 +83,7 @@ LAUNCH = {"cli/main.py", "ranks.py"}  # how a verb is found and ranks are forked
 BESIDE = {
     "the model": {
         *("model/transformer.py", "model/parts.py", "model/kernels.py", "model/products.py", "model/loss.py", "model/roles.py"),
-        *("model/fused.py", "parallel/tensor.py"),
+        *("model/fused.py", "model/attention.py", "model/rotary.py", "parallel/tensor.py"),
     },
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "what is noted": {"flight.py", "train/nonfinite.py"},

@@ -59,7 +59,23 @@ def forward(model: Model, tokens: list[int]) -> torch.Tensor:
     return model._whole(model._walk(context, None))[0]
 
 
-FAMILIES = pytest.mark.parametrize("given", [LLAMA, GPT2, QWEN], ids=["llama", "gpt2", "qwen3"])
+GEMMA = {
+    "family": "gemma2",
+    "layers": 4,
+    "dim": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "ffn": 48,
+    "vocab": 67,
+    "sliding_window": 5,
+    "init_std": 0.3,
+}
+LATER = {**GEMMA, "family": "gemma3", "full_every": 3, "rope_local_theta": 100.0}
+OLMO = {"family": "olmo2", "layers": 2, "dim": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": 61, "init_std": 0.3}
+MISTRAL = {**LLAMA, "family": "mistral", "sliding_window": 4, "tied": False}
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "qwen3": QWEN, "gemma2": GEMMA, "gemma3": LATER, "olmo2": OLMO, "mistral": MISTRAL}
+FAMILIES = pytest.mark.parametrize("given", MODELS.values(), ids=MODELS.keys())
 
 
 def drawn(model: Model, count: int, seed: int = 1) -> list[int]:
@@ -412,7 +428,7 @@ def split_case(rank: int, world: int, say: Callable, given: dict[str, Any]) -> d
 
 
 @pytest.mark.parametrize(
-    "given", [LLAMA, GPT2, QWEN, {**LLAMA, "kv_heads": 1, "vocab": 259}], ids=["llama", "gpt2", "qwen3", "one kv head"]
+    "given", [LLAMA, GPT2, LATER, OLMO, {**LLAMA, "kv_heads": 1, "vocab": 259}], ids=["llama", "gpt2", "gemma3", "olmo2", "one kv head"]
 )
 def test_ranks_share_a_model(ranks: Ranks, given: dict[str, Any]) -> None:
     """Each holds its slices and its heads' cache; logits and texts are those of one process."""

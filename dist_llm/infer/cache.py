@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_llm.model.transformer import attend
+from dist_llm.model.attention import attend, capped
 
 
 class Cache:
@@ -66,12 +66,18 @@ class Pass:
         self.positions = (torch.tensor(starts, device=device)[:, None] + own)[: 1 if self.even else None]  # (B or 1, S)
         self.lines = torch.arange(len(starts), device=device)[:, None, None]
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores, (B or 1, 1, S, T); None where that is plain causal attention, or all of it is looked at."""
-        if self.first or (self.even and self.size == 1):
+    def mask(self, dtype: torch.dtype, *, window: int = 0) -> Tensor | None:
+        """What is added to the scores of a later pass, (B or 1, 1, S, T); None: all tokens are looked at.
+
+        window: tokens that a token sees, itself included; 0: all before it.
+        """
+        narrow = 0 < window < self.total
+        if self.even and self.size == 1 and not narrow:
             return None
-        places = torch.arange(self.total, device=self.positions.device)
-        hidden = places > self.positions[:, None, :, None]  # (B or 1, 1, S, T)
+        places, own = torch.arange(self.total, device=self.positions.device), self.positions[:, None, :, None]
+        hidden = places > own  # (B or 1, 1, S, T)
+        if narrow:
+            hidden = hidden | (places <= own - window)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,17 +99,19 @@ class Kept:
         self.layer = layer
         self.reading: Pass | None = None  # None: plain attention
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (B, H, S, E), k and v (B, K, S, E) -> (B, H, S, E). mask: that of the Pass."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None, softcap: float = 0.0) -> Tensor:
+        """q (B, H, S, E), k and v (B, K, S, E) -> (B, H, S, E). mask: of the first pass as in training, then that of the Pass."""
         if self.reading is None:
-            return attend(q, k, v, mask)
+            return attend(q, k, v, mask, scale, softcap)
         keys, values = self.reading.store(self.layer, k, v)
         if self.reading.first:
-            return attend(q, k, v, None)
-        return attend_grouped(q, keys, values, mask)
+            return attend(q, k, v, mask, scale, softcap)
+        if softcap:
+            return capped(q, keys, values, mask, scale, softcap)
+        return attend_grouped(q, keys, values, mask, scale)
 
 
-def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Attention without a triangle: q (B, H, S, E), k and v (B, K, T, E), mask (B or 1, 1, S, T) -> (B, H, S, E).
 
     The G query heads of a key head become G x S queries of it: every fast kernel knows that, with a mask too.
@@ -113,5 +121,5 @@ def attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     groups = q.shape[1] // heads
     if mask is not None and groups > 1 and size > 1:
         mask = mask.repeat(1, 1, groups, 1)
-    out = F.scaled_dot_product_attention(q.reshape(lines, heads, groups * size, width), k, v, attn_mask=mask)
+    out = F.scaled_dot_product_attention(q.reshape(lines, heads, groups * size, width), k, v, attn_mask=mask, scale=scale)
     return out.view(lines, heads * groups, size, width)

@@ -109,7 +109,11 @@ class Model:
         padded = [list(tokens) + [0] * (reading.size - len(tokens)) for tokens in fresh]
         line = torch.tensor(padded, device=self.device)
         context = make_context(self.config, line, line, dtype=self.dtype, positions=reading.positions, training=False)
-        x = self._walk(replace(context, mask=reading.mask(self.dtype)), reading)
+        if not reading.first:
+            narrow = self.config.sliding_window
+            local = reading.mask(self.dtype, window=narrow) if narrow else None
+            context = replace(context, mask=reading.mask(self.dtype), local_mask=local)
+        x = self._walk(context, reading)
         cache.lengths = [length + size for length, size in zip(cache.lengths, sizes, strict=True)]
         if reading.size > 1:
             x = x[torch.arange(len(sizes), device=self.device), torch.tensor(sizes, device=self.device) - 1][:, None]

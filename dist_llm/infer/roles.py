@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_llm import comm
 from dist_llm.model.kernels import activate
+from dist_llm.model.kernels import norm as plain_norm
 from dist_llm.model.parts import Norm, Projections
 from dist_llm.parallel.tensor import TensorRoles, beside
 
@@ -43,4 +44,4 @@ class ReadingRoles(TensorRoles):
 def _normed(x: Tensor, norm: Norm) -> Tensor:
     if norm.kind == "rms":
         return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return plain_norm(x, norm.weight, norm.bias, kind=norm.kind, eps=norm.eps)

@@ -82,9 +82,7 @@ def hold_chat(turns: Turns, brake: Brake, *, checkpoint: Path, place: Place, npr
                 os.close(end)
 
 
-def answer_rank(
-    rank: int, world: int, say: Hear, request: dict[str, Any], brake: Brake, take: Callable[[], dict[str, Any]]
-) -> None:
+def answer_rank(rank: int, world: int, say: Hear, request: dict[str, Any], brake: Brake, take: Callable[[], dict[str, Any]]) -> None:
     """One rank of a chat: answers the orders that it takes until it is told to quit. Rank 0 says what comes."""
     place, tell = Place(**request["place"]), say if rank == 0 else lambda message: None
     opened, tokenizer = open_sound(Path(request["checkpoint"]), whole=False)
