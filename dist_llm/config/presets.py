@@ -13,6 +13,8 @@ _NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**_ROTARY, **_NO_BIAS, "norm_eps": 1e-5, "qk_norm": False, "tied": False},
+    "mistral": {**_ROTARY, **_NO_BIAS, "norm_eps": 1e-5, "qk_norm": False, "tied": False},
+    "qwen2": {**_ROTARY, **_NO_BIAS, "norm_eps": 1e-6, "qk_norm": False, "tied": False, "qkv_bias": True, "rope_theta": 1e6},
     "qwen3": {**_ROTARY, **_NO_BIAS, "norm_eps": 1e-6, "qk_norm": True, "tied": False, "rope_theta": 1e6},
     "gpt2": {
         "norm": "layer",

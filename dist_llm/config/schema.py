@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from dist_llm.config.presets import SMALL, fill_model
 from dist_llm.errors import holds_secret
 
-Family = Literal["llama", "gpt2", "qwen3", "custom"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "custom"]
 Preset = Literal["gpt2-124m", "llama-1b", "llama3-8b", "llama3-70b", "llama3-405b", "qwen3-0.6b", "qwen3-8b"]
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v", "auto"]
 EngineName = Literal["native", "ddp", "fsdp2", "deepspeed"]

@@ -41,9 +41,13 @@ class Roles:
         """Tokens (B, S) and weight (V, D) -> (B, S, D)."""
         return F.embedding(tokens, weight)
 
-    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
-        """(B, S, D) before its norm, weight (V, D) and labels (B, S) -> the summed cross-entropy, a float64 scalar; smooth: in training."""
-        return cross_entropy(norm(x).flatten(0, 1), weight, labels.flatten(), smoothing=self.smoothing if smooth else 0.0)
+    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, weights: Tensor | None = None, smooth: bool = True) -> Tensor:
+        """(B, S, D) before its norm, weight (V, D), labels and weights of tokens (B, S) -> the summed cross-entropy, a float64 scalar.
+
+        smooth: in training.
+        """
+        smoothing, counts = self.smoothing if smooth else 0.0, None if weights is None else weights.flatten()
+        return cross_entropy(norm(x).flatten(0, 1), weight, labels.flatten(), smoothing=smoothing, weights=counts)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, S, D) and weight (V, D) -> (B, S, V), whole: for sampling and for tests."""

@@ -37,6 +37,7 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, S, 1, E)
     dropout: Tensor | None  # (2,) the halves of the key of this step's masks; None: nothing is dropped
     training: bool
+    weights: Tensor | None = None  # (B, S) what the loss of each token counts; None: 1
 
 
 def make_context(
@@ -48,6 +49,7 @@ def make_context(
     positions: Tensor | None = None,
     documents: Tensor | None = None,
     rows: Tensor | None = None,
+    weights: Tensor | None = None,
     seed: int = 0,
     step: int = 0,
     training: bool = True,
@@ -55,7 +57,8 @@ def make_context(
     """The context of tokens and labels (B, S).
 
     positions (B, S): default 0..S-1 in every sequence. documents (B, S): attention stays inside a document. rows (B,):
-    place of each sequence in the global batch; with seed and step they address the dropout masks.
+    place of each sequence in the global batch; with seed and step they address the dropout masks. weights (B, S), floats:
+    what each token's loss counts.
     """
     (batch, length), device = tokens.shape, tokens.device
     line = torch.arange(length, device=device)
@@ -70,7 +73,7 @@ def make_context(
     table = rotary_table(positions, width=model.head_dim, theta=model.rope_theta, dtype=dtype) if rotary else None
     drops = bool(model.dropout) and training
     key = torch.tensor(halves(key_of(seed, "dropout", step=step)), device=device) if drops else None
-    return Context(tokens, labels, positions, mask, rows[:, None] * length + line, table, key, training)
+    return Context(tokens, labels, positions, mask, rows[:, None] * length + line, table, key, training, weights)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -202,8 +205,8 @@ class Head(nn.Module):
         self.roles = roles
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, S, D) -> the summed cross-entropy over the context's labels, a float64 scalar."""
-        return self.roles.loss(x, self.norm, self.head.weight, context.labels, smooth=context.training)
+        """(B, S, D) -> the summed cross-entropy over the context's labels, each times its weight, a float64 scalar."""
+        return self.roles.loss(x, self.norm, self.head.weight, context.labels, weights=context.weights, smooth=context.training)
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""

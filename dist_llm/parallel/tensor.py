@@ -88,11 +88,14 @@ class TensorRoles(Roles):
         """Enters with all tokens (B, S) and rows [first, first + v) of the table, leaves with (B, S', D)."""
         return Embed.apply(tokens, weight, self.first, self.split)
 
-    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
-        """Enters with (B, S', D) before its norm and v rows of the output table, leaves with the summed loss of all tokens on each rank."""
+    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, weights: Tensor | None = None, smooth: bool = True) -> Tensor:
+        """Enters with (B, S', D) before its norm and v rows of the output table, leaves with the summed loss of all tokens on each rank.
+
+        weights (B, S): what each token's loss counts.
+        """
         part = vocabulary.Slice(self.first, self.vocab, self.smoothing if smooth else 0.0, lambda known: _share(known, self.split.group))
         rule = Rule(norm.kind, norm.eps)
-        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, part, torch.is_grad_enabled(), self.split)
+        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, weights, part, torch.is_grad_enabled(), self.split)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Enters with (B, S', D), leaves with this rank's logits (B, S, v)."""
@@ -332,18 +335,20 @@ class VocabularyLoss(Function):
         weight: Tensor,
         rule: Rule,
         labels: Tensor,
+        weights: Tensor | None,
         part: vocabulary.Slice,
         slopes: bool,
         split: Split,
     ) -> Tensor:
-        """x (B, S', D), weight (v, D), labels (B, S) -> the summed loss, a float64 scalar, the same on each rank."""
+        """x (B, S', D), weight (v, D), labels and weights (B, S) -> the summed loss, a float64 scalar, the same on each rank."""
+        flat, counts = labels.flatten(), None if weights is None else weights.flatten()
 
         def gathered() -> Tensor:
             return _gather(rule(x, gain, shift), split).flatten(0, 1)
 
         if not slopes:
-            return vocabulary.loss_alone(gathered(), weight, labels.flatten(), part)
-        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, labels.flatten(), part)  # its input is free now
+            return vocabulary.loss_alone(gathered(), weight, flat, part, counts)
+        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, flat, part, counts)  # its input is free now
         by_normed = _reduce(by_normed.unflatten(0, (x.shape[0], -1)), split)
         ctx.save_for_backward(*rule.backward(by_normed, x, gain, shift), by_weight)
         return loss
@@ -355,7 +360,7 @@ class VocabularyLoss(Function):
         Scaled where they lie: autograd refuses a second backward, because what was kept has changed.
         """
         gradients = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
-        return *gradients, *[None] * 5
+        return *gradients, *[None] * 6
 
 
 def _share(known: vocabulary.Statistics, group: Group) -> vocabulary.Statistics:
