@@ -63,6 +63,17 @@ PLAIN = """\
 BUILT_IN = {"chatml": (CHATML, ""), "llama3": (LLAMA3, "<|begin_of_text|>"), "qwen": (QWEN, ""), "plain": (PLAIN, "")}  # text, bos
 
 
+def choose_template(name: str, *, end: str, tokenizer: Path | None = None) -> Template:
+    """As `load_template`; auto: the model's own where there is one beside the tokenizer, else plain."""
+    if name != "auto":
+        return load_template(name, end=end, tokenizer=tokenizer)
+    folder = None if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
+    own = folder is not None and (
+        (folder / "chat_template.jinja").is_file() or "chat_template" in _read_config(folder / "tokenizer_config.json")
+    )
+    return load_template("model" if own else "plain", end=end, tokenizer=tokenizer)
+
+
 def load_template(name: str, *, end: str, tokenizer: Path | None = None) -> Template:
     """The template of a name: chatml, llama3, qwen, plain; model: what lies beside the tokenizer; or the path of a .jinja file.
 

@@ -38,6 +38,7 @@ class Tokenizer:
         end_id = inner.token_to_id(end)
         assert end_id is not None, end
         self.inner, self.end, self.end_id = inner, end, end_id
+        self.chat_template, self.bos = "", ""  # what its files say of conversations; no part of what it is
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
@@ -95,7 +96,9 @@ class Tokenizer:
     @property
     def files(self) -> dict[str, bytes]:
         """name -> content of the files that define it, named as Hugging Face does."""
-        return {"tokenizer.json": self.canonical.encode(), "tokenizer_config.json": json.dumps({"eos_token": self.end}).encode()}
+        named = {"eos_token": self.end, "bos_token": self.bos, "chat_template": self.chat_template}
+        config = {key: value for key, value in named.items() if value}
+        return {"tokenizer.json": self.canonical.encode(), "tokenizer_config.json": json.dumps(config).encode()}
 
     def save(self, folder: Path) -> Path:
         """Writes `tokenizer.json` and the end token's name beside it, as Hugging Face does; returns the former's path."""

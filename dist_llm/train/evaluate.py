@@ -22,7 +22,7 @@ class Validation:
         config, self.trainer = trainer.config, trainer
         self.batches = validation_batches(prepared, config.data, global_batch=config.batch.global_)
         self.count = min(config.track.validate_batches, self.batches.num_batches) if self.batches else 0
-        self.targets = sum(self.batches.targets(number) for number in range(self.count)) if self.batches else 0
+        self.targets = sum(self.batches.weight(number) for number in range(self.count)) if self.batches else 0.0  # their number, or weight
         self.text_bytes = self._text_bytes(prepared) if self.targets and trainer.mesh.rank == 0 else 0.0
 
     def measure(self) -> dict[str, float | None]:
@@ -56,11 +56,12 @@ class Validation:
         if widths is None:
             manifests = [store.manifest for store in prepared.validation]
             return self.targets * sum(m.text_bytes for m in manifests) / sum(m.tokens for m in manifests)
-        total, size = 0, self.batches.global_batch
+        total, size = 0.0, self.batches.global_batch
         for number in range(self.count):
             (batch,) = self.batches.micro_batches(number, dp_rank=0, dp_size=1, micro=size)
-            total += int(widths[batch.labels[batch.labels != IGNORED]].sum())
-        return float(total)
+            counts = widths[batch.labels.clamp(min=0)] * (batch.labels != IGNORED)
+            total += float((counts if batch.weights is None else counts * batch.weights).sum())
+        return total
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor | None:
