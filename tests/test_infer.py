@@ -137,21 +137,21 @@ def test_lines_of_any_length_are_read_as_each_alone(given: dict[str, Any]) -> No
 @FAMILIES
 def test_generation_against_a_model_that_reads_all_anew(given: dict[str, Any]) -> None:
     """Also past the window, where the newer half is read again from position 0; several lines give what each gives alone."""
-    model, window, choice = build(given), 16, Choice(temperature=1.3, repetition_penalty=1.1, seed=3)
+    model, window, choice = build(given), 12, Choice(temperature=1.3, repetition_penalty=1.1, seed=3)
     prompts = [drawn(model, size, seed=size) for size in (5, 30, 1, 12)]
     expected = [[] for _ in prompts]
     for prompt, line in zip(prompts, expected, strict=True):
         seen, whole = prompt[-window:], prompt[-window:]
-        for position in range(40):
+        for position in range(20):
             logits = penalised(forward(model, seen)[-1:], [whole], 1.1)
             line.append(int(choose(logits, choice, points(choice, [0], position))))
             whole = [*whole, line[-1]]
             seen = [*seen, line[-1]]
             if len(seen) > window:
                 seen = seen[-window // 2 :]
-    found = written(model, prompts, count=40, choice=choice, window=window)
+    found = written(model, prompts, count=20, choice=choice, window=window)
     assert found == expected and len(set(found[0])) > 5
-    assert [list(follow(model, prompt, count=40, choice=choice, window=window)) for prompt in prompts] == expected
+    assert [list(follow(model, prompt, count=20, choice=choice, window=window)) for prompt in prompts] == expected
 
 
 def test_samples_of_a_prompt_are_apart_and_do_not_depend_on_others() -> None:
@@ -235,7 +235,8 @@ def test_the_rules_are_those_of_transformers() -> None:
     logits = 3 * torch.randn(5, 60, dtype=torch.float64, generator=generator)
     for changes in (
         {"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.05}, {"repetition_penalty": 1.7}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9},
-        {"temperature": 2.5, "top_p": 0.95, "min_p": 0.1}, {"temperature": 1.3, "top_k": 30, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 0.8},
+        {"temperature": 2.5, "top_p": 0.95, "min_p": 0.1},
+        {"temperature": 1.3, "top_k": 30, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 0.8},
     ):  # fmt: skip
         choice = Choice(**{"temperature": 1.0, **changes})
         expected = generation.RepetitionPenaltyLogitsProcessor(choice.repetition_penalty)(seen, logits.clone())
@@ -422,18 +423,20 @@ def split_case(rank: int, world: int, say: Callable, given: dict[str, Any]) -> d
     cache = model.cache(lines=3, capacity=12)
     logits = [model.read(cache, prompts), model.read(cache, [[1], [2], [3]]), model.read(cache, [[4], [5], [6]])]
     score, _ = model.scores(torch.tensor(prompts[2:])[:, :-1], torch.tensor(prompts[2:])[:, 1:])
-    texts = written(model, prompts, count=24, choice=Choice(temperature=1.2, top_p=0.9, seed=2), window=16, samples=2)
+    texts = written(model, prompts, count=10, choice=Choice(temperature=1.2, top_p=0.9, seed=2), window=12, samples=2)
     heads = cache.keys[0].shape[1]
     return {"logits": torch.stack(logits).tolist(), "scores": score.tolist(), "texts": texts, "read": weights.read_elements, "heads": heads}
 
 
 @pytest.mark.parametrize(
-    "given", [LLAMA, GPT2, LATER, OLMO, {**LLAMA, "kv_heads": 1, "vocab": 259}], ids=["llama", "gpt2", "gemma3", "olmo2", "one kv head"]
+    "given",
+    [LLAMA, GPT2, LATER, OLMO, {**LLAMA, "kv_heads": 1, "vocab": 259, "layers": 1}],
+    ids=["llama", "gpt2", "gemma3", "olmo2", "one kv head"],
 )
 def test_ranks_share_a_model(ranks: Ranks, given: dict[str, Any]) -> None:
     """Each holds its slices and its heads' cache; logits and texts are those of one process."""
     one = split_case(0, 1, print, given)
-    for world in (2, 4):
+    for world in (2, 4) if given.get("kv_heads") == 1 else (2,):
         found = ranks.run(world, "tests.test_infer:split_case", given)
         for other in found:
             for name in ("logits", "scores"):

@@ -55,14 +55,17 @@ def choice_of(
     return Choice(temperature, top_k, top_p, min_p, repetition_penalty, seed)
 
 
-def place_of(device: str, dtype: str) -> Place:
+def place_of(device: str, dtype: str | None) -> Place:
     """Device and dtype. Raises UsageError for another word."""
     from dist_llm.use.load import Place
 
-    known = {"--device": (device, ("auto", "cpu", "cuda")), "--dtype": (dtype, ("auto", "float64", "float32", "bfloat16"))}
+    known: dict[str, tuple[str | None, tuple[str, ...]]] = {
+        "--device": (device, ("auto", "cpu", "cuda")),
+        "--dtype": (dtype, ("auto", "float64", "float32", "bfloat16")),
+    }
     for flag, (value, words) in known.items():
-        if value not in words:
-            raise UsageError("there is no such choice", where=flag, expected=", ".join(words), found=value)
+        if value is not None and value not in words:
+            raise UsageError("there is no such choice", where=flag, expected=", ".join(words), found=str(value))
     return Place(device, dtype)
 
 

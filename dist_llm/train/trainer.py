@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from dist_llm import flight
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import MicroBatch
@@ -125,12 +127,17 @@ class Trainer:
 
     def context(self, batch: MicroBatch, *, step: int, training: bool) -> Context:
         """A micro-batch on the engine's device, as the model takes it."""
-        data, device = self.config.data, self.engine.device
-        optional: dict[str, Any] = {
-            "positions": batch.positions.to(device) if data.reset_positions else None,
-            "documents": batch.documents.to(device) if data.document_mask else None,
-            "rows": batch.rows.to(device),
-            "weights": None if batch.weights is None else batch.weights.to(device),
-        }
-        addressed: dict[str, Any] = {"seed": self.config.runtime.seed, "step": step, "training": training, "dtype": self.engine.dtype}
-        return make_context(self.config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)
+        return context_of(batch, self.config, device=self.engine.device, dtype=self.engine.dtype, step=step, training=training)
+
+
+def context_of(batch: MicroBatch, config: Config, *, device: torch.device, dtype: torch.dtype, step: int = 0, training: bool) -> Context:
+    """A micro-batch on a device, as the model takes it. step: addresses the dropout masks, in training."""
+    data = config.data
+    optional: dict[str, Any] = {
+        "positions": batch.positions.to(device) if data.reset_positions else None,
+        "documents": batch.documents.to(device) if data.document_mask else None,
+        "rows": batch.rows.to(device),
+        "weights": None if batch.weights is None else batch.weights.to(device),
+    }
+    addressed: dict[str, Any] = {"seed": config.runtime.seed, "step": step, "training": training, "dtype": dtype}
+    return make_context(config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)

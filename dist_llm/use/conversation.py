@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from dist_llm.data.template_files import choose_template as named_template
 from dist_llm.data.template_files import load_template
 from dist_llm.data.templates import Template
 from dist_llm.data.tokenizer import Tokenizer
@@ -74,21 +74,19 @@ def choose_template(given: str | None, opened: Checkpoint, tokenizer: Tokenizer)
     Raises UsageError for one that is not there, or writes tokens that the tokenizer does not have.
     """
     if given is not None:
-        template = load_template(given, end=tokenizer.end, tokenizer=opened.path)
+        template = named_template(given, end=tokenizer.end, tokenizer=opened.path)
         if lacking := _lacking(template, tokenizer):
             what = "the tokenizer does not have the tokens of the chat template"
             raise UsageError(what, where=template.where, expected=", ".join(lacking), found=str(opened.path), next="--template plain")
         template.require_end(tokenizer)
         return template
-    chat: Any = getattr(opened.config.data, "chat", None)
-    for name in (getattr(chat, "template", None), "model"):
-        try:
-            template = load_template(name, end=tokenizer.end, tokenizer=opened.path) if name else None
-            if template is not None and not _lacking(template, tokenizer):
-                template.require_end(tokenizer)
-                return template
-        except Failure:
-            continue
+    try:
+        template = named_template(opened.config.data.chat.template, end=tokenizer.end, tokenizer=opened.path)
+        if not _lacking(template, tokenizer):
+            template.require_end(tokenizer)
+            return template
+    except Failure:  # one that is no longer there, or was never used
+        pass
     return load_template("plain", end=tokenizer.end)
 
 

@@ -26,14 +26,14 @@ Hear = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is held, as flags say it: device (auto, cpu, cuda) and dtype (auto, float64, float32, bfloat16)."""
+    """Where a model is held, as flags say it: device (auto, cpu, cuda), dtype (auto, float64, float32, bfloat16; None: the run's own)."""
 
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str | None = "auto"
 
     def runtime(self, runtime: RuntimeConfig) -> RuntimeConfig:
         """A run's own settings with these in their place."""
-        return runtime.model_copy(update={"device": self.device, "dtype": self.dtype, "backend": "auto"})
+        return runtime.model_copy(update={"device": self.device, "dtype": self.dtype or runtime.dtype, "backend": "auto"})
 
 
 def open_sound(path: Path, *, whole: bool = True) -> tuple[Checkpoint, Tokenizer]:
