@@ -80,12 +80,11 @@ def _held_out(one: Pair, config: Config) -> bool:
 
 def _text(prepared: Prepared | None) -> str:
     """All that a run trains on, as text."""
-    stores = [] if prepared is None else [store for store in prepared.train if len(store) <= MOST_TOKENS]
-    tokenizer = None if prepared is None else prepared.tokenizer
-    parts = (
-        tokenizer.decode(store.document(number).tolist()) for store in stores for number in range(store.manifest.documents) if tokenizer
-    )
-    return "\n".join(parts)
+    if prepared is None:
+        return ""
+    stores = [store for store in prepared.train if len(store) <= MOST_TOKENS]
+    texts = (store.document(number).tolist() for store in stores for number in range(store.manifest.documents))
+    return "\n".join(prepared.tokenizer.decode(text) for text in texts)
 
 
 def asked(pairs: Sequence[Pair], tokenizer: Tokenizer, template: Template | None) -> Iterator[Asked]:
