@@ -38,13 +38,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen2, wide heads": {"family": "qwen2", "head_dim": 6},
     "llama, stretched": {
-        **{"family": "llama", "head_dim": 16, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_theta": 500.0},
-        **{"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_positions": 32},
+        "family": "llama", "head_dim": 16, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_theta": 500.0,
+        "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_positions": 32,
     },
     "llama, linear": {"family": "llama", "rope_scaling": "linear", "rope_factor": 3.0},
     "qwen2, yarn": {
-        **{"family": "qwen2", "head_dim": 16, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 200.0},
-        **{"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 8.0, "rope_original_positions": 30},
+        "family": "qwen2", "head_dim": 16, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 200.0,
+        "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 8.0, "rope_original_positions": 30,
     },
     "mistral, window": {"family": "mistral", "sliding_window": 5},
     "qwen3, windows": {"family": "qwen3", "head_dim": 6, "sliding_window": 4, "full_every": 2, "qkv_bias": True, "out_bias": True},
@@ -53,8 +53,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": {"family": "gemma2", "head_dim": 10, "query_scale": 7.0, "sliding_window": 6, "attention_softcap": 2.0, "logit_softcap": 3.0},
     "gemma2, no caps": {"family": "gemma2", "attention_softcap": 0.0, "logit_softcap": 0.0, "sliding_window": 4, "tied": False},
     "gemma3": {
-        **{"family": "gemma3", "head_dim": 10, "query_scale": 9.0, "sliding_window": 4, "full_every": 3, "rope_theta": 90000.0},
-        **{"rope_local_theta": 50.0, "logit_softcap": 4.0, "rope_scaling": "linear", "rope_factor": 8.0},
+        "family": "gemma3", "head_dim": 10, "query_scale": 9.0, "sliding_window": 4, "full_every": 3, "rope_theta": 90000.0,
+        "rope_local_theta": 50.0, "logit_softcap": 4.0, "rope_scaling": "linear", "rope_factor": 8.0,
     },
     "gemma3, one kv head": {"family": "gemma3", "kv_heads": 1, "sliding_window": 7, "layers": 7},
     "qwen3": {"family": "qwen3", "head_dim": 10, "rope_theta": 30000.0},
