@@ -253,8 +253,8 @@ def test_a_broken_template_is_not_a_crash(talk: Any, tmp_path: Path) -> None:
     """A file whose template refuses long conversations."""
     file = tmp_path / "odd.jinja"
     refuses = "{% if messages|length > 4 %}{{ raise_exception('no more') }}{% endif %}"
-    short = "{% for message in messages %}{{ message.role[:1] + message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    file.write_text(refuses + short + "{% endfor %}{% if add_generation_prompt %}a{% endif %}")
+    said = "{{ message.role[:1] + message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    file.write_text(refuses + "{% for message in messages %}" + said + "{% endfor %}{% if add_generation_prompt %}a{% endif %}")
     out, err = talk("a\nb\nc\n/reset\nd\n", "--template", str(file), "--tokens", "2", "--json")
     lines = as_lines(out)
     assert [line["user"] for line in lines if "turn" in line] == ["a", "b", "d"]

@@ -49,7 +49,8 @@ def test_ranks_give_the_text_of_one_process(commands: Commands, small_run: Path,
     """The same seed, the same text, on one process and on two ranks that share the model; prompts come from stdin."""
     given = tmp_path / "stdin"
     given.write_text("Question: Repeat: tas\nThe\n")
-    words = ["sample", str(small_run), "--prompts", "-", "--tokens", "16", "--dtype", "float64", "--json", "--samples", "2", "--top-p", "0.9"]
+    words = ["sample", str(small_run), "--prompts", "-", "--tokens", "16", "--dtype", "float64", "--json", "--samples", "2"]
+    words += ["--top-p", "0.9"]
     one, two = (json.loads(commands.run(*words, "--nproc", n, stdin=given).stdout) for n in ("1", "2"))
     assert one["samples"] == two["samples"] and (one["ranks"], two["ranks"]) == (1, 2) and len(one["samples"]) == 4
     shown = commands.run("sample", str(small_run), "--prompt", "Question: ", "--tokens", "8", "--nproc", "2", "--seed", "3")
