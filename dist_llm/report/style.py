@@ -106,7 +106,7 @@ pre {
 .sample .words { white-space: pre-wrap; overflow-wrap: anywhere; }
 .sample b { font-weight: 650; }
 .turns { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; margin: 8px 0 0; }
-.turns span { border-radius: 3px; padding: 1px 0; color: var(--muted); }
+.turns span { padding: 1px 0; color: var(--muted); }
 .turns span.trained { color: var(--ink); background: var(--good-soft); box-shadow: inset 0 -2px var(--good); }
 .turns span.more { background: var(--warn-soft); box-shadow: inset 0 -2px var(--warn); }
 .turns span.less { background: var(--hover); box-shadow: inset 0 -2px var(--accent); }
