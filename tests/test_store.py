@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from dist_llm.cli.data import app
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import build as building
-from dist_llm.data import sealed
-from dist_llm.data import shards
+from dist_llm.data import sealed, shards
 from dist_llm.data import store as storing
 from dist_llm.data.build import build_store, encode
 from dist_llm.data.corpora import Corpus, open_corpus

@@ -33,7 +33,23 @@ PUBLISHED = {
     "(message.role == 'assistant') %}\n{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}\n{%- endif %}\n"
     "{%- endfor %}\n{%- if add_generation_prompt %}\n{{- '<|im_start|>assistant\n' }}\n{%- endif %}",
 }
-WORDS = ("Hi", " there", "\n", "what is it?", "  two", "é", "日本", "1 + 2", "`code`", "\n\nend", "{{ x }}", "{% if %}", "<b>", "don't", "\t")
+WORDS = (
+    "Hi",
+    " there",
+    "\n",
+    "what is it?",
+    "  two",
+    "é",
+    "日本",
+    "1 + 2",
+    "`code`",
+    "\n\nend",
+    "{{ x }}",
+    "{% if %}",
+    "<b>",
+    "don't",
+    "\t",
+)
 
 
 def conversation(dice: random.Random, *, rounds: int = 3) -> list[dict[str, Any]]:
@@ -265,7 +281,9 @@ def test_the_sandbox_ends_with_its_input() -> None:
     sandbox.serve(lines[:1], said.append)
     assert said[0]["kind"] == "broken"
     said.clear()
-    sandbox.serve([json.dumps({"template": "{% generation %}{{ x | tojson }}{% endgeneration %}"}), json.dumps({"x": "<é\x00<>"})], said.append)
+    sandbox.serve(
+        [json.dumps({"template": "{% generation %}{{ x | tojson }}{% endgeneration %}"}), json.dumps({"x": "<é\x00<>"})], said.append
+    )
     assert said == [{"text": ""}, {"text": '\x00<"<é\x00<>"\x00>'}]
 
 
@@ -279,7 +297,11 @@ def test_a_models_own_template(tmp_path: Path) -> None:
         load_template("chatlm", end=BYTES.end)
     assert choose_template("auto", end=BYTES.end, tokenizer=tmp_path).name == "plain"
     own = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": [{"name": "rag", "template": "x"}, {"name": "default", "template": own}]}
+    config = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "chat_template": [{"name": "rag", "template": "x"}, {"name": "default", "template": own}],
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     template = choose_template("auto", end="</s>", tokenizer=tmp_path / "tokenizer.json")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -311,7 +333,10 @@ def test_special_tokens_are_added_after_those_there_are() -> None:
         fitted = load_template(name, end=base.end).fit(base)
         assert fitted.encode("what is it?") == base.encode("what is it?") and fitted.end_id == base.end_id
         added = sorted(number for number in fitted.special.values() if number >= base.vocab_size)
-        assert added == list(range(base.vocab_size, fitted.vocab_size)) and len(added) == {"chatml": 2, "qwen": 2, "llama3": 4, "plain": 0}[name]
+        assert (
+            added == list(range(base.vocab_size, fitted.vocab_size))
+            and len(added) == {"chatml": 2, "qwen": 2, "llama3": 4, "plain": 0}[name]
+        )
     whole = train_bpe(TEXTS, vocab=300, special=["<|im_start|>", "<|im_end|>"])
     assert (whole.vocab_size, whole.end_id, whole.special["<|im_end|>"]) == (300, 0, 2)
     with pytest.raises(UsageError, match="too small"):
