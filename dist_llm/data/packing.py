@@ -196,6 +196,20 @@ class PackedBatches(Batches):
                 next=advice,
             )
 
+    def conversations(self, step: int) -> list[tuple[int, list[int], list[float]]]:
+        """The conversations of a step, as they are trained: (row of the global batch, ids, what the loss of each id counts)."""
+        found = []
+        for row, number in enumerate(self.sample_ids(step).tolist()):
+            if number == PADDING:
+                continue
+            packing, store, at = self._packed(number)
+            for document in packing.documents(at).tolist():
+                start, ids = int(store.document_starts[document]), np.empty(int(packing.places[document]) + 1, dtype=np.int64)
+                store.read(start, ids)
+                assert store.weights is not None
+                found.append((row, ids.tolist(), store.weights.read(start, ids.size).tolist()))
+        return found
+
     def statistics(self) -> dict[str, Any]:
         """Counts of what is packed.
 

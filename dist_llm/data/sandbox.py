@@ -101,7 +101,7 @@ def compile_template(text: str) -> jinja2.Template:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise TemplateFault(f"line {error.lineno}: {error.message}", "broken") from None
-    except (RecursionError, MemoryError, ValueError, OverflowError, AssertionError) as error:
+    except (RecursionError, MemoryError, ValueError, OverflowError, AssertionError, SyntaxError) as error:
         raise TemplateFault(type(error).__name__, "broken") from None
 
 

@@ -259,7 +259,7 @@ def _weighted(marked: Sequence[Span], messages: Sequence[Message], chosen: Mappi
     turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     if len(turns) == len(marked):
         return [replace(span, weight=chosen[at]) for at, span in zip(turns, marked, strict=True) if at in chosen]
-    return list(marked) if len(chosen) == len(turns) and set(chosen.values()) <= {1.0} else None
+    return list(marked) if len(marked) > len(turns) == len(chosen) and set(chosen.values()) <= {1.0} else None
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
