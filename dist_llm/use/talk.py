@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from dist_llm.errors import Failure, plain
 from dist_llm.infer.choose import Choice
 from dist_llm.infer.text import Text
@@ -45,7 +47,7 @@ class Talk:
     def __init__(self, conversation: Conversation, manner: Manner, brake: Brake) -> None:
         self.conversation, self.manner, self.brake = conversation, manner, brake
         self.terminal = sys.stdin.isatty() and not manner.as_json
-        self.turn = 0
+        self.turn, self.console = 0, Console(highlight=False)
 
     def turns(self) -> Turns:
         """Gives an order for each line that the user says, and shows what comes of it."""
@@ -121,7 +123,7 @@ class Talk:
                 if self.terminal:
                     with suppress(ImportError):
                         import readline  # noqa: F401  editing and history of lines
-                    return input("> ")
+                    return self.console.input("> ", markup=False)
                 content = sys.stdin.buffer.readline(LARGEST_LINE + 1)
                 if not content:
                     return None
