@@ -31,6 +31,8 @@ VERBS = {  # name -> (module, what it holds, one line of help)
     "chat": ("chat", "chat", "Talk with a checkpoint of any layout."),
     "eval": ("eval", "evaluate", "Measure a checkpoint: perplexity, and exact answers to skills."),
     "verify": ("verify", "verify", "Check every byte of a checkpoint."),
+    "import": ("import_folder", "import_", "Read a Hugging Face folder into a run folder of ours."),
+    "export": ("export", "export", "Write a checkpoint of any layout as a Hugging Face folder."),
     "bench": ("bench", "bench", "Measure ours against other libraries."),
     "report": ("report", "report", "Write report.html beside a finished run or comparison."),
 }

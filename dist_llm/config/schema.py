@@ -292,6 +292,7 @@ class TrackConfig(Section):
 class Config(Section):
     """A whole run. Loading the dump of a Config gives an equal Config."""
 
+    base: Text | None = None  # weights to begin with: a run or step folder of ours, or a Hugging Face folder; model and tokenizer are its
     model: ModelConfig
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()

@@ -21,6 +21,8 @@ from dist_llm.parallel.tensor import TensorRoles, beside
 class ReadingRoles(TensorRoles):
     """Tensor-parallel roles without gradients; S is 1 in the short forms."""
 
+    one = False
+
     def short(self, one: bool) -> None:
         """Before a pass: whether it reads one token a line."""
         self.one, self.in_place = one, not one  # in place is an operation with a backward
