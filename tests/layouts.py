@@ -46,6 +46,8 @@ MODELS["nf4"] = {**QLORA, "adapter": {"rank": 4, "quantize": "nf4", "block": 8}}
 MODELS["int8"] = {**QLORA, "tied": True, "bias": True, "adapter": {"rank": 2, "quantize": "int8", "block": 8, "targets": ["q", "down"]}}
 # More rows in the vocabulary than the tokenizer has tokens: over tp=4 the last rank holds nothing but padding.
 MODELS["padded"] = {**MODELS["llama"], "layers": 2, "tied": True}
+# Labels that count unequally, as those of conversations do.
+MODELS["weighted"] = {**MODELS["llama"], "vocab": 79, "tied": True}
 # What other families of models do besides: windows, norms behind a half of a block or over all heads, capped scores and logits.
 WIDER: dict[str, dict[str, Any]] = {
     "mistral": {
@@ -95,6 +97,7 @@ EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
     "padded": {"data": {**DATA, "tokenizer": {**DATA["tokenizer"], "vocab": 70}}},
     "one kv head": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "llama": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
+    "weighted": {"data": {**DATA, "source": "skills", "chat": {"format": "messages"}}, "optimizer": {**OPTIMIZER, "label_smoothing": 0.05}},
     "mistral": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "gemma2": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
 }
@@ -170,6 +173,15 @@ NAMED: list[tuple[str, str]] = [
     ("seven layers", "pp=4,schedule=1f1b"),  # uneven stages
     ("seven layers", "pp=2,schedule=interleaved,chunks=3"),
     ("seven layers", "dp=2,tp=4,zero=3"),
+    # Labels with weights: the loss is divided by their sum over the global batch.
+    ("weighted", "dp=2"),
+    ("weighted", "dp=2,zero=1"),
+    ("weighted", "dp=2,zero=2"),
+    ("weighted", "dp=2,zero=3"),
+    ("weighted", "tp=2"),
+    ("weighted", "tp=2,sp=off"),
+    ("weighted", "pp=2"),
+    ("weighted", "dp=2,tp=2,pp=2,zero=1"),
     # Hybrid sharding: shards inside a group, replicas across.
     ("llama", "dp=4,zero=1,shard=2"),
     ("llama", "dp=4,zero=1,shard=2,reduce=micro_batch"),
@@ -253,6 +265,7 @@ def drawn(seed: int, *, largest: int = 8, models: dict[str, dict[str, Any]] = MO
     dice = random.Random(seed)
     seen = set()
     for _ in range(100_000):
+        model = dice.choice([name for name in MODELS if name not in ("padded", "weighted")])
         model = dice.choice([name for name in models if name != "padded"])
         axes = {"dp": dice.choice([1, 1, 2, 2, 3, 4]), "tp": dice.choice([1, 1, 2, 2, 4, 8]), "pp": dice.choice([1, 1, 2, 2, 3, 4])}
         text = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1 or axis == "dp")

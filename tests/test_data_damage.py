@@ -14,7 +14,7 @@ import pytest
 
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import prepare as preparing
-from dist_llm.data import store as storing
+from dist_llm.data import shards as storing
 from dist_llm.data.build import build_store
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.errors import DataError, render

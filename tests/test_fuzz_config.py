@@ -42,6 +42,8 @@ BASES = (
     "layout: {engine: deepspeed, zero: 2, dp: 2, offload: optimizer}\nmodel: {}\ntrack:\nruntime: {threads: 2, compile: false}\n",
     "layout: {engine: fsdp2, zero: 3}\nruntime: {fp8: off, cuda_graph: false, device: cpu, peak_tflops: 1_000}\n",
     "runtime: {fp8: rowwise, dtype: bfloat16, device: cuda}\nmodel: {dim: 128, heads: 4, ffn: 512}\nlayout: {tp: 2}\n",
+    "data: {source: skills, packing: best_fit, chat: {format: auto, template: chatml, train_on: last, too_long: drop}, tokenizer: {kind: file, path: a}}\n",
+    "data: {source: [skills, a.jsonl], document_mask: true, chat: {template: model}, packing: none}\n",
 )  # fmt: skip
 SCALARS = (
     *("null", "~", "yes", "no", "on", "off", "True", "tRue", "0", "1", "-1", "2", "3", "4", "5", "6", "8", "16", "31", "64", "257"),
@@ -51,7 +53,7 @@ SCALARS = (
     *("&a 3", "*a", "[]", "{}", "[1, 2]", "[0.9, 0.95]", "{a: 1}", "[[[[[[[[[[[[[1]]]]]]]]]]]]]", "'a\tb'", '"a\\tb"'),
     *('"\\u202e"', '"\\e[2J"'),
     *('"\\ud83d\\ude00"', '"\\ud83d"', "😀", "é", "\u00a0", "a\u200bb", "|\n   text", "python", "skills", "a: b", "- x", "#x"),
-    *("bytes", "bpe"),
+    *("bytes", "bpe", "best_fit", "concat", "none", "messages", "text", "all"),
     *("llama", "gpt2", "sgd", "adamw", "native", "ddp", "fsdp2", "deepspeed", "interleaved", "gpipe", "float64", "bfloat16", "cpu", "nccl"),
     *("full", "selective", "optimizer", "all", "step", "micro_batch", "wsd", "learned", "rotary", "swiglu", "gelu", "tensorwise", "dp=2"),
     *("tp=2,pp=2", "dp=2,dp=2", "tp=x", "''", "https://user:word@host/x", "https://host/x", "hf_" + "a" * 34, "../../etc/passwd"),

@@ -31,7 +31,8 @@ class Problem:
 
 def problems(config: Config, layout: Layout) -> list[Problem]:
     """Every rule that `config` breaks under `layout`; empty when it can run."""
-    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _adapter, _offload, _fp8, _graph, _numbers, _text, _machine)
+    shape = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _adapter, _offload)
+    rules = (*shape, _fp8, _graph, _numbers, _text, _chat, _machine)
     return [problem for rule in rules for problem in rule(config, layout)]
 
 
@@ -257,6 +258,26 @@ def _text(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("data.tokenizer.vocab", f"a bpe of at most {LARGEST_BPE} tokens can be learned, found {tokenizer.vocab}")
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield Problem("data.tokenizer.path", "kind file needs the path of a tokenizer.json")
+
+
+def _chat(config: Config, layout: Layout) -> Iterator[Problem]:
+    """Conversations are packed whole, and are read from where there are some."""
+    data = config.data
+    if data.chat.format is None:
+        if data.packing != "concat":
+            yield Problem("data.packing", f"{data.packing} keeps conversations whole, data.chat is off; concat is for text")
+        return
+    if data.packing == "concat":
+        yield Problem("data.packing", "concat cuts conversations wherever a sequence ends; best_fit keeps them whole, none pads each")
+    for key in ("document_mask", "reset_positions"):
+        if data.packing == "best_fit" and not getattr(data, key):
+            yield Problem(f"data.{key}", "conversations that share a sequence would see each other; leave it out, best_fit turns it on")
+    named = [item.source for item in data.mix] if data.mix else [data.source]
+    for source in (name for one in named for name in ([one] if isinstance(one, str) else one)):
+        if source in ("python", "entropy"):
+            yield Problem("data.source", f"{source} holds no conversations; skills and JSON lines do")
+    if data.chat.template == "model" and data.tokenizer.kind != "file":
+        yield Problem("data.chat.template", f"a model's own lies beside its tokenizer's file, tokenizer.kind is {data.tokenizer.kind}")
 
 
 def _machine(config: Config, layout: Layout) -> Iterator[Problem]:

@@ -96,8 +96,8 @@ class NativeEngine:
     def _boundary(self) -> Tensor:
         return torch.empty(self.boundary, dtype=self.dtype, device=self.device)
 
-    def run(self, contexts: Sequence[Context], *, targets: int) -> None:
-        """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
+    def run(self, contexts: Sequence[Context], *, targets: float) -> None:
+        """Forward and backward of one global batch. targets: what those of all ranks count together: their number, or weight."""
         self.scale.fill_(1.0 / targets)
         if self.graph is not None and not self.pipeline.recording:  # spans are marked by the host
             self.totals = self.graph.run(contexts, self._gradients_of)

@@ -173,8 +173,8 @@ class WholeEngine:
             if "step" in state:
                 state["step"] = self._count(updates)
 
-    def run(self, contexts: Sequence[Context], *, targets: int) -> None:
-        """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
+    def run(self, contexts: Sequence[Context], *, targets: float) -> None:
+        """Forward and backward of one global batch. targets: what those of all ranks count together: their number, or weight."""
         assert len(contexts) == self.micro_batches, (len(contexts), self.micro_batches)
         flight.enter("backward")  # forward and backward of each micro-batch in turn
         slope = self.mesh.layout.dp / targets

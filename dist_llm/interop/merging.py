@@ -20,6 +20,7 @@ from torch import Tensor
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
 from dist_llm.errors import UsageError
+from dist_llm.infer.model import Model
 from dist_llm.interop.exporting import Subject, Weights, export_model
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.interop.peft_folder import PeftFolder, is_adapter
@@ -30,7 +31,6 @@ from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
 from dist_llm.train.folder import MANIFEST, open_checkpoint
 from dist_llm.train.overlay import require_base
-from dist_llm.train.sample import Model
 
 RECEIPT = "merge.json"
 
@@ -57,6 +57,10 @@ class Beside:
 
     def __init__(self, under: Weights, given: Given) -> None:
         self.under, self.given, self.rows = under, given, {row.name: row for row in table(given.model)}
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a weight, (stop - start,)."""
+        return self.whole(name)[tuple(slice(low, high) for low, high in box)].flatten()[start:stop]
 
     def whole(self, name: str) -> Tensor:
         """A whole weight, on the CPU."""

@@ -35,15 +35,17 @@ class Overlay:
         return self.under.bytes_read + self.over.bytes_read
 
     def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU. Where it is quantized, whole rows of the box."""
+        """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU."""
         row = self.rows[name]
         if row.trained:
             return self.over.read(kind, name, box, start, stop)
-        values = self.under.read(kind, name, box, start, stop)
         if not row.block:
-            return values
+            return self.under.read(kind, name, box, start, stop)
+        (top, bottom), (left, right), width = *box, row.shape[1]
+        values = self.under.read(kind, name, ((top, bottom), (0, width)), 0, (bottom - top) * width)  # scales are of whole rows' blocks
         codes, scales = quantize(values, kind=self.quantize, block=row.block)
-        return dequantize(codes, scales, values.clone(), kind=self.quantize, block=row.block)
+        values = dequantize(codes, scales, values.clone(), kind=self.quantize, block=row.block)
+        return values.view(bottom - top, width)[:, left:right].flatten()[start:stop]
 
     def whole(self, name: str) -> Tensor:
         """A whole weight, on the CPU."""

@@ -35,7 +35,7 @@ from dist_llm.train.storage import together
 from dist_llm.train.trainer import Trainer
 
 # What the order of samples and the meaning of the state depend on: a resumed run may not change it.
-FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "optimizer.kind")
+FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "data.packing", "data.chat", "optimizer.kind")
 
 Tell = Callable[[dict[str, Any]], None]
 
