@@ -227,7 +227,7 @@ def test_packed_loss_is_unpacked_loss(tmp_path: Path, shape: dict[str, Any]) -> 
 
 
 def test_nothing_leaks_between_conversations(tmp_path: Path) -> None:
-    """Other tokens in one conversation of a sequence leave the losses of the others as they are, to the bit; so does the padding's token."""
+    """Other tokens in one conversation of a sequence leave the losses of the others as they are, to the bit; the padding too."""
     torch.set_num_threads(1)
     some = chats(6, seed=9, longest=7)
     config = config_of(LLAMA, sequence=40, batch=1)

@@ -86,7 +86,7 @@ def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong)
 
 
 def fit(sizes: np.ndarray, *, room: int) -> list[list[int]]:
-    """Best-fit decreasing: numbers of the items (of sizes from 1 to `room`) in each bin. 
+    """Best-fit decreasing: numbers of the items (of sizes from 1 to `room`) in each bin.
 
     It takes n log n. The bins are numbered as they are opened; items of equal size go by their number.
     """
