@@ -265,6 +265,7 @@ def normal(text: str, folder: Path) -> str:
     """Without what varies: folders, hashes, sizes of this disk, trailing blanks."""
     text = text.replace(str(folder), "HERE").replace(str(folder.resolve()), "HERE")
     text = re.sub(r"\b[0-9a-f]{64}\b", "<sha256>", text)
+    text = re.sub(r"\b[0-9a-f]{32}\b", "<xxh128>", text)
     text = re.sub(r"\b(skills|text)-[0-9a-f]{12}\b", r"\1-<key>", text)
     return re.sub(r"[\d,]+ bytes free", "<free> bytes free", text)
 

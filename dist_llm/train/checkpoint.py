@@ -152,7 +152,7 @@ class Saver:
             raise
 
     def _write(self, part: Part) -> dict[str, dict[str, Any]]:
-        """Writes this rank's files, and on rank 0 the tokenizer; returns size and sha256 of each, as they came back from the disk."""
+        """Writes this rank's files, and on rank 0 the tokenizer; returns size and hash of each, as they came back from the disk."""
         disk, folder, rank = self._disk, self._partial, self.mesh.rank
         self._require_finite(part)
         written = write_part(disk, folder, rank, part)

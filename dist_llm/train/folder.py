@@ -2,7 +2,7 @@
 
     rank-00000.safetensors, rank-00000.json   each rank's tensors (parts.py): weights, first and second moments
     tokenizer.json, tokenizer_config.json     so that text can be made from the folder alone
-    manifest.json                             step, config, layout, rows, hashes of tokenizer and data, size and sha256 of each file
+    manifest.json                             step, config, layout, rows, hashes of tokenizer and data, size and hash of each file
     COMMIT                                    the sha256 of manifest.json
 
 Files are written into a folder of another name, flushed and read back; then come the manifest and COMMIT; then the folder
@@ -28,18 +28,18 @@ from typing import TYPE_CHECKING, Any
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import LARGEST, Config, LayoutConfig
 from dist_llm.errors import CheckpointError
-from dist_llm.train.durable import Digest, Disk
+from dist_llm.train.durable import BLOCK, Digest, Disk
 
 if TYPE_CHECKING:
     from dist_llm.train.parts import Parts
 
-VERSION = 2
+VERSION = 3
 MANIFEST, COMMIT = "manifest.json", "COMMIT"
 LARGEST_MANIFEST = 64 << 20  # bytes
 FILE_NAME = re.compile(r"rank-\d{5}\.(safetensors|json)|tokenizer(_config)?\.json")
 FOLDER_NAME = re.compile(r"step-(\d{8,18})|\.step-(\d{8,18})\.[0-9a-f]{16}\.replaced", re.ASCII)
 ROW_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256, XXH128 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 KEYS = {"version", "save_id", "step", "world", "layout", "config", "rows", "tokenizer", "data", "seed", "files"}
 
 
@@ -68,13 +68,14 @@ class Checkpoint:
     def verify(self, files: list[str] | None = None) -> None:
         """Hashes files (None: all). Raises CheckpointError that names the damaged one and both hashes."""
         for name in self.files if files is None else files:
-            path, expected = self.path / name, self.manifest["files"][name]["sha256"]
+            path, found = self.path / name, Digest()
             try:
                 with path.open("rb") as handle:
-                    found = hashlib.file_digest(handle, "sha256").hexdigest()
+                    while chunk := handle.read(BLOCK):
+                        found.update(chunk)
             except OSError as error:
                 raise damaged("a file of the checkpoint cannot be read", path, found=error.strerror) from None
-            require_hash(path, found, expected=expected)
+            require_hash(path, found.about["xxh128"], expected=self.manifest["files"][name]["xxh128"])
 
 
 def damaged(what: str, path: Path, *, expected: str | None = None, found: str | None = None) -> CheckpointError:
@@ -84,9 +85,9 @@ def damaged(what: str, path: Path, *, expected: str | None = None, found: str | 
 
 
 def require_hash(path: Path, found: str, *, expected: str, part: str = "") -> None:
-    """Raises CheckpointError where a file, or the part of it that is named, has another sha256."""
+    """Raises CheckpointError where a file, or the part of it that is named, has another hash."""
     if found != expected:
-        raise damaged("a file of the checkpoint is damaged", path, expected=f"sha256 {expected}{part}", found=f"sha256 {found}{part}")
+        raise damaged("a file of the checkpoint is damaged", path, expected=f"xxh128 {expected}{part}", found=f"xxh128 {found}{part}")
 
 
 # --- find ----------------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def _check_files(files: dict[str, Any], world: int) -> None:
     ranks = (f"rank-{rank:05d}.{end}" for rank in range(world) for end in ("safetensors", "json"))
     assert files.keys() == {*ranks, "tokenizer.json", "tokenizer_config.json"}, "a file name"
     for about in files.values():
-        assert about.keys() == {"bytes", "sha256"} and is_count(about["bytes"]) and SHA256.fullmatch(about["sha256"]), "a file"
+        assert about.keys() == {"bytes", "xxh128"} and is_count(about["bytes"]) and XXH128.fullmatch(about["xxh128"]), "a file"
 
 
 def _read_bounded(path: Path, most: int) -> bytes:

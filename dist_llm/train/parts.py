@@ -2,7 +2,7 @@
 
     rank-00000.safetensors   `kind/name/start` -> a run of one tensor's elements (n,)
     rank-00000.json          runs: for each key the box the run lies in, and its (start, stop) counted row-major inside the box;
-                             blocks: the sha256 of each 256 KiB of the other file
+                             blocks: the hash of each 256 KiB of the other file
 
 Each rank writes what it answers for, so that together the files hold every element once. A reader takes a run of any
 box; where boxes are cut alike that is a slice of a file, otherwise elements are matched by their place in the global tensor.
@@ -11,7 +11,6 @@ It reads the blocks that the run lies in and nothing else, and compares each wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,12 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from dist_llm.engines.native import Item, Wanted
 from dist_llm.errors import CheckpointError
 from dist_llm.sharding import Box
 from dist_llm.train.durable import BLOCK, Bytes, Digest, Disk
-from dist_llm.train.folder import SHA256, damaged, is_count, require_hash, strict_json
+from dist_llm.train.folder import XXH128, damaged, is_count, require_hash, strict_json
 
 CHUNK = 1 << 20  # elements matched at a time: bounds the int64 temporaries
 LARGEST_HEADER = 100 << 20  # bytes, as the safetensors library has it
@@ -159,7 +159,7 @@ class HashedFile:
         for number in range(first, end):
             block = content[(number - first) * BLOCK : (number + 1 - first) * BLOCK]
             part = f" of bytes {number * BLOCK} to {number * BLOCK + len(block)}"
-            require_hash(self.path, hashlib.sha256(block).hexdigest(), expected=self.blocks[number], part=part)
+            require_hash(self.path, xxh3_128_hexdigest(block), expected=self.blocks[number], part=part)
             self.seen.add(number)
         return content
 
@@ -193,7 +193,7 @@ def read_index(text: bytes, path: Path, shapes: Mapping[str, tuple[int, ...]]) -
     try:
         index = strict_json(text)
         assert index.keys() == {"blocks", "runs"}, "its keys"
-        assert type(index["blocks"]) is list and all(SHA256.fullmatch(block) for block in index["blocks"]), "a hash"
+        assert type(index["blocks"]) is list and all(XXH128.fullmatch(block) for block in index["blocks"]), "a hash"
         runs = {}
         for key, entry in index["runs"].items():
             _, name, first = key.split("/")
@@ -225,7 +225,7 @@ class Parts:
         self._open: dict[str, tuple[HashedFile, dict[str, tuple[torch.dtype, int, int]]]] = {}
         for rank in range(ranks):
             data, about = file_names(rank)
-            text = self._read_index(folder / about, files[about]["sha256"] if files else None)
+            text = self._read_index(folder / about, files[about]["xxh128"] if files else None)
             self._blocks[data], runs = read_index(text, folder / about, shapes)
             self._counts[data] = {key: stop - start for key, (_, start, stop) in runs.items()}
             for key, (box, start, stop) in runs.items():
@@ -242,7 +242,7 @@ class Parts:
             raise damaged("a file of the checkpoint cannot be read", path, found=error.strerror) from None
         self.index_bytes += len(text)
         if expected is not None:
-            require_hash(path, hashlib.sha256(text).hexdigest(), expected=expected)
+            require_hash(path, Digest(text).about["xxh128"], expected=expected)
         return text
 
     @property
