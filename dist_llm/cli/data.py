@@ -73,6 +73,9 @@ def preview(
     from dist_llm.data.prepare import prepare
 
     config = load_config(config_path, overrides or []).config
+    if html is not None and config.data.chat.format is None:
+        way = "leave --html out, or set data.chat.format=auto"
+        raise UsageError("the page shows conversations, data.chat is off", where="--html", next=way)
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress)
     batches = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
@@ -89,9 +92,6 @@ def preview(
         if html is not None:
             typer.echo(f"\nwritten: {plain(html)}")
         return
-    if html is not None:
-        way = "leave --html out, or set data.chat.format=auto"
-        raise UsageError("the page shows conversations, data.chat is off", where="--html", next=way)
     (batch,) = batches.micro_batches(step, dp_rank=0, dp_size=1, micro=config.batch.global_)
     samples = batches.sample_ids(step).tolist()
     shown = [_row(prepared, batch, row, samples[row], tokens) for row in range(min(rows, len(samples)))]

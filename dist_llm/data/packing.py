@@ -61,9 +61,8 @@ def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong)
     long = np.flatnonzero(places > sequence)
     if len(long) and too_long == "refuse":
         most = int(places.max())
-        words = "1 conversation is" if len(long) == 1 else f"{len(long)} conversations are"
         raise DataError(
-            f"{words} longer than a sequence, of {len(places)}",
+            f"{len(long)} of {len(places)} conversations {'is' if len(long) == 1 else 'are'} longer than a sequence",
             where=str(store.folder),
             expected=f"at most data.sequence + 1 = {sequence + 1} tokens",
             found=f"{most + 1} tokens in the longest",
