@@ -41,7 +41,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     started = time.monotonic()
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, max_bad_lines=max_bad_lines, verify=True)
-    summary = summarise(prepared, sequence=config.data.sequence, seconds=time.monotonic() - started)
+    longest = config.data.sequence + (prepared.template is not None)  # the last token of a conversation takes no place
+    summary = summarise(prepared, sequence=longest, seconds=time.monotonic() - started)
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -53,7 +54,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
         words = f"{store['tokens']:>13,} tokens  {store['documents']:>9,} documents  {store['bytes_per_token']:.2f} bytes per token"
         typer.echo(f"  {store['split']:<10} {words}  {plain(store['folder'])}")
         if longer := store["longer_than_sequence"]:
-            typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: they go on in the next")
+            fate = "they go on in the next" if prepared.template is None else f"data.chat.too_long is {config.data.chat.too_long}"
+            typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: {fate}")
 
 
 @app.command()

@@ -209,6 +209,15 @@ class PackedBatches(Batches):
                 found.append((row, ids.tolist(), store.weights.read(start, ids.size).tolist()))
         return found
 
+    def sentence(self) -> str:
+        """What was packed and what was left out, in words."""
+        found = self.statistics()
+        room = f"{found['sequences']:,} sequences of {self.sequence}, {found['padding_share']:.1%} padding"
+        packed = f"{found['samples']:,} conversations in {room}"
+        trained = f"{found['trained_share']:.1%} of {found['tokens']:,} tokens are trained"
+        left = f"; {found['too_long']:,} were longer than a sequence, {found['left_out']:,} were left out" if found["too_long"] else ""
+        return f"{packed}; {trained}{left}"
+
     def statistics(self) -> dict[str, Any]:
         """Counts of what is packed.
 
