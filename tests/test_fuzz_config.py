@@ -133,7 +133,7 @@ def mutated(text: str, chance: random.Random) -> str:
             at = chance.randrange(len(word[0]))
             strange = (word[0][:at] + word[0][at + 1 :], word[0].upper(), word[0] + chance.choice("sx_"), chance.choice(words)[0])
             return text[: word.start()] + chance.choice(strange) + text[word.end() :]
-        case 4:  # a line twice, away or elsewhere
+        case 4 if text:  # a line twice, away or elsewhere
             lines = text.splitlines(keepends=True)
             line = lines.pop(chance.randrange(len(lines))) if chance.random() < 0.6 else chance.choice(lines)
             lines.insert(chance.randrange(len(lines) + 1), line if chance.random() < 0.7 else "")
