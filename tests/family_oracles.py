@@ -21,6 +21,7 @@ from dist_llm.model.transformer import Context, make_context
 from dist_llm.random import key_of, uniform
 from dist_llm.train import trainer as trainer_module
 from dist_llm.train.proof import proof_rank
+from dist_llm.train.sample import Choice, Model, generate
 from tests.oracles import CPU, batch, worst
 
 Say = Callable[..., None]
@@ -34,9 +35,49 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "rope_theta": 5000.0},
     "llama, tied, wide heads": {"family": "llama", "dim": 21, "heads": 3, "kv_heads": 1, "head_dim": 10, "tied": True},
     "llama, biases": {"family": "llama", "qkv_bias": True, "out_bias": True, "mlp_bias": True},
-    "mistral": {"family": "mistral", "head_dim": 6},
+    "mistral": {"family": "mistral", "head_dim": 6, "sliding_window": 0},
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen2, wide heads": {"family": "qwen2", "head_dim": 6},
+    "llama, stretched": {
+        "family": "llama",
+        "head_dim": 16,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_theta": 500.0,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_original_positions": 32,
+    },
+    "llama, linear": {"family": "llama", "rope_scaling": "linear", "rope_factor": 3.0},
+    "qwen2, yarn": {
+        "family": "qwen2",
+        "head_dim": 16,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_theta": 200.0,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 8.0,
+        "rope_original_positions": 30,
+    },
+    "mistral, window": {"family": "mistral", "sliding_window": 5},
+    "qwen3, windows": {"family": "qwen3", "head_dim": 6, "sliding_window": 4, "full_every": 2, "qkv_bias": True, "out_bias": True},
+    "olmo2": {"family": "olmo2", "rope_theta": 3000.0},
+    "olmo2, tied, wide heads": {"family": "olmo2", "kv_heads": 1, "head_dim": 6, "tied": True},
+    "gemma2": {"family": "gemma2", "head_dim": 10, "query_scale": 7.0, "sliding_window": 6, "attention_softcap": 2.0, "logit_softcap": 3.0},
+    "gemma2, no caps": {"family": "gemma2", "attention_softcap": 0.0, "logit_softcap": 0.0, "sliding_window": 4, "tied": False},
+    "gemma3": {
+        "family": "gemma3",
+        "head_dim": 10,
+        "query_scale": 9.0,
+        "sliding_window": 4,
+        "full_every": 3,
+        "rope_theta": 90000.0,
+        "rope_local_theta": 50.0,
+        "logit_softcap": 4.0,
+        "rope_scaling": "linear",
+        "rope_factor": 8.0,
+    },
+    "gemma3, one kv head": {"family": "gemma3", "kv_heads": 1, "sliding_window": 7, "layers": 7},
     "qwen3": {"family": "qwen3", "head_dim": 10, "rope_theta": 30000.0},
 }
 
@@ -199,3 +240,36 @@ def weighted_by_torch(rank: int, world: int, say: Say) -> list[float]:
     expected.backward()
     theirs = {name: parameter.grad for name, parameter in plain.by_name.items()}
     return [abs(float(loss.detach() / expected.detach()) - 1), worst(ours, theirs)[0]]
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------------
+
+SAMPLED = ("llama, stretched", "mistral, window", "olmo2", "gemma2", "gemma3", "gpt2")
+
+
+class Given:
+    """Whole tensors by global name."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+
+    def whole(self, name: str) -> Tensor:
+        """One of them."""
+        return self.tensors[name]
+
+
+def greedy(rank: int, world: int, say: Say) -> dict[str, list[list[int]]]:
+    """Of some models [our tokens, their tokens] after a prompt longer than the window, likeliest first, keys and values kept."""
+    torch.set_num_threads(1)
+    found = {}
+    for name in SAMPLED:
+        # Untied: a tied output says its input again.
+        model, prompt = model_of(name).model_copy(update={"tied": False}), [3, 17, 42, 5, 8, 13, 21, 34, 55]
+        theirs = theirs_of(model, torch.float64)
+        weights = our_tensors({key: parameter.data for key, parameter in parameters_of(theirs).items()}, model)
+        ours = Model(Given(weights), model, dtype=torch.float64, device=CPU)
+        taken = list(generate(ours, prompt, count=10, choice=Choice(temperature=0), window=64))
+        with nothing_narrowed():
+            out = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=10, use_cache=True)
+        found[name] = [taken, out[0, len(prompt) :].tolist()]
+    return found

@@ -10,6 +10,7 @@ from dist_llm.config.presets import PRESETS
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import UsageError
 from dist_llm.interop.families import Place, place, read_config, write_config
+from dist_llm.model.table import num_parameters
 from tests.family_oracles import MODELS, SMALL, model_of
 from tests.ranks import Ranks
 
@@ -33,6 +34,13 @@ def test_logits_and_gradients_are_those_of_transformers(differences: dict[str, d
 @pytest.mark.parametrize("name", MODELS)
 def test_what_transformers_keeps_of_our_config_is_our_model(differences: dict[str, dict[str, Any]], name: str) -> None:
     assert differences[name]["read back"]
+
+
+def test_sampled_tokens_are_those_of_transformers(ranks: Ranks) -> None:
+    """Greedy, with a cache of keys and values, past the window, capped, under two tables of positions."""
+    for name, (ours, theirs) in ranks.run(1, "tests.family_oracles:greedy", timeout_seconds=120)[0].items():
+        assert ours == theirs, name
+        assert len(set(ours)) > 2, f"{name}: a model that says one thing alone proves little"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -60,6 +68,21 @@ def test_gpt2_keeps_three_in_one_and_transposed() -> None:
     assert place(model, "blocks.0.attention_norm.weight") == Place("transformer.h.0.ln_1.weight")
 
 
+PUBLISHED = {
+    "mistral-7b": 7_241_732_096,
+    "qwen2-0.5b": 494_032_768,
+    "smollm2-135m": 134_515_008,
+    "olmo2-1b": 1_484_916_736,
+    "gemma2-2b": 2_614_341_888,
+    "gemma3-1b": 999_885_952,
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
+    assert num_parameters(ModelConfig(preset=preset)) == PUBLISHED[preset]
+
+
 LLAMA = write_config(model_of("llama"))
 
 
@@ -68,6 +91,23 @@ def test_files_of_earlier_versions_are_read() -> None:
     old = {key: value for key, value in LLAMA.items() if key not in ("rope_parameters", "num_key_value_heads", "head_dim")}
     read = read_config({**old, "rope_theta": 5000.0, "rope_scaling": None}, where="config.json")
     assert (read["rope_theta"], read["kv_heads"], read["head_dim"]) == (5000.0, 6, 4)
+
+
+def test_a_gemma3_file_of_earlier_versions_is_read() -> None:
+    """rope_local_base_freq, sliding_window_pattern; and what its class takes where a file says nothing."""
+    kept = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    written = write_config(ModelConfig(preset="gemma3-1b"))
+    old = {key: written[key] for key in kept} | {"sliding_window": 512, "rope_theta": 1_000_000, "rope_local_base_freq": 10_000}
+    read = read_config({**old, "sliding_window_pattern": 6, "max_position_embeddings": 32768}, where="config.json")
+    assert ModelConfig(**read) == ModelConfig(**{**ModelConfig(preset="gemma3-1b").model_dump(), "preset": None, "max_positions": 32768})
 
 
 @pytest.mark.parametrize(
@@ -84,6 +124,13 @@ def test_files_of_earlier_versions_are_read() -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": -3}, "model.dim"),
         ({"num_hidden_layers": 10**9}, "model.layers"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "max_window_layers: 1"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"], "use_sliding_window": True, "sliding_window": 8}, "layer_types"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type: 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "8"}}, "factor: '8'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "high_freq_factor: None"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 3.0}}, "attention_factor: 3.0"),
+        ({"model_type": "gemma3", "text_config": {}}, "model_type: 'gemma3'"),
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias: True"),
     ],
     ids=str,
@@ -98,7 +145,13 @@ def test_what_we_do_not_have_is_refused_with_key_and_value(change: dict[str, Any
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"norm": "layer"}, "norm layer"), ({"dim": 25, "head_dim": 4}, "leaves 1"), ({"out_bias": True}, "one switch for both")],
+    [
+        ({"norm": "layer"}, "norm layer"),
+        ({"query_scale": 3.0}, "query_scale 3"),
+        ({"attention_softcap": 5.0}, "attention_softcap 5"),
+        ({"dim": 25, "head_dim": 4}, "leaves 1"),
+        ({"out_bias": True}, "one switch for both"),
+    ],
     ids=str,
 )
 def test_a_model_that_transformers_has_not_is_refused(change: dict[str, Any], words: str) -> None:

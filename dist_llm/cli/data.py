@@ -16,6 +16,7 @@ import typer
 from dist_llm import faults
 from dist_llm.config.load import load_config
 from dist_llm.errors import UsageError, plain
+from dist_llm.train.base import read_base
 
 if TYPE_CHECKING:
     from dist_llm.data.batches import MicroBatch
@@ -36,7 +37,7 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     """Build the tokenizer and the token shards that a config asks for, or find them again and compare every byte with its hash."""
     from dist_llm.data.prepare import prepare
 
-    config = load_config(config_path, overrides or []).config
+    config = load_config(config_path, overrides or [], base=read_base).config
     faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
     started = time.monotonic()
     with live_progress() as progress:
@@ -74,7 +75,7 @@ def preview(
     from dist_llm.data.packing import PackedBatches
     from dist_llm.data.prepare import prepare
 
-    config = load_config(config_path, overrides or []).config
+    config = load_config(config_path, overrides or [], base=read_base).config
     if html is not None and config.data.chat.format is None:
         way = "leave --html out, or set data.chat.format=auto"
         raise UsageError("the page shows conversations, data.chat is off", where="--html", next=way)

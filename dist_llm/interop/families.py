@@ -1,22 +1,32 @@
 """Hugging Face's `config.json` and tensor names beside our `model` section and our table. Torch-free.
 
-A family of theirs is a table of what its code fixes and of what its config leaves open. `write_config` takes the family of
-a model's name where that fits, else the first that can say what the model does; features decide, not names.
-Mixtures of experts have no row yet: a new family is a new `Family`, and where its experts lie a line in `place`.
+`write_config` takes the family of a model's name where that fits, else the first that can say what the model does: features
+decide, not names. The families are in `kinds.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import UsageError
-
-Values = Mapping[str, Any]
+from dist_llm.interop.kinds import (
+    BIASES,
+    CAPS,
+    FAMILIES,
+    PLAIN,
+    Family,
+    Values,
+    read_rope,
+    read_window,
+    refusal,
+    write_rope,
+    write_window,
+)
 
 
 @dataclass(frozen=True)
@@ -32,44 +42,6 @@ class Place:
     first: int = 0
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model type of transformers.
-
-    fixed: what its code always does, by the names of our section; what is neither there nor in `open` must be as in PLAIN.
-    defaults: values of its config class that a file may leave out.
-    """
-
-    name: str  # model_type
-    architecture: str
-    fixed: dict[str, Any]
-    open: tuple[str, ...] = ()
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-
-# What a block does where a family says nothing else.
-PLAIN: dict[str, Any] = {
-    "norm": "rms",
-    "positions": "rotary",
-    "activation": "swiglu",
-    "qk_norm": False,
-    "qkv_bias": False,
-    "out_bias": False,
-    "mlp_bias": False,
-}
-GPT2: dict[str, Any] = {"norm": "layer", "positions": "learned", "qkv_bias": True, "out_bias": True, "mlp_bias": True}
-
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family("llama", "LlamaForCausalLM", {}, ("qkv_bias", "out_bias", "mlp_bias")),
-        Family("mistral", "MistralForCausalLM", {}),
-        Family("qwen2", "Qwen2ForCausalLM", {"qkv_bias": True}),
-        Family("qwen3", "Qwen3ForCausalLM", {"qk_norm": True}, ("qkv_bias", "out_bias"), {"head_dim": 128}),
-        Family("gpt2", "GPT2LMHeadModel", GPT2, ("activation",), {"tie_word_embeddings": True}),
-    )
-}
-
 # --- config.json -> model section ------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (values that change nothing, what it would mean)
@@ -82,7 +54,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (values that chang
     "scale_attn_weights": ((None, True), "scores that are not divided by the square root of head_dim"),
 }
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
+ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
 def read_config(values: Values, *, where: str) -> dict[str, Any]:
@@ -93,9 +65,15 @@ def read_config(values: Values, *, where: str) -> dict[str, Any]:
     family = _family_of(values, where)
     for key, (harmless, meaning) in REFUSED.items():
         if key in values and values[key] not in harmless:
-            raise _refusal(where, key, values[key], meaning)
+            raise refusal(where, key, values[key], meaning)
     read = _read_gpt2 if family.name == "gpt2" else _read_rotary
-    found = {"family": family.name, "preset": None, **PLAIN, **family.fixed, **read({**family.defaults, **values}, family, where)}
+    found = {
+        "family": family.ours or family.name,
+        "preset": None,
+        **PLAIN,
+        **family.fixed,
+        **read({**family.defaults, **values}, family, where),
+    }
     try:
         return ModelConfig.model_validate(found).model_dump()
     except ValidationError as error:
@@ -113,10 +91,6 @@ def _family_of(values: Values, where: str) -> Family:
     raise UsageError(what, where=where, expected=f"model_type {', '.join(FAMILIES)}", found=f"model_type: {kind!r}")
 
 
-def _refusal(where: str, key: str, value: Any, meaning: str) -> UsageError:
-    return UsageError("this model does something that ours does not", where=where, found=f"{key}: {value!r}", details=[f"{key}: {meaning}"])
-
-
 def _needed(values: Values, key: str, where: str) -> Any:
     """A size without which there is no model."""
     if values.get(key) is None:
@@ -128,7 +102,7 @@ def _one_of(values: Values, key: str, names: Mapping[str, str], where: str, defa
     """A name of theirs -> ours."""
     given = values.get(key, default)
     if not isinstance(given, str) or given not in names:
-        raise _refusal(where, key, given, f"we have {', '.join(names)}")
+        raise refusal(where, key, given, f"we have {', '.join(names)}")
     return names[given]
 
 
@@ -137,7 +111,7 @@ def _read_gpt2(values: Values, family: Family, where: str) -> dict[str, Any]:
     dim, heads = (_needed(values, key, where) for key in ("n_embd", "n_head"))
     drops = [values.get(key, 0.0) for key in ("resid_pdrop", "embd_pdrop")]
     if drops[0] != drops[1]:
-        raise _refusal(where, "embd_pdrop", drops[1], f"we drop embeddings as often as residuals, resid_pdrop: {drops[0]!r}")
+        raise refusal(where, "embd_pdrop", drops[1], f"we drop embeddings as often as residuals, resid_pdrop: {drops[0]!r}")
     found = {"dim": dim, "heads": heads, "kv_heads": heads, "layers": _needed(values, "n_layer", where)}
     inner = values.get("n_inner")
     found |= {"ffn": 4 * dim if inner is None and isinstance(dim, int) else inner, "vocab": _needed(values, "vocab_size", where)}
@@ -155,29 +129,19 @@ def _read_rotary(values: Values, family: Family, where: str) -> dict[str, Any]:
             found[ours] = values[theirs]
     found |= {"norm_eps": values.get("rms_norm_eps", 1e-6), "init_std": values.get("initializer_range", 0.02)}
     found |= {"max_positions": values.get("max_position_embeddings", 2048), "tied": values.get("tie_word_embeddings", False)}
-    found["activation"] = _one_of(values, "hidden_act", ACTIVATIONS, where, "silu")
-    found |= _read_rope(values, where)
+    key, plain = ("hidden_activation", "gelu_pytorch_tanh") if family.fixed.get("activation") == "geglu_tanh" else ("hidden_act", "silu")
+    found["activation"] = _one_of(values, key, ACTIVATIONS, where, plain)
+    found |= read_rope(values, family, where) | read_window(values, family, found["layers"], where)
+    if "query_scale" in family.open:
+        found["query_scale"] = values.get("query_pre_attn_scalar")
+        found |= {ours: values.get(theirs) or 0.0 for ours, theirs in CAPS.items() if ours in family.open}
     if "out_bias" in family.open:
-        found |= dict.fromkeys(("qkv_bias", "out_bias"), values.get("attention_bias", False))
+        found |= dict.fromkeys(BIASES, values.get("attention_bias", False))
     elif values.get("attention_bias") not in (None, False):
-        raise _refusal(where, "attention_bias", values["attention_bias"], f"{family.name} has its biases fixed")
+        raise refusal(where, "attention_bias", values["attention_bias"], f"{family.name} has its biases fixed")
     if "mlp_bias" in family.open:
         found["mlp_bias"] = values.get("mlp_bias", False)
-    windowed = values.get("sliding_window") is not None and values.get("use_sliding_window", family.name == "mistral")
-    if windowed:
-        raise _refusal(where, "sliding_window", values["sliding_window"], "attention to near tokens alone")
     return found
-
-
-def _read_rope(values: Values, where: str) -> dict[str, Any]:
-    """`rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling` as earlier ones did."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise _refusal(where, "rope_parameters", given, "a table of values")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind != "default":
-        raise _refusal(where, "rope_type", kind, "scaled rotary positions")
-    return {"rope_theta": given.get("rope_theta", values.get("rope_theta", 10000.0))}
 
 
 # --- model section -> config.json ------------------------------------------------------------------------------------
@@ -185,9 +149,8 @@ def _read_rope(values: Values, where: str) -> dict[str, Any]:
 
 def family_of(model: ModelConfig) -> Family:
     """The family that says what a model does: the one of its name where it fits. Raises UsageError where none does."""
-    if model.family in FAMILIES and not _misfits(model, FAMILIES[model.family]):
-        return FAMILIES[model.family]
-    for family in FAMILIES.values():
+    named = sorted(FAMILIES.values(), key=lambda family: (family.ours or family.name) != model.family)
+    for family in named:
         if not _misfits(model, family):
             return family
     nearest = min(FAMILIES.values(), key=lambda family: len(_misfits(model, family)))
@@ -199,6 +162,10 @@ def _misfits(model: ModelConfig, family: Family) -> list[str]:
     """What a family cannot say of a model."""
     wanted = {name: value for name, value in {**PLAIN, **family.fixed}.items() if name not in family.open}
     found = [f"{name} {getattr(model, name)}, it has {value}" for name, value in wanted.items() if getattr(model, name) != value]
+    if "query_scale" not in family.open and model.query_scale != model.head_dim:
+        found.append(f"query_scale {model.query_scale:g}, it has head_dim {model.head_dim}")
+    if model.sliding_window and "rope_local_theta" not in family.open and model.rope_local_theta != model.rope_theta:
+        found.append(f"rope_local_theta {model.rope_local_theta:g}, it has rope_theta {model.rope_theta:g}")
     if "out_bias" in family.open and model.qkv_bias != model.out_bias:
         found.append(f"qkv_bias {model.qkv_bias} and out_bias {model.out_bias}, it has one switch for both")
     if family.name == "gpt2":
@@ -234,17 +201,18 @@ def _write_gpt2(model: ModelConfig, family: Family) -> dict[str, Any]:
 def _write_rotary(model: ModelConfig, family: Family) -> dict[str, Any]:
     written: dict[str, Any] = {"hidden_size": model.dim, "intermediate_size": model.ffn, "num_hidden_layers": model.layers}
     written |= {"num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim}
-    written |= {"hidden_act": "silu", "rms_norm_eps": model.norm_eps, "max_position_embeddings": model.max_positions}
-    written |= {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}, "attention_dropout": 0.0}
+    gemma = model.activation == "geglu_tanh"
+    written |= {"hidden_activation": "gelu_pytorch_tanh"} if gemma else {"hidden_act": "silu"}
+    written |= {"rms_norm_eps": model.norm_eps, "max_position_embeddings": model.max_positions, "attention_dropout": 0.0}
+    written |= {"rope_parameters": write_rope(model, family), **write_window(model, family)}
     if "out_bias" in family.open:
         written["attention_bias"] = model.qkv_bias
     if "mlp_bias" in family.open:
         written["mlp_bias"] = model.mlp_bias
-    if family.name == "mistral":
-        written["sliding_window"] = None
-    if family.name in ("qwen2", "qwen3"):
-        written |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": model.layers}
-        written["layer_types"] = ["full_attention"] * model.layers
+    if "query_scale" in family.open:
+        scale = model.query_scale
+        written["query_pre_attn_scalar"] = int(scale) if scale.is_integer() else scale
+        written |= {theirs: getattr(model, ours) or None for ours, theirs in CAPS.items() if ours in family.open}
     return written
 
 
@@ -252,7 +220,9 @@ def _write_rotary(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 KEYS = {  # inside a block, without its kind (weight or bias)
     "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",  # where attention has a norm behind it; else what that one is called
+    "mlp_post_norm": "post_feedforward_layernorm",
     **{f"attention.{part}": f"self_attn.{part}_proj" for part in "qkvo"},
     **{f"attention.{part}_norm": f"self_attn.{part}_norm" for part in "qk"},
     **{f"mlp.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
@@ -276,6 +246,8 @@ def place(model: ModelConfig, name: str) -> Place:
     if not part.startswith("blocks."):
         return Place(f"{(GPT2_ENDS if gpt2 else ENDS)[part]}.{kind}")
     _, layer, inside = part.split(".", 2)
+    if inside == "mlp_norm" and not gpt2 and model.norm_place == "before":
+        inside = "attention_post_norm"
     if not gpt2:
         return Place(f"model.layers.{layer}.{KEYS[inside]}.{kind}")
     first = {"attention.k": model.dim, "attention.v": 2 * model.dim}.get(inside, 0)

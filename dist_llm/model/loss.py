@@ -35,17 +35,21 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Slice:
-    """A rank's part of the vocabulary. share: local statistics -> those of the whole vocabulary, in place."""
+    """A rank's part of the vocabulary. share: local statistics -> those of the whole vocabulary, in place.
+
+    softcap c: logits become c tanh(logits / c); 0: they do not.
+    """
 
     first: int
     vocab: int
     smoothing: float
     share: Callable[[Statistics], Statistics]
+    softcap: float = 0.0
 
 
-def whole(weight: Tensor, smoothing: float) -> Slice:
+def whole(weight: Tensor, smoothing: float, softcap: float = 0.0) -> Slice:
     """The vocabulary in one piece."""
-    return Slice(0, weight.shape[0], smoothing, lambda known: known)
+    return Slice(0, weight.shape[0], smoothing, lambda known: known, softcap)
 
 
 def loss_alone(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None) -> Tensor:
@@ -87,11 +91,21 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tens
     Smoothing e mixes the label with the uniform distribution over the global vocabulary (arXiv:1512.00567).
     """
     logits = (x @ weight.T).to(wide(x.dtype))  # (chunk, v)
+    bend = _cap(logits, part.softcap) if part.softcap else None
     here = _statistics(logits, labels, part.first, part.smoothing > 0)
     largest = here[0].clone()  # `share` may write over the one it is given
     known = part.share(Statistics(*here))
     shared = (known.largest, known.exponentials, known.label, known.total)
-    return _loss_and_slope(logits, labels, weights, largest, *shared, part.first, part.vocab, part.smoothing), logits
+    loss = _loss_and_slope(logits, labels, weights, largest, *shared, part.first, part.vocab, part.smoothing)
+    return loss, logits if bend is None else logits.mul_(bend)
+
+
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    """Logits (chunk, v) become softcap x tanh(logits / softcap) in place; leaves the slope of that, as large."""
+    logits.div_(softcap).tanh_()
+    bend = 1.0 - logits.square()
+    logits.mul_(softcap)
+    return bend
 
 
 @fused
@@ -145,20 +159,24 @@ def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:
     return inside, local.masked_fill(~inside, 0)
 
 
-def cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, smoothing: float, weights: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, smoothing: float, weights: Tensor | None = None, softcap: float = 0.0
+) -> Tensor:
     """x (T, D), weight (V, D), labels (T,), weights (T,) -> the summed loss, a float64 scalar."""
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(x, weight, labels, smoothing, weights)
-    return loss_alone(x, weight, labels, whole(weight, smoothing), weights)
+        return ChunkedCrossEntropy.apply(x, weight, labels, smoothing, weights, softcap)
+    return loss_alone(x, weight, labels, whole(weight, smoothing, softcap), weights)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed loss of x (T, D) @ weight (V, D).T against labels (T,), as a float64 scalar."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None = None, softcap: float = 0.0
+    ) -> Tensor:
         """Makes the gradients at once and keeps them alone."""
-        loss, *gradients = loss_and_gradients(x, weight, labels, whole(weight, smoothing), weights)
+        loss, *gradients = loss_and_gradients(x, weight, labels, whole(weight, smoothing, softcap), weights)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -166,4 +184,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         """The slope of the summed loss -> by x (T, D) and by weight (V, D)."""
         by_x, by_weight = ctx.saved_tensors
-        return by_x * scale, by_weight * scale, None, None, None
+        return by_x * scale, by_weight * scale, *[None] * 4

@@ -34,6 +34,7 @@ from dist_llm.model.kernels import TOKENS, activate, activate_backward, norm, no
 from dist_llm.model.parts import Norm, Projections
 from dist_llm.model.products import Products
 from dist_llm.model.roles import Roles
+from dist_llm.parallel.across import Across
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Rule:
         """(..., D) -> (..., D)."""
         return norm(x, gain, shift, kind=self.kind, eps=self.eps)
 
-    def backward(self, slope: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(by x, by gain, by shift where there is one)."""
-        by_x, by_gain, *by_shift = norm_backward(slope, x, gain, shift, kind=self.kind, eps=self.eps)
-        return by_x, by_gain, by_shift[0] if by_shift else None
+    def backward(self, slope: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None) -> list[Tensor | None]:
+        """[by x, by gain, by shift], None where the norm has no such weight."""
+        found = norm_backward(slope, x, gain, shift, kind=self.kind, eps=self.eps)
+        return [*found, *[None] * (3 - len(found))]
 
 
 class TensorRoles(Roles):
@@ -88,12 +89,27 @@ class TensorRoles(Roles):
         """Enters with all tokens (B, S) and rows [first, first + v) of the table, leaves with (B, S', D)."""
         return Embed.apply(tokens, weight, self.first, self.split)
 
-    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, weights: Tensor | None = None, smooth: bool = True) -> Tensor:
+    def across(self, parts: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
+        """Enters with this rank's queries and keys (B, S, H E), leaves with them normed over the heads of all ranks."""
+        return list(Across.apply(norms[0].kind, norms[0].eps, self.split.group, len(parts), *parts, *(norm.weight for norm in norms)))
+
+    def loss(
+        self,
+        x: Tensor,
+        norm: Norm,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        weights: Tensor | None = None,
+        softcap: float = 0.0,
+        smooth: bool = True,
+    ) -> Tensor:
         """Enters with (B, S', D) before its norm and v rows of the output table, leaves with the summed loss of all tokens on each rank.
 
         weights (B, S): what each token's loss counts.
         """
-        part = vocabulary.Slice(self.first, self.vocab, self.smoothing if smooth else 0.0, lambda known: _share(known, self.split.group))
+        smoothing, group = self.smoothing if smooth else 0.0, self.split.group
+        part = vocabulary.Slice(self.first, self.vocab, smoothing, lambda known: _share(known, group), softcap)
         rule = Rule(norm.kind, norm.eps)
         return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, weights, part, torch.is_grad_enabled(), self.split)
 
