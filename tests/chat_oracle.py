@@ -1,4 +1,4 @@
-"""What a line of conversations may be, written a second time and apart from dist_llm: the messages of a line, or None where it is refused."""
+"""What a line of conversations may be, written a second time and apart from dist_llm: its messages, or None where it is refused."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -191,19 +192,19 @@ def mutated(record: Any, dice: random.Random) -> Any:
             if dice.random() < 0.25:
                 at.pop(key, None)
             else:
-                at[key] = dice.choice(VALUES)
+                at[key] = copy.deepcopy(dice.choice(VALUES))
         elif at and dice.random() < 0.7:
             what = dice.randrange(4)
             if what == 0:
-                at.insert(dice.randrange(len(at) + 1), dice.choice(at))
+                at.insert(dice.randrange(len(at) + 1), copy.deepcopy(dice.choice(at)))
             elif what == 1:
                 at.pop(dice.randrange(len(at)))
             elif what == 2:
                 dice.shuffle(at)
             else:
-                at[dice.randrange(len(at))] = dice.choice(VALUES)
+                at[dice.randrange(len(at))] = copy.deepcopy(dice.choice(VALUES))
         else:
-            at.append(dice.choice(VALUES))
+            at.append(copy.deepcopy(dice.choice(VALUES)))
     return record
 
 
@@ -221,7 +222,7 @@ def grown(shape: str, dice: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", LINES)
 def test_mutated_conversations_are_judged_as_the_oracle_judges(shape: str) -> None:
     """400 of each of the five shapes: the same messages, or refused by both; a refusal says why, on one clean line."""
-    dice, accepted = random.Random(hash(("fuzz", len(shape))) % 1000 + len(shape)), 0
+    dice, accepted = random.Random(len(shape)), 0
     for _ in range(400):
         train_on = dice.choice(("assistant", "last", "all"))
         line = json.dumps(mutated(grown(shape, dice), dice), ensure_ascii=dice.random() < 0.9)
@@ -446,7 +447,8 @@ def test_the_preview_shows_what_is_trained(tmp_path: Path, capsys: pytest.Captur
     more = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "two\nlines"}]
     file = written(tmp_path / "a.jsonl", {"messages": turns + more})
     (tmp_path / "run.yaml").write_text(
-        f"data: {{source: {file}, dir: {tmp_path}/data, validation: 0, sequence: 900, chat: {{template: chatml}}, tokenizer: {{kind: bytes}}}}\n"
+        f"data: {{source: {file}, dir: {tmp_path}/data, validation: 0, sequence: 900,\n"
+        f"  chat: {{template: chatml}}, tokenizer: {{kind: bytes}}}}\n"
         "model: {vocab: 300}\nbatch: {global: 1, micro: 1}\n"
     )
     page = tmp_path / "page.html"

@@ -42,7 +42,8 @@ BASES = (
     "layout: {engine: deepspeed, zero: 2, dp: 2, offload: optimizer}\nmodel: {}\ntrack:\nruntime: {threads: 2, compile: false}\n",
     "layout: {engine: fsdp2, zero: 3}\nruntime: {fp8: off, cuda_graph: false, device: cpu, peak_tflops: 1_000}\n",
     "runtime: {fp8: rowwise, dtype: bfloat16, device: cuda}\nmodel: {dim: 128, heads: 4, ffn: 512}\nlayout: {tp: 2}\n",
-    "data: {source: skills, packing: best_fit, chat: {format: auto, template: chatml, train_on: last, too_long: drop}, tokenizer: {kind: file, path: a}}\n",
+    "data: {source: skills, packing: best_fit, chat: {format: auto, template: chatml, train_on: last, too_long: drop},\n"
+    "  tokenizer: {kind: file, path: a}}\n",
     "data: {source: [skills, a.jsonl], document_mask: true, chat: {template: model}, packing: none}\n",
 )  # fmt: skip
 SCALARS = (
@@ -132,7 +133,7 @@ def mutated(text: str, chance: random.Random) -> str:
             at = chance.randrange(len(word[0]))
             strange = (word[0][:at] + word[0][at + 1 :], word[0].upper(), word[0] + chance.choice("sx_"), chance.choice(words)[0])
             return text[: word.start()] + chance.choice(strange) + text[word.end() :]
-        case 4:  # a line twice, away or elsewhere
+        case 4 if text:  # a line twice, away or elsewhere
             lines = text.splitlines(keepends=True)
             line = lines.pop(chance.randrange(len(lines))) if chance.random() < 0.6 else chance.choice(lines)
             lines.insert(chance.randrange(len(lines) + 1), line if chance.random() < 0.7 else "")

@@ -144,7 +144,7 @@ def test_too_long(tmp_path: Path) -> None:
     """Refused with the number and the sequence that would do; dropped or cut with counts; what is left without a target is dropped."""
     some = [*chats(10, seed=4, longest=9), ([1] * 14, [0.0] * 13 + [1.0]), ([2] * 12, [0.0] + [1.0] * 11), ([3] * 11, [0.0] + [1.0] * 10)]
     store = store_of(tmp_path / "s", some)
-    with pytest.raises(DataError, match="2 conversations are longer than a sequence") as failure:
+    with pytest.raises(DataError, match="2 of 13 conversations are longer than a sequence") as failure:
         pack(store, sequence=10, best_fit=True, too_long="refuse")
     assert "data.sequence=13" in str(failure.value.next) and "14 tokens" in str(failure.value.found)
     assert len(pack(store, sequence=13, best_fit=True, too_long="refuse").order) == 13
@@ -227,7 +227,7 @@ def test_packed_loss_is_unpacked_loss(tmp_path: Path, shape: dict[str, Any]) -> 
 
 
 def test_nothing_leaks_between_conversations(tmp_path: Path) -> None:
-    """Other tokens in one conversation of a sequence leave the losses of the others as they are, to the bit; so does the padding's token."""
+    """Other tokens in one conversation of a sequence leave the losses of the others as they are, to the bit; the padding too."""
     torch.set_num_threads(1)
     some = chats(6, seed=9, longest=7)
     config = config_of(LLAMA, sequence=40, batch=1)

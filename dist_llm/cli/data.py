@@ -42,7 +42,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     started = time.monotonic()
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, max_bad_lines=max_bad_lines, verify=True)
-    summary = summarise(prepared, sequence=config.data.sequence, seconds=time.monotonic() - started)
+    longest = config.data.sequence + (prepared.template is not None)  # the last token of a conversation takes no place
+    summary = summarise(prepared, sequence=longest, seconds=time.monotonic() - started)
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -54,7 +55,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
         words = f"{store['tokens']:>13,} tokens  {store['documents']:>9,} documents  {store['bytes_per_token']:.2f} bytes per token"
         typer.echo(f"  {store['split']:<10} {words}  {plain(store['folder'])}")
         if longer := store["longer_than_sequence"]:
-            typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: they go on in the next")
+            fate = "they go on in the next" if prepared.template is None else f"data.chat.too_long is {config.data.chat.too_long}"
+            typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: {fate}")
 
 
 @app.command()
@@ -74,6 +76,9 @@ def preview(
     from dist_llm.data.prepare import prepare
 
     config = load_config(config_path, overrides or [], base=read_base).config
+    if html is not None and config.data.chat.format is None:
+        way = "leave --html out, or set data.chat.format=auto"
+        raise UsageError("the page shows conversations, data.chat is off", where="--html", next=way)
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress)
     batches = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
@@ -90,9 +95,6 @@ def preview(
         if html is not None:
             typer.echo(f"\nwritten: {plain(html)}")
         return
-    if html is not None:
-        way = "leave --html out, or set data.chat.format=auto"
-        raise UsageError("the page shows conversations, data.chat is off", where="--html", next=way)
     (batch,) = batches.micro_batches(step, dp_rank=0, dp_size=1, micro=config.batch.global_)
     samples = batches.sample_ids(step).tolist()
     shown = [_row(prepared, batch, row, samples[row], tokens) for row in range(min(rows, len(samples)))]

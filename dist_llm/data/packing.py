@@ -61,9 +61,8 @@ def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong)
     long = np.flatnonzero(places > sequence)
     if len(long) and too_long == "refuse":
         most = int(places.max())
-        words = "1 conversation is" if len(long) == 1 else f"{len(long)} conversations are"
         raise DataError(
-            f"{words} longer than a sequence, of {len(places)}",
+            f"{len(long)} of {len(places)} conversations {'is' if len(long) == 1 else 'are'} longer than a sequence",
             where=str(store.folder),
             expected=f"at most data.sequence + 1 = {sequence + 1} tokens",
             found=f"{most + 1} tokens in the longest",
@@ -86,7 +85,7 @@ def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong)
 
 
 def fit(sizes: np.ndarray, *, room: int) -> list[list[int]]:
-    """Best-fit decreasing: numbers of the items (of sizes from 1 to `room`) in each bin. 
+    """Best-fit decreasing: numbers of the items (of sizes from 1 to `room`) in each bin.
 
     It takes n log n. The bins are numbered as they are opened; items of equal size go by their number.
     """
@@ -209,6 +208,15 @@ class PackedBatches(Batches):
                 assert store.weights is not None
                 found.append((row, ids.tolist(), store.weights.read(start, ids.size).tolist()))
         return found
+
+    def sentence(self) -> str:
+        """What was packed and what was left out, in words."""
+        found = self.statistics()
+        room = f"{found['sequences']:,} sequences of {self.sequence}, {found['padding_share']:.1%} padding"
+        packed = f"{found['samples']:,} conversations in {room}"
+        trained = f"{found['trained_share']:.1%} of {found['tokens']:,} tokens are trained"
+        left = f"; {found['too_long']:,} were longer than a sequence, {found['left_out']:,} were left out" if found["too_long"] else ""
+        return f"{packed}; {trained}{left}"
 
     def statistics(self) -> dict[str, Any]:
         """Counts of what is packed.

@@ -282,23 +282,14 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
     return "".join((*parts, text[at:])), spans
 
 
-def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """The names of the special tokens, longer ones first."""
-    return re.compile("|".join(re.escape(name) for name in _names(tokenizer)))
-
-
-def _names(tokenizer: Tokenizer) -> list[str]:
-    return sorted(tokenizer.special, key=lambda name: (-len(name), name))
-
-
 def _guarded(content: str, tokenizer: Tokenizer | None) -> str:
     """A message with a mark in the place of each special token's name. Raises DataError for a NUL."""
     if "\x00" in content:
         raise DataError("a message holds a NUL character")
-    if tokenizer is None or not any(name in content for name in tokenizer.special):
+    if tokenizer is None or not tokenizer.special_pattern.search(content):
         return content
-    numbers = {name: number for number, name in enumerate(_names(tokenizer))}
-    return _pattern(tokenizer).sub(lambda match: f"\x00{numbers[match[0]]};", content)
+    numbers = {name: number for number, name in enumerate(tokenizer.special_names)}
+    return tokenizer.special_pattern.sub(lambda match: f"\x00{numbers[match[0]]};", content)
 
 
 def _restored(text: str, names: Sequence[str]) -> str:
@@ -309,7 +300,7 @@ def _restored(text: str, names: Sequence[str]) -> str:
 def _last_special(text: str, tokenizer: Tokenizer) -> str | None:
     """The special token with which a text ends, spaces aside."""
     text = text.rstrip()
-    return next((name for name in _names(tokenizer) if text.endswith(name)), None)
+    return next((name for name in tokenizer.special_names if text.endswith(name)), None)
 
 
 def _end_of_turn(text: str, tokenizer: Tokenizer) -> int:
@@ -341,10 +332,20 @@ def _whole(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list
         first, last = bisect_right(stops, span.start), bisect_left(starts, span.stop)
         if first >= last or starts[first] < span.start or stops[last - 1] > span.stop:
             return None
-        if span.start and encoder.encode(text[: span.start], add_special_tokens=False).ids != ids[:first]:
+        if not _stands_alone(text[: span.start], ids[:first], stops, tokenizer):
             return None
         places.append((first, last))
     return ids, places
+
+
+def _stands_alone(text: str, ids: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a beginning of a text gives these ids without what follows. What stands before a special token is tried last."""
+    known = tokenizer.special.values()
+    at = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in known), -1)
+    encoder = tokenizer.commanding
+    if at >= 0 and encoder.encode(text[stops[at] :], add_special_tokens=False).ids == ids[at + 1 :]:
+        return True
+    return encoder.encode(text, add_special_tokens=False).ids == ids
 
 
 def _pieces(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -352,8 +353,8 @@ def _pieces(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
     if "\x00" not in text:
         yield tokenizer.commanding.encode(text, add_special_tokens=False).ids
         return
-    names, at = _names(tokenizer), 0
-    for match in _pattern(tokenizer).finditer(text):
+    names, at = tokenizer.special_names, 0
+    for match in tokenizer.special_pattern.finditer(text):
         yield tokenizer.encode(_restored(text[at : match.start()], names))
         yield [tokenizer.special[match[0]]]
         at = match.end()

@@ -63,6 +63,16 @@ class Tokenizer:
         """The special tokens by name, and their ids."""
         return {token.content: number for number, token in self.inner.get_added_tokens_decoder().items() if token.special}
 
+    @cached_property
+    def special_names(self) -> tuple[str, ...]:
+        """The names of the special tokens, longer ones first."""
+        return tuple(sorted(self.special, key=lambda name: (-len(name), name)))
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Finds the name of any special token."""
+        return re.compile("|".join(map(re.escape, self.special_names)))
+
     def extended(self, names: Sequence[str]) -> Tokenizer:
         """This tokenizer with further special tokens; those that it has keep their ids, new ones follow the largest."""
         missing = [name for name in dict.fromkeys(names) if name not in self.special]

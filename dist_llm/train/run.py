@@ -17,6 +17,7 @@ from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import training_batches, validation_batches
+from dist_llm.data.packing import PackedBatches
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.errors import NumericError, UsageError
 from dist_llm.mesh import Group, whole_world
@@ -113,9 +114,9 @@ def prepare_data(config: Config, *, tell: Tell) -> Prepared:
     """The data of a run, built or found again; raises DataError or UsageError where it cannot feed it."""
     prepared = prepare(config.data, seed=config.runtime.seed, progress=lambda message, fraction: tell({"progress": [message, fraction]}))
     prepared.require_vocab(config.model.vocab)
-    training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
+    order = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
     validation_batches(prepared, config.data, global_batch=config.batch.global_)
-    for note in prepared.notes:
+    for note in (*prepared.notes, *([order.sentence()] if isinstance(order, PackedBatches) else [])):
         tell({"note": note})
     if config.base is not None:
         base = Base(config.base)
