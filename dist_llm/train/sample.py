@@ -67,6 +67,10 @@ class Merged:
         """Elements [start, stop) of a box of a weight, (stop - start,) on the CPU."""
         return self.parts.read(kind if self.trained[name] else "frozen", name, box, start, stop)
 
+    def whole(self, name: str) -> Tensor:
+        """A whole weight, on the CPU."""
+        return self.parts.whole(name, "weight" if self.trained[name] else "frozen")
+
 
 def with_whole_weights(engine: NativeEngine, model: ModelConfig, folder: Path, use: Callable[[Weights], Any]) -> None:
     """Every rank writes its weights into `folder`, rank 0 calls `use` on whole tensors, and the folder is gone again."""
