@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dist_llm import faults
+from dist_llm.cli.data_files import clean, export
 from dist_llm.config.load import load_config
 from dist_llm.errors import plain
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
 
 app = typer.Typer(help="Text to token shards, and a look at them.", no_args_is_help=True)
+app.command()(export)
+app.command()(clean)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=v]...", help="Values that replace those of the file.")]
@@ -47,7 +50,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     verb, vocab = "built" if prepared.built else "found again", prepared.tokenizer.vocab_size
     typer.echo(f"{verb} in {summary['seconds']:.1f} s; tokenizer of {vocab:,} tokens")
     for store in summary["stores"]:
-        words = f"{store['tokens']:>13,} tokens  {store['documents']:>9,} documents  {store['bytes_per_token']:.2f} bytes per token"
+        words = f"{store['tokens']:>13,} tokens  {store['documents']:>9,} documents"
+        words += f"  {store['bytes_per_token']:.2f} bytes per token" if store["bytes_per_token"] is not None else ""
         typer.echo(f"  {store['split']:<10} {words}  {plain(store['folder'])}")
         if longer := store["longer_than_sequence"]:
             typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: they go on in the next")
@@ -93,7 +97,7 @@ def summarise(prepared: Prepared, *, sequence: int, seconds: float) -> dict[str,
             "tokens": len(store),
             "documents": store.manifest.documents,
             "longer_than_sequence": store.longer_than(sequence),
-            "bytes_per_token": store.manifest.text_bytes / max(1, len(store)),
+            "bytes_per_token": store.manifest.text_bytes / max(1, len(store)) if store.manifest.text_bytes else None,
             "sha256": [shard.sha256 for shard in store.manifest.shards],
         }
         for store in (*prepared.train, *prepared.validation)

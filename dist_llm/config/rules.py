@@ -11,7 +11,7 @@ from itertools import product
 from math import isqrt, log2
 
 from dist_llm.config.layout import Layout, canonical, concrete, resolve
-from dist_llm.config.schema import BYTES, LARGEST_BPE, Config
+from dist_llm.config.schema import BYTES, LARGEST_BPE, LARGEST_IDS, Config
 from dist_llm.errors import UsageError
 
 MAX_WORLD = 1_000_000
@@ -224,6 +224,23 @@ def _text(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("data.tokenizer.vocab", f"a bpe of at most {LARGEST_BPE} tokens can be learned, found {tokenizer.vocab}")
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield Problem("data.tokenizer.path", "kind file needs the path of a tokenizer.json")
+    if tokenizer.kind == "ids":
+        yield from _ids(tokenizer.vocab, tokenizer.end)
+    elif tokenizer.end is not None:
+        yield Problem("data.tokenizer.end", f"goes with kind ids alone, the kind is {tokenizer.kind}")
+
+
+def _ids(vocab: int | None, end: int | None) -> Iterator[Problem]:
+    """What numbers without a text need."""
+    if vocab is None:
+        yield Problem("data.tokenizer.vocab", "kind ids needs the number of ids, such as 50257")
+    elif vocab > LARGEST_IDS:
+        yield Problem("data.tokenizer.vocab", f"kind ids has at most {LARGEST_IDS} ids, found {vocab}")
+    if end is None:
+        text = "kind ids needs the id that ends a document, such as 50256; where the files have none, one id more than they use"
+        yield Problem("data.tokenizer.end", text)
+    elif vocab is not None and end >= vocab:
+        yield Problem("data.tokenizer.end", f"{end} is not below data.tokenizer.vocab {vocab}")
 
 
 def _machine(config: Config, layout: Layout) -> Iterator[Problem]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dist_llm.data.corpora import GENERATED, Corpus, limited
 from dist_llm.data.journal import Stores
@@ -21,12 +24,12 @@ Progress = Callable[[str, float], None]  # a message, and how much of the work i
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document as ids (not empty, without the end token); its digest, its place for the split in [0, 1), its bytes of text.
+    """A document as ids (without the end token); its digest, its place for the split in [0, 1), its bytes of text.
 
     number: how many documents of the corpus come before it.
     """
 
-    ids: list[int]
+    ids: Sequence[int] | np.ndarray
     digest: bytes
     fraction: float
     text_bytes: int
@@ -65,7 +68,7 @@ def build_store(
         threshold = stores.lowest if again else 0.0
     if validation and not threshold:
         notes.append(f"{corpus.name} is one document, or one many times: nothing is held out for validation")
-    return notes
+    return [*notes, *(f"{corpus.name}: {note}" for note in corpus.found())]
 
 
 def encode(
@@ -83,7 +86,7 @@ def encode(
     are read past, not encoded.
     """
     endless = corpus.endless and max_tokens is None
-    source = limited(corpus.documents(), GENERATED) if endless else corpus.documents()
+    source = limited(corpus.documents(), GENERATED) if endless else corpus.read(tokenizer)
     kept_tokens = tokens
 
     def tell(place: float) -> None:
@@ -92,9 +95,9 @@ def encode(
 
     for group in _groups(_after(source, documents, tell)):
         batch = []
-        for document, ids in zip(group, tokenizer.encode_batch([document.text for document in group]), strict=True):
+        for document, ids in zip(group, _ids(group, tokenizer), strict=True):
             kept = ids if max_tokens is None else ids[: max(0, max_tokens - tokens - 1)]
-            if kept:
+            if len(kept) or (document.ids is not None and not len(ids)):  # an end token alone, where others have written one
                 batch.append(Encoded(kept, *identify(document), len(document.text.encode()), documents))
                 tokens += len(kept) + 1
             documents += 1
@@ -106,8 +109,9 @@ def encode(
 
 
 def identify(document: Document) -> tuple[bytes, float]:
-    """16 bytes that stand for the text, and where in [0, 1) the document falls for the split."""
-    digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+    """16 bytes that stand for the text or the ids, and where in [0, 1) the document falls for the split."""
+    content = document.text.encode() if document.ids is None else document.ids.astype("<u4").tobytes()
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     mark = digest if document.key is None else hashlib.blake2b(document.key.encode(), digest_size=16).digest()
     return digest, int.from_bytes(mark[:6], "big") / 2**48
 
@@ -160,12 +164,18 @@ def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
     held = 0
     for document in documents:
         group.append(document)
-        held += len(document.text)
+        held += len(document.text) if document.ids is None else len(document.ids)
         if held >= ENCODED_AT_ONCE:
             yield group
             group, held = [], 0
     if group:
         yield group
+
+
+def _ids(group: Sequence[Document], tokenizer: Tokenizer) -> list[Any]:
+    """The ids of each document; those that come as ids are taken as they are."""
+    texts = iter(tokenizer.encode_batch([document.text for document in group if document.ids is None]))
+    return [next(texts) if document.ids is None else document.ids for document in group]
 
 
 def _join(first: Document, rest: Iterator[Document]) -> Iterator[Document]:

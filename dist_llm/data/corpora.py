@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_llm.data import python_corpus, skills
 from dist_llm.data.entropy import MarkovSource
 from dist_llm.data.readers import BadLines, Document, find_files, read_files, size_of
-from dist_llm.errors import DataError
+from dist_llm.data.token_files import TokenFiles, is_tokens
+from dist_llm.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from dist_llm.data.tokenizer import Tokenizer
 
 GENERATED = 4_000_000  # bytes of text that a generator gives where no limit is set
 
@@ -22,7 +27,8 @@ class Corpus:
 
     size: bytes of text expected, for progress and sampling. identity: what the text depends on, without reading it:
     equal identities mean equal text. endless: a generator, to be cut by the caller. notes: what a user should know.
-    place: the path or glob of files.
+    place: the path or glob of files. tokens: how documents that come as ids of a tokenizer are read; `documents` fails then.
+    found: what the last reading has met that a user should know.
     """
 
     name: str
@@ -33,6 +39,12 @@ class Corpus:
     shuffled: bool = False
     notes: tuple[str, ...] = ()
     place: str = ""
+    tokens: Callable[[Tokenizer], Iterator[Document]] | None = None
+    found: Callable[[], list[str]] = list
+
+    def read(self, tokenizer: Tokenizer) -> Iterator[Document]:
+        """Every document, as text or as the tokenizer's ids."""
+        return self.documents() if self.tokens is None else self.tokens(tokenizer)
 
 
 def open_corpus(source: str | tuple[str, ...], *, seed: int, text_key: str = "text", bad: BadLines | None = None) -> Corpus:
@@ -53,7 +65,10 @@ def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines) -> Corpus
         return Corpus("skills", ("skills", seed), lambda: _skills(seed), GENERATED, endless=True, shuffled=True)
     if source == "entropy":
         return Corpus("entropy", ("entropy", seed), lambda: _entropy(seed), GENERATED, endless=True, shuffled=True)
-    return _files(source, text_key=text_key, bad=bad)
+    files = find_files(source)
+    if any(map(is_tokens, files)):
+        return _token_files(source, files)
+    return _files(source, files, text_key=text_key, bad=bad)
 
 
 def _python() -> Corpus:
@@ -66,13 +81,37 @@ def _python() -> Corpus:
     return Corpus("python", identity, lambda: python_corpus.documents(items), size, shuffled=True, notes=notes)
 
 
-def _files(source: str, *, text_key: str, bad: BadLines) -> Corpus:
+def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines) -> Corpus:
     """Local files. Their identity is path, size and time of change: reading gigabytes to learn that nothing changed would cost minutes."""
-    files = find_files(source)
-    identity = ("files", text_key, *((str(path.resolve()), size_of(path), path.stat().st_mtime_ns) for path in files))
+    identity = ("files", text_key, *_states(files))
     size = sum(size_of(path) * (4 if path.suffix in (".gz", ".zst") else 1) for path in files)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-").lower()[:32]
-    return Corpus(name or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad), size, place=source)
+    return Corpus(_name(source) or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad), size, place=source)
+
+
+def _token_files(source: str, files: list[Path]) -> Corpus:
+    """Token files of other tools. Raises UsageError where other files are among them."""
+    if others := [path for path in files if not is_tokens(path)]:
+        what, expected = "token files and text cannot come from one path", "files of ids alone (.bin, .idx), or none"
+        raise UsageError(what, where=f"data.source: {source}", expected=expected, found=str(others[0]), next="name both: data.source=[A,B]")
+    held = TokenFiles(files)
+    identity = ("tokens", *_states(held.files))
+
+    def no_text() -> Iterator[Document]:
+        what, expected = "the files hold ids and no text", "text: a token file is read with the tokenizer that has made it"
+        raise UsageError(what, where=f"data.source: {source}", expected=expected, next="data.tokenizer.kind=file data.tokenizer.path=DIR")
+
+    size = sum(map(size_of, held.files))
+    return Corpus(_name(source) or "tokens", identity, no_text, size, place=source, tokens=held.documents, found=held.notes)
+
+
+def _states(files: list[Path]) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of each file."""
+    return ((str(path.resolve()), size_of(path), path.stat().st_mtime_ns) for path in files)
+
+
+def _name(source: str) -> str:
+    """A short name for what a path or glob names, fit for a folder."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-").lower()[:32]
 
 
 def _skills(seed: int) -> Iterator[Document]:
@@ -102,14 +141,20 @@ def _chain(parts: list[Corpus]) -> Corpus:
     """Several corpora one after the other; generators give their default amount."""
     total = sum(part.size for part in parts)
 
-    def documents() -> Iterator[Document]:
+    def read(tokenizer: Tokenizer | None) -> Iterator[Document]:
         before = 0
         for part in parts:
-            for document in limited(part.documents(), part.size) if part.endless else part.documents():
-                yield Document(document.text, document.name, (before + document.place * part.size) / total, document.key)
+            source = part.documents() if tokenizer is None else part.read(tokenizer)
+            for document in limited(source, part.size) if part.endless else source:
+                yield replace(document, place=(before + document.place * part.size) / total)
             before += part.size
+
+    def found() -> list[str]:
+        return [note for part in parts for note in part.found()]
 
     notes = tuple(note for part in parts for note in part.notes)
     name = "-".join(dict.fromkeys(part.name for part in parts))[:48]
     place = ", ".join(part.place or part.name for part in parts)
-    return Corpus(name, tuple(part.identity for part in parts), documents, total, notes=notes, place=place)
+    tokens = read if any(part.tokens for part in parts) else None
+    identity = tuple(part.identity for part in parts)
+    return Corpus(name, identity, lambda: read(None), total, notes=notes, place=place, tokens=tokens, found=found)

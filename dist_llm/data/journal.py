@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_llm import faults
 from dist_llm.data.sealed import checked, spell, sync_folder, with_checksum, write_durably
 from dist_llm.data.store import SHARD_TOKENS, StoreWriter
@@ -46,7 +48,7 @@ class Stores:
             self._clear()
         self._kept = self.tokens
 
-    def add(self, split: str, batch: Sequence[Sequence[int]], *, digests: bytes, text_bytes: int) -> None:
+    def add(self, split: str, batch: Sequence[Sequence[int] | np.ndarray], *, digests: bytes, text_bytes: int) -> None:
         """Append documents to the store of a split."""
         if split not in self._writers:
             self._writers[split] = self._writer(split)

@@ -26,7 +26,7 @@ from dist_llm.data.publish import NOTE, publish
 from dist_llm.data.readers import BadLines
 from dist_llm.data.sealed import check_seal, read_file, seal, write_durably
 from dist_llm.data.store import MANIFEST, TokenStore
-from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer, load, train_bpe
+from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer, ids_tokenizer, load, train_bpe
 from dist_llm.errors import SpaceError, UsageError
 
 if TYPE_CHECKING:
@@ -125,17 +125,36 @@ def prepare(
 def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
     """The tokenizer that the config asks for, trained when it has to be."""
     wanted = data.tokenizer
+    _require_fit(wanted.kind, corpora)
     if wanted.kind == "bpe":
         budget = TRAINED_ON if data.max_tokens is None else min(TRAINED_ON, BYTES_PER_TOKEN * data.max_tokens)
         budgets = [max(1, budget * weight // sum(weights)) for weight in weights]
         return _trained(wanted.vocab or DEFAULT_VOCAB, corpora, budgets, work)
     if wanted.kind == "file" and wanted.path is None:
         raise UsageError("a tokenizer of kind file needs its path", where="data.tokenizer.path")
+    if wanted.kind == "ids":
+        if wanted.vocab is None or wanted.end is None or wanted.end >= wanted.vocab:
+            found = f"vocab {wanted.vocab}, end {wanted.end}"
+            expected = "the number of ids, and the one of them that ends a document"
+            raise UsageError("a tokenizer of kind ids needs two numbers", where="data.tokenizer", expected=expected, found=found)
+        return ids_tokenizer(wanted.vocab, end=wanted.end)
     tokenizer = load(Path(str(wanted.path)).expanduser()) if wanted.kind == "file" else bytes_tokenizer()
     if wanted.vocab not in (None, tokenizer.vocab_size):
         what, expected = "the tokenizer has another vocabulary than the config says", str(tokenizer.vocab_size)
         raise UsageError(what, where="data.tokenizer.vocab", expected=expected, found=str(wanted.vocab), next="leave it out")
     return tokenizer
+
+
+def _require_fit(kind: str, corpora: Sequence[Corpus]) -> None:
+    """Raises UsageError where ids are to be given a new tokenizer, or text one that knows none."""
+    for corpus in corpora:
+        if kind == "bpe" and corpus.tokens is not None:
+            what, expected = "token files come with the tokenizer that has made them", "kind file, or ids where it is not at hand"
+            way = "data.tokenizer.kind=file data.tokenizer.path=DIR; or kind=ids, vocab=N and end=ID"
+            raise UsageError(what, where="data.tokenizer.kind", expected=expected, found=f"bpe, for {corpus.place}", next=way)
+        if kind == "ids" and corpus.tokens is None:
+            what, expected = "a tokenizer of kind ids knows no text", "kind bpe, bytes or file for text"
+            raise UsageError(what, where="data.tokenizer.kind", expected=expected, found=f"ids, for {corpus.place or corpus.name}")
 
 
 def _trained(vocab: int, corpora: Sequence[Corpus], budgets: Sequence[int], work: _Work) -> Tokenizer:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import zstandard
 
 from dist_llm.errors import DataError, UsageError
@@ -39,13 +40,15 @@ SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a documen
 class Document:
     """One text, where it came from, and how far through its source it lies (0 to 1, for progress).
 
-    key: what decides between training and validation; the text itself where None.
+    key: what decides between training and validation; the text itself where None. ids: of a document that comes as tokens,
+    without its end token; it has no text.
     """
 
     text: str
     name: str
     place: float = 0.0
     key: str | None = None
+    ids: np.ndarray | None = None
 
 
 @dataclass

@@ -99,11 +99,13 @@ class StoreWriter:
         if not kept:
             self._index.write(np.zeros(1, "<u8"))
 
-    def add(self, batch: Sequence[Sequence[int]], *, digests: bytes, text_bytes: int) -> None:
-        """Append documents, none of them empty; the end token of each is added here. digests: what the fingerprint is made of."""
+    def add(self, batch: Sequence[Sequence[int] | np.ndarray], *, digests: bytes, text_bytes: int) -> None:
+        """Append documents; the end token of each is added here. digests: what the fingerprint is made of."""
         ends = np.cumsum([len(ids) + 1 for ids in batch], dtype=np.int64)
-        tokens = np.array([token for ids in batch for token in (*ids, self.end_id)], dtype=np.int64)
-        assert all(map(len, batch)) and np.all((tokens >= 0) & (tokens < self.vocab)), "a token outside the vocabulary"
+        tokens = np.full(int(ends[-1]) if len(ends) else 0, self.end_id, dtype=np.int64)
+        for ids, end in zip(batch, ends.tolist(), strict=True):
+            tokens[end - 1 - len(ids) : end - 1] = ids
+        assert np.all((tokens >= 0) & (tokens < self.vocab)), "a token outside the vocabulary"
         assert np.array_equal(np.flatnonzero(tokens == self.end_id) + 1, ends), "the end token inside a document"
         self._index.write((ends + self.tokens).astype("<u8"))
         self._digests.write(np.frombuffer(digests, np.uint8))
