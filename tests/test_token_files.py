@@ -294,7 +294,8 @@ def test_export_and_back_through_the_command(tmp_path: Path, commands: Commands)
     config = tmp_path / "run.yaml"
     config.write_text(
         "model: {family: llama, layers: 1, dim: 16, heads: 2, tied: true}\n"
-        f"data: {{source: skills, tokenizer: {{kind: bpe, vocab: 300}}, sequence: 32, max_tokens: 9000, validation: 0.1, dir: {tmp_path}/data}}\n"
+        "data: {source: skills, tokenizer: {kind: bpe, vocab: 300}, sequence: 32, max_tokens: 9000, validation: 0.1, "
+        f"dir: {tmp_path}/data}}\n"
         f"save: {{dir: {tmp_path}/run}}\n"
     )
     before = json.loads(commands.run("data", "build", str(config), "--json").stdout)

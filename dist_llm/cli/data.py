@@ -14,6 +14,7 @@ import typer
 
 from dist_llm import faults
 from dist_llm.cli.data_files import clean, export
+from dist_llm.cli.network import allow_hub
 from dist_llm.config.load import load_config
 from dist_llm.errors import plain
 
@@ -38,6 +39,7 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
 
     config = load_config(config_path, overrides or []).config
     faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
+    allow_hub(config.data, lambda text: print(plain(text), file=sys.stderr))
     started = time.monotonic()
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, max_bad_lines=max_bad_lines, verify=True)

@@ -59,7 +59,9 @@ def clean(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson 
     from dist_llm.data.publish import discard, leftovers
 
     home = Path(load_config(config_path, overrides or []).config.data.dir).expanduser()
-    removed, kept, freed = [], [], 0
+    removed: list[str] = []
+    kept: list[str] = []
+    freed = 0
     try:
         for workshop in leftovers(home):
             size = sum(entry.lstat().st_size for entry in workshop.rglob("*"))

@@ -17,6 +17,7 @@ import typer
 
 from dist_llm import faults, flight
 from dist_llm.cli.loopback import stay_on_loopback
+from dist_llm.cli.network import allow_hub
 from dist_llm.config import explain
 from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, config_tree, load_config
@@ -240,6 +241,8 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     config, first = run.loaded.config, place.rank == 0
     if first:
         _introduce(run, console)
+    else:
+        allow_hub(config.data, lambda text: None)
     from dist_llm import mesh
     from dist_llm.train import run as training
     from dist_llm.train.storage import RunFolder
@@ -292,6 +295,7 @@ def _introduce(run: Run, console: Console) -> None:
     for line in explain.equations(config, run.layout):
         console.line(line)
     console.line(f"layout {run.layout}; run folder {plain(config.save.dir)}")
+    allow_hub(config.data, lambda text: console.line(plain(text)))
 
 
 def _conclude(run: Run, result: dict[str, Any], console: Console | None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import isqrt, log2
 
+from dist_llm.config import hub
 from dist_llm.config.layout import Layout, canonical, concrete, resolve
 from dist_llm.config.schema import BYTES, LARGEST_BPE, LARGEST_IDS, Config
 from dist_llm.errors import UsageError
@@ -212,7 +213,11 @@ def _numbers(config: Config, layout: Layout) -> Iterator[Problem]:
 
 
 def _text(config: Config, layout: Layout) -> Iterator[Problem]:
-    tokenizer, vocab = config.data.tokenizer, config.model.vocab
+    tokenizer, vocab, data = config.data.tokenizer, config.model.vocab, config.data
+    named = [item.source for item in data.mix] if data.mix else [data.source] if isinstance(data.source, str) else data.source
+    for source in named:
+        if source.startswith(hub.MARK) and hub.parse(source) is None:
+            yield Problem("data.mix" if data.mix else "data.source", f"{source!r} names no data set of the hub, expected {hub.FORM}")
     if tokenizer.vocab is not None and tokenizer.vocab > vocab:
         yield Problem("model.vocab", f"the tokenizer has {tokenizer.vocab} tokens, the model {vocab}")
     if tokenizer.kind == "bytes" and tokenizer.vocab != BYTES:

@@ -1,4 +1,4 @@
-"""Where text comes from: `python`, `skills`, `entropy`, or the user's own files, behind one small type."""
+"""Where text comes from: `python`, `skills`, `entropy`, the user's own files, or the hub, behind one small type."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_llm.config.hub import MARK
 from dist_llm.data import python_corpus, skills
 from dist_llm.data.entropy import MarkovSource
 from dist_llm.data.readers import BadLines, Document, find_files, read_files, size_of
@@ -18,6 +20,7 @@ from dist_llm.errors import DataError, UsageError
 if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
 
+PACKED = {".gz": 4, ".zst": 4, ".parquet": 3}  # about how many bytes of text a byte of such a file holds
 GENERATED = 4_000_000  # bytes of text that a generator gives where no limit is set
 
 
@@ -47,24 +50,30 @@ class Corpus:
         return self.documents() if self.tokens is None else self.tokens(tokenizer)
 
 
-def open_corpus(source: str | tuple[str, ...], *, seed: int, text_key: str = "text", bad: BadLines | None = None) -> Corpus:
-    """The corpus that a config names: `python`, `skills`, `entropy`, a path, a glob, or several of these one after the other.
+def open_corpus(
+    source: str | tuple[str, ...], *, seed: int, text_key: str = "text", bad: BadLines | None = None, home: Path | None = None
+) -> Corpus:
+    """The corpus that a config names: `python`, `skills`, `entropy`, a path, a glob, a data set of the hub, or several of these one
+    after the other.
 
-    Raises UsageError for a source that does not exist, DataError for one without text. Bad lines are counted in `bad`.
+    Raises UsageError for a source that does not exist, DataError for one without text. Bad lines are counted in `bad`. home: the
+    folder that keeps which commit of a data set of the hub is read.
     """
     bad = BadLines() if bad is None else bad
     names = (source,) if isinstance(source, str) else source
-    parts = [_open_one(name, seed=seed, text_key=text_key, bad=bad) for name in names]
+    parts = [_open_one(name, seed=seed, text_key=text_key, bad=bad, home=home) for name in names]
     return parts[0] if len(parts) == 1 else _chain(parts)
 
 
-def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines) -> Corpus:
+def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines, home: Path | None) -> Corpus:
     if source == "python":
         return _python()
     if source == "skills":
         return Corpus("skills", ("skills", seed), lambda: _skills(seed), GENERATED, endless=True, shuffled=True)
     if source == "entropy":
         return Corpus("entropy", ("entropy", seed), lambda: _entropy(seed), GENERATED, endless=True, shuffled=True)
+    if source.startswith(MARK):
+        return _hub(source, text_key=text_key, bad=bad, home=home)
     files = find_files(source)
     if any(map(is_tokens, files)):
         return _token_files(source, files)
@@ -84,8 +93,20 @@ def _python() -> Corpus:
 def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines) -> Corpus:
     """Local files. Their identity is path, size and time of change: reading gigabytes to learn that nothing changed would cost minutes."""
     identity = ("files", text_key, *_states(files))
-    size = sum(size_of(path) * (4 if path.suffix in (".gz", ".zst") else 1) for path in files)
+    size = sum(size_of(path) * PACKED.get(path.suffix, 1) for path in files)
     return Corpus(_name(source) or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad), size, place=source)
+
+
+def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None) -> Corpus:
+    """A data set of the hub at one commit, which is its identity. Its size is not known: a sample of it is its beginning."""
+    from dist_llm.data import hub
+
+    reference, commit = hub.resolve(source, home=home)
+    identity = ("hub", reference.repo, reference.config, reference.split, commit, text_key)
+    name = _name(f"{reference.repo.replace('/', '-')}-{commit[:8]}")
+    note = f"{reference} was read at commit {commit}"
+    read = partial(hub.documents, reference, commit, text_key=text_key, bad=bad)
+    return Corpus(name, identity, read, 1, shuffled=True, notes=(note,), place=source)
 
 
 def _token_files(source: str, files: list[Path]) -> Corpus:

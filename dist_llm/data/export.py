@@ -35,7 +35,7 @@ class Exported:
 
 
 def export(prepared: Prepared, folder: Path, *, kind: str) -> list[Exported]:
-    """Writes every store into a new folder: `train` and `validation`, with the number and name of the source before where there are several.
+    """Writes every store into a new folder: `train` and `validation`, after the number and name of the source where there are several.
 
     kind: one of FORMATS. The folder appears complete or not at all. Every token was compared with its hash. Raises UsageError
     when the folder is there, DataError when a store is damaged, SpaceError when the files cannot be written.

@@ -47,7 +47,10 @@ class Indexed:
     documents: int
 
     def document_arrays(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Each document's ids, a view of the file of shape (ids,), and the byte of the .bin that they begin at; not yet compared with a vocabulary."""
+        """Each document's ids, a view of the file of shape (ids,), and the byte of the .bin that they begin at.
+
+        The ids were not compared with a vocabulary yet.
+        """
         width = np.dtype(self.dtype).itemsize
         places = self.index.array("<i8", at=HEAD + 4 * self.sequences, count=self.sequences)
         bounds = self.index.array("<i8", at=HEAD + 12 * self.sequences, count=self.documents + 1)
@@ -75,7 +78,7 @@ def open_indexed(index_path: Path, data_path: Path) -> Indexed:
     if code not in DTYPES:
         kinds = {6: "float64", 7: "float32"}.get(code, "an unknown one")
         expected = "1 uint8, 2 int8, 3 int16, 4 int32, 5 int64 or 8 uint16"
-        raise index.refused("the index says that its ids are of a kind that ids are not of", byte=17, expected=expected, found=f"{code}: {kinds}")
+        raise index.refused("the ids are of a kind that is not read", byte=17, expected=expected, found=f"{code}: {kinds}")
     if not entries:
         raise index.refused("the index has no documents, not even none", byte=26, expected="at least 1 entry", found="0")
     size = HEAD + 12 * sequences + 8 * entries
@@ -132,7 +135,8 @@ def _check_documents(found: Indexed) -> None:
         if wrong.any():
             bad = int(np.flatnonzero(wrong)[0])
             expected = f"{earlier[bad]} to {found.sequences}"
-            raise index.refused("the document index falls, or leads outside", byte=start + 8 * (first + bad), expected=expected, found=edges[bad])
+            at = start + 8 * (first + bad)
+            raise index.refused("the document index falls, or leads outside", byte=at, expected=expected, found=edges[bad])
         before = int(edges[-1])
     if before != found.sequences:
         at = start + 8 * found.documents

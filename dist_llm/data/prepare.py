@@ -98,8 +98,8 @@ def prepare(
     seed = seed if data.seed is None else data.seed
     sources = [(item.source, item.weight) for item in data.mix] if data.mix else [(data.source, 1.0)]
     weights = whole_weights([weight for _, weight in sources])
-    corpora = [open_corpus(source, seed=seed, text_key=data.text_key, bad=work.bad) for source, _ in sources]
     try:
+        corpora = [open_corpus(source, seed=seed, text_key=data.text_key, bad=work.bad, home=work.folder) for source, _ in sources]
         tokenizer = _tokenizer(data, corpora, weights, work)
         homes = []
         for number, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
@@ -201,7 +201,8 @@ def _store(
     files = check_seal(home, key=key)
     if not built and SKIPPED in files:
         count = len(json.loads(read_file(home / SKIPPED, home=home)))
-        work.notes.append(f"{count} bad line{'' if count == 1 else 's'} of {corpus.name} were skipped when it was built: {home / SKIPPED}")
+        what = f"{count} bad {work.bad.word}{'' if count == 1 else 's'} of {corpus.name}"
+        work.notes.append(f"{what} were skipped when it was built: {home / SKIPPED}")
     work.built |= built
     return home, {name.removesuffix(f"/{MANIFEST}") for name in files if name.endswith(f"/{MANIFEST}")}
 
@@ -219,5 +220,5 @@ def _key(identity: object) -> str:
 def _skipped(bad: BadLines) -> list[str]:
     """What was left out of the text, in words."""
     blank = sum(bad.blank.values())
-    notes = [f"{blank} line{'' if blank == 1 else 's'} without text were left out"] if blank else []
-    return [f"{bad.count} bad lines were skipped", *bad.told, *notes] if bad.count else notes
+    notes = [f"{blank} {bad.word}{'' if blank == 1 else 's'} without text were left out"] if blank else []
+    return [f"{bad.count} bad {bad.word}s were skipped", *bad.told, *notes] if bad.count else notes

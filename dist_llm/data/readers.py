@@ -1,4 +1,4 @@
-"""Documents out of local files: plain text and JSON lines, also compressed, from files, folders and globs.
+"""Documents out of local files: plain text and JSON lines, also compressed, and tables (parquet.py), from files, folders and globs.
 
 Everything streams: memory is bounded by one passage or one line, whatever the size of the file. JSON lines are read
 strictly, because a line that is half understood trains a model on something else than what its owner sees: every
@@ -15,10 +15,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import zstandard
@@ -27,11 +27,13 @@ from dist_llm.errors import DataError, UsageError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".xml")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 PACKED_SUFFIXES = (".gz", ".zst")
 MAX_LINE = 8 << 20  # bytes of one JSON line
 MAX_DEPTH = 64  # brackets open at once in one JSON line
 MAX_TOLD = 20  # faulty lines told at once
 PASSAGE = 32 << 10  # characters after which a long text is cut at the next empty line; at twice this, at any line
+EXPECTED = "UTF-8 JSON objects with a string under the text key, one a line"
 BLANK = b" \t\r\n"  # what JSON allows between its words
 SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a document
 
@@ -56,7 +58,7 @@ class BadLines:
     """The lines that could not be read: how many are allowed, where they were, and the first few in words.
 
     A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it. blank: for each
-    file, how many lines without text there are.
+    file, how many lines without text there are. rows: whether they are called rows, as those of a table are.
     """
 
     allowed: int = 0
@@ -64,6 +66,12 @@ class BadLines:
     met: set[str] = field(default_factory=set)
     told: list[str] = field(default_factory=list)
     blank: dict[str, int] = field(default_factory=dict)
+    rows: bool = False
+
+    @property
+    def word(self) -> str:
+        """`line`, or what it is called where the text comes from."""
+        return "row" if self.rows else "line"
 
     @property
     def count(self) -> int:
@@ -86,12 +94,12 @@ class BadLines:
         """Raises DataError when more lines than allowed are bad. more: there may be others that were not read yet."""
         if self.count <= self.allowed:
             return
-        lines = f"{'at least ' if more else ''}{self.count} line{'' if self.count == 1 else 's'}"
+        lines = f"{'at least ' if more else ''}{self.count} {self.word}{'' if self.count == 1 else 's'}"
         wanted = 50 * self.count if more else self.count
         raise DataError(
             f"{lines} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
             where=self.told[0].split(": ", 1)[0],
-            expected="UTF-8 JSON objects with a string under the text key, one a line",
+            expected="a string in the text column of every row" if self.rows else EXPECTED,
             details=self.told,
             next=f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
         )
@@ -109,7 +117,8 @@ def find_files(source: str) -> list[Path]:
         found = sorted(p for p in path.rglob("*") if _is_readable(p.relative_to(path)) and p.is_file())
         if not found:
             known = " ".join((*JSON_SUFFIXES, *TEXT_SUFFIXES))
-            raise DataError("the folder holds no text", where=str(path), expected=f"files ending in {known}, also with .gz or .zst")
+            expected = f"files ending in {known}, also with .gz or .zst, or in {' '.join(TABLE_SUFFIXES)}"
+            raise DataError("the folder holds no text", where=str(path), expected=expected)
         return found
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)):
         return found
@@ -123,10 +132,19 @@ def read_files(files: list[Path], *, text_key: str, bad: BadLines) -> Iterator[D
     sizes = [size_of(path) for path in files]
     total, done = max(1, sum(sizes)), 0
     for path, size in zip(files, sizes, strict=True):
-        for document, taken in read_file(path, text_key=text_key, bad=bad):
+        for document, taken in _reader(path)(path, text_key=text_key, bad=bad):
             place = (done + min(taken, size)) / total
             yield Document(document.text, document.name, place)
         done += size
+
+
+def _reader(path: Path) -> Callable[..., Iterator[tuple[Document, int]]]:
+    """What reads a file: by its name, a table or lines."""
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        return read_file
+    from dist_llm.data.parquet import read_table
+
+    return read_table
 
 
 def read_file(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Document, int]]:
@@ -244,6 +262,11 @@ def parse_line(line: bytes, *, text_key: str) -> tuple[str, str]:
         return "", f"not JSON ({_printable(str(error), 60)})"
     if not isinstance(record, dict):
         return "", f"expected an object, found {_type_name(record)}"
+    return text_of(record, text_key=text_key)
+
+
+def text_of(record: dict[str, Any], *, text_key: str) -> tuple[str, str]:
+    """The text of a record, and what is wrong with it (empty when nothing is)."""
     if text_key not in record:
         keys = ", ".join(_printable(key, 20) for key in list(record)[:5])
         return "", f"no key {text_key!r}" + (f" (it has {keys})" if keys else "")
@@ -337,7 +360,7 @@ def _kind(path: Path) -> str:
 def _is_readable(path: Path) -> bool:
     """Whether a file found in a folder is text of a known kind; hidden files and folders are not."""
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and _kind(path) in (*JSON_SUFFIXES, *TEXT_SUFFIXES)
+    return not hidden and (_kind(path) in (*JSON_SUFFIXES, *TEXT_SUFFIXES) or path.suffix.lower() in TABLE_SUFFIXES)
 
 
 def _type_name(value: object) -> str:

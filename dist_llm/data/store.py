@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dist_llm import faults
-from dist_llm.data.sealed import BUILD, MANIFEST, checked, compare, compare_size, damaged, with_checksum, write_durably
+from dist_llm.data.sealed import BUILD, MANIFEST, checked, compare, compare_size, damaged, read_small, with_checksum, write_durably
 from dist_llm.errors import DataError, UsageError
 
 VERSION = 1
@@ -231,9 +231,13 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store. Raises DataError when it is missing, damaged, or newer than this program."""
     path = folder / MANIFEST
     try:
-        body = checked(path.read_bytes())
+        raw = read_small(path)
     except OSError as error:
         raise DataError("there is no token store here", where=str(path), found=error.strerror, next=BUILD) from error
+    if raw is None:
+        found = "something else, or too large for one"
+        raise DataError("there is no token store here", where=str(path), expected="a file", found=found, next=BUILD)
+    body = checked(raw)
     if body is None:
         raise damaged("the manifest of the token store is damaged", path, home=folder.parent)
     if body.pop("version", None) != VERSION:

@@ -97,7 +97,7 @@ def write_plain(store: TokenStore, path: Path) -> Path:
 
 
 def write_headed(store: TokenStore, path: Path) -> Path:
-    """Writes a store as llm.c reads it: a head, then the ids, each document after its end token. Raises UsageError for 2^31 ids and more."""
+    """Writes a store as llm.c reads it: a head, then the ids, each document after its end token. Raises UsageError for 2^31 ids."""
     if len(store) > MOST_IDS:
         what, expected = "these are more ids than the head of such a file can count", f"at most {MOST_IDS}"
         raise UsageError(what, where=str(path), expected=expected, found=str(len(store)), next="use --format megatron or nanogpt")
