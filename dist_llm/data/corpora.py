@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dist_llm.config.hub import MARK
 from dist_llm.data import python_corpus, skills
 from dist_llm.data.entropy import MarkovSource
-from dist_llm.data.readers import BadLines, Document, find_files, read_files, size_of
+from dist_llm.data.readers import TABLE_SUFFIXES, BadLines, Document, find_files, read_files, size_of
 from dist_llm.data.token_files import TokenFiles, is_tokens
 from dist_llm.errors import DataError, UsageError
 
@@ -93,6 +93,7 @@ def _python() -> Corpus:
 def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines) -> Corpus:
     """Local files. Their identity is path, size and time of change: reading gigabytes to learn that nothing changed would cost minutes."""
     identity = ("files", text_key, *_states(files))
+    bad.rows |= any(path.suffix.lower() in TABLE_SUFFIXES for path in files)
     size = sum(size_of(path) * PACKED.get(path.suffix, 1) for path in files)
     return Corpus(_name(source) or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad), size, place=source)
 
@@ -102,6 +103,7 @@ def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None) -> Cor
     from dist_llm.data import hub
 
     reference, commit = hub.resolve(source, home=home)
+    bad.rows = True
     identity = ("hub", reference.repo, reference.config, reference.split, commit, text_key)
     name = _name(f"{reference.repo.replace('/', '-')}-{commit[:8]}")
     note = f"{reference} was read at commit {commit}"

@@ -73,7 +73,7 @@ def resolve(source: str, *, home: Path | None) -> tuple[Reference, str]:
 
 def documents(reference: Reference, commit: str, *, text_key: str, bad: BadLines) -> Iterator[Document]:
     """The documents of a data set, one a row with a text; `bad` counts the rows skipped. Raises DataError."""
-    bad.rows, blank = True, 0
+    blank = 0
     for row in rows(reference, commit, columns=(text_key,)):
         text, why = text_of(row.values, text_key=text_key) if not row.fault else ("", row.fault)
         if not why and len(text) * 4 > MAX_LINE and len(text.encode()) > MAX_LINE:
@@ -111,10 +111,12 @@ def _stream(reference: Reference, commit: str) -> Any:
     """The data set as the library streams it."""
     try:
         import datasets
+        import huggingface_hub
     except ImportError as error:
         raise _without(str(reference), "datasets") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # each try of several would be a line
     builder = datasets.load_dataset_builder(reference.repo, reference.config, revision=commit, token=_access.token or False)
     home, _, kind = type(builder).__module__.rpartition(".")
     if home != f"datasets.packaged_modules.{kind}" or kind not in KINDS:
@@ -188,6 +190,8 @@ def _failed(error: Exception, reference: Reference, *, after: int = 0) -> DataEr
         way = "HF_TOKEN in the environment, if it is private or gated"
     elif causes & {"RevisionNotFoundError", "RevisionResolutionError"}:
         what, way = "the data set has no such revision", "leave @revision out, or name a branch, a tag or a commit"
+    elif "scripts are no longer supported" in text:
+        what, way = "the data set is a program, and none is ever run", "take one of files, or a branch of it: @refs/convert/parquet"
     elif isinstance(error, ValueError) and not isinstance(error, OSError) and not causes & {"OfflineModeIsEnabled"}:
         what, way = "the data set cannot be read", "look at its configurations and splits on huggingface.co"
     else:

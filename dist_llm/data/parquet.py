@@ -51,7 +51,7 @@ def read_rows(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[R
 
 def read_table(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Document, int]]:
     """The documents of a table, one a row, each with the bytes of the file taken so far; `bad` counts the rows skipped."""
-    size, blank, bad.rows = size_of(path), 0, True
+    size, blank = size_of(path), 0
     for row in read_rows(path, columns=(text_key,)):
         text, why = text_of(row.values, text_key=text_key) if not row.fault else ("", row.fault)
         if not why and len(text) * 4 > MAX_LINE and len(text.encode()) > MAX_LINE:
