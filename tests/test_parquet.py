@@ -1,4 +1,4 @@
-"""Tables as text: what a JSON file of the same texts gives, and every bad row told with its place; nothing that is damaged is trained on."""
+"""Tables as text: what a JSON file of the same texts gives, every bad row told with its place, damage told in one message."""
 
 from __future__ import annotations
 
@@ -199,9 +199,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "feather", "arrow-stream"])
 def test_damaged_tables_are_one_message(tmp_path: Path, kind: str) -> None:
-    """Bytes changed, cut, added: refused in one message, or the same texts as before (a byte that says nothing); never others, never a crash.
+    """Bytes changed, cut, added: refused in one message, or the same texts as before, where the byte says nothing. Never a crash.
 
-    Arrow files have no checksums: other texts of the same length may come out of them, as with any file of plain text.
+    Arrow files have no checksums: other texts may come out of them, as with any file of plain text.
     """
     texts = TEXTS[:60]
     whole = of_kind(tmp_path, kind, texts).read_bytes()

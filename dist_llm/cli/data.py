@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
 
 app = typer.Typer(help="Text to token shards, and a look at them.", no_args_is_help=True)
-app.command()(export)
-app.command()(clean)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=v]...", help="Values that replace those of the file.")]
@@ -87,6 +85,10 @@ def preview(
     for number, row in enumerate(shown):
         typer.echo(f"\nrow {number}, sample {row['sample']}, {len(set(row['documents']))} document(s) in what is shown")
         _print_row(row)
+
+
+app.command()(export)
+app.command()(clean)
 
 
 def summarise(prepared: Prepared, *, sequence: int, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ another one in every epoch of that source, which of its samples it is. So the wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -141,6 +141,24 @@ class Batches:
                 total -= int((np.searchsorted(ends, start + self.sequence, "right") - np.searchsorted(ends, start, "right")).sum())
         return total
 
+    def require_targets(self, steps: int) -> None:
+        """Raises DataError where one of the steps to come has nothing to learn from; looks at each where that can be at all."""
+        if not self.document_mask:
+            return
+        labels = []
+        for store, count in zip(self.stores, self.counts.tolist(), strict=True):
+            ends = store.document_starts[1:]
+            edges = np.arange(count + 1) * self.sequence
+            masked = np.diff(np.searchsorted(ends, edges, "right")) if store.shortest == 1 else np.zeros(count, np.int64)
+            labels.append(self.sequence - masked)  # a document of an end token alone gives none
+        each = np.concatenate(labels)
+        if each.min() > 0:
+            return
+        for step in range(steps):
+            ids = self.sample_ids(step)
+            if not each[ids.numpy()].any():
+                raise no_targets(step, ids)
+
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """What one data-parallel rank computes in a step: its contiguous block of the global batch, made whole, then cut."""
         assert self.global_batch % (dp_size * micro) == 0, (self.global_batch, dp_size, micro)
@@ -229,6 +247,15 @@ def validation_batches(prepared: Prepared, data: DataConfig, *, global_batch: in
         document_mask=data.document_mask,
         reset_positions=data.reset_positions,
     )
+
+
+def no_targets(step: int, samples: Iterable[int]) -> DataError:
+    """The failure of a step (from 0) in which no label counts; it is told before anything was changed by it."""
+    ids = [int(number) for number in samples]
+    found = f"samples {', '.join(map(str, ids[:8]))}" + (f" and {len(ids) - 8} more" if len(ids) > 8 else "") if ids else None
+    what, expected = "a batch without a single target token", "at least one label to learn from"
+    way = f"dist-llm data preview CONFIG --step {step} shows it"
+    return DataError(what, where=f"step {step + 1}", expected=expected, found=found, next=way)
 
 
 def _document_start(ends: np.ndarray) -> np.ndarray:

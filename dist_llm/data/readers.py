@@ -122,7 +122,7 @@ def find_files(source: str) -> list[Path]:
         return found
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)):
         return found
-    expected = "python, skills, entropy, or a file, folder or glob"
+    expected = "python, skills, entropy, hub:owner/name, or a file, folder or glob"
     way = "data.source=PATH after the config, or --data PATH with train and compare"
     raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected, next=way)
 

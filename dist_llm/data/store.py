@@ -217,6 +217,11 @@ class TokenStore:
         """How many documents have more than so many tokens, their end token included."""
         return int((np.diff(self.document_starts) > tokens).sum())
 
+    @property
+    def shortest(self) -> int:
+        """The tokens of the shortest document, its end token included; 0 where there is none."""
+        return int(np.diff(self.document_starts).min(initial=len(self)))
+
     def _verify(self, file: Shard) -> None:
         """Compare a file with its hash, unless this process has done so since it was changed."""
         path = self.folder / file.file
