@@ -370,6 +370,8 @@ def mend(fault: Case, words: list[str]) -> None:
     """What the user does first, where the message says so."""
     if "remove" in fault.name or "damaged" in fault.name or "is gone" in fault.name:
         shutil.rmtree("data", ignore_errors=True)
+    if fault.name == "bad rows":
+        lines('{"text": "good"}')()  # the same command is tried with lines
     if words[:1] == ["report"]:
         metrics("run", "0x1p+0")
 

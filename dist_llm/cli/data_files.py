@@ -27,13 +27,14 @@ def export(
 ) -> None:
     """Write the tokens that a config asks for as files that other trainers read, with the tokenizer beside them."""
     from dist_llm.cli.data import live_progress
-    from dist_llm.data.export import FORMATS
+    from dist_llm.data.export import FORMATS, require_new
     from dist_llm.data.export import export as write
     from dist_llm.data.prepare import prepare
 
     if kind not in FORMATS:
         raise UsageError("no such format", where="--format", expected=", ".join(FORMATS), found=kind)
     config = load_config(config_path, overrides or []).config
+    require_new(folder)
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, verify=True)
         made = write(prepared, folder, kind=kind)

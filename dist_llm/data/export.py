@@ -34,15 +34,19 @@ class Exported:
     share: int
 
 
+def require_new(folder: Path) -> None:
+    """Raises UsageError where something has the name of the folder to be made."""
+    if folder.exists() or folder.is_symlink():
+        raise UsageError("the folder is already there", where=str(folder), next="name another folder, or remove this one")
+
+
 def export(prepared: Prepared, folder: Path, *, kind: str) -> list[Exported]:
     """Writes every store into a new folder: `train` and `validation`, after the number and name of the source where there are several.
 
     kind: one of FORMATS. The folder appears complete or not at all. Every token was compared with its hash. Raises UsageError
     when the folder is there, DataError when a store is damaged, SpaceError when the files cannot be written.
     """
-    there = UsageError("the folder is already there", where=str(folder), next="name another folder, or remove this one")
-    if folder.exists() or folder.is_symlink():
-        raise there
+    require_new(folder)
     splits = [(prepared.train, prepared.weights), (prepared.validation, prepared.validation_weights)]
     stores = [(store, share, number) for split, shares in splits for number, (store, share) in enumerate(zip(split, shares, strict=True))]
     made: list[Exported] = []
@@ -57,7 +61,7 @@ def export(prepared: Prepared, folder: Path, *, kind: str) -> list[Exported]:
 
     try:
         if not publish(folder, make):
-            raise there
+            require_new(folder)
     except OSError as error:
         raise SpaceError("the files cannot be written", where=str(folder), found=error.strerror or str(error)) from error
     return made

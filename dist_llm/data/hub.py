@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.config.hub import FORM, Reference, parse
-from dist_llm.data.parquet import Row
+from dist_llm.data.parquet import Row, excerpt
 from dist_llm.data.readers import MAX_LINE, BadLines, Document, text_of
 from dist_llm.data.sealed import checked, read_small, with_checksum, write_durably
 from dist_llm.errors import HIDDEN, DataError, UsageError, plain
@@ -79,7 +79,7 @@ def documents(reference: Reference, commit: str, *, text_key: str, bad: BadLines
         if not why and len(text) * 4 > MAX_LINE and len(text.encode()) > MAX_LINE:
             why = f"longer than {MAX_LINE >> 20} MiB"
         if why:
-            bad.add(row.place, why, str(row.values.get(text_key, ""))[:200].encode("utf-8", "replace"))
+            bad.add(row.place, why, excerpt(row, text_key))
         elif text.strip():
             yield Document(text, row.place)
         else:

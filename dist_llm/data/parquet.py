@@ -46,7 +46,8 @@ def read_rows(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[R
                     yield Row(values, f"{path}:{number}", fault, done)
     except (pyarrow.ArrowException, OSError, ValueError, RuntimeError) as error:
         found = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:160]
-        raise DataError("the table is damaged, or of a kind that is not known", where=f"{path}, after row {number}", found=found) from error
+        what, where = "the table is damaged, or of a kind that is not known", f"{path}, after row {number}" if number else str(path)
+        raise DataError(what, where=where, found=found) from error
 
 
 def read_table(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Document, int]]:
@@ -57,13 +58,19 @@ def read_table(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Do
         if not why and len(text) * 4 > MAX_LINE and len(text.encode()) > MAX_LINE:
             why = f"longer than {MAX_LINE >> 20} MiB"
         if why:
-            bad.add(row.place, why, str(row.values.get(text_key, ""))[:200].encode("utf-8", "replace"))
+            bad.add(row.place, why, excerpt(row, text_key))
         elif text.strip():
             yield Document(text, row.place), int(row.done * size)
         else:
             blank += 1
             bad.blank[str(path)] = max(blank, bad.blank.get(str(path), 0))
     bad.check()
+
+
+def excerpt(row: Row, column: str) -> bytes:
+    """The beginning of what a bad row holds; empty where that is nothing."""
+    value = row.values.get(column)
+    return b"" if value is None else str(value)[:200].encode("utf-8", "replace")
 
 
 def _pyarrow(path: Path) -> Any:
