@@ -375,21 +375,21 @@ def tensor_embed(rank: int, world: int, say: Say, sp: bool, vocab: int) -> None:
     pair.same(by_whole[rows], by_mine, "embed by weight")
 
 
-def tensor_loss(rank: int, world: int, say: Say, sp: bool, vocab: int, smoothing: float, all_ignored: bool = False) -> None:
+def tensor_loss(rank: int, world: int, say: Say, sp: bool, vocab: int, smoothing: float, all_ignored: bool, weighted: bool) -> None:
     """trap 19: the loss over a split vocabulary, ignored labels, smoothing over the global vocabulary, and its gradients."""
     pair = Pair(rank, world, sp=sp, vocab=vocab, smoothing=smoothing)
     x, weight, rows = pair.random(BATCH, SEQUENCE, DIM) * 3, pair.random(vocab, DIM), slice(*pair.rows)
     labels = torch.arange(BATCH * SEQUENCE).remainder(vocab + 2).view(BATCH, SEQUENCE)
     labels = labels.masked_fill((labels >= vocab) | torch.tensor(all_ignored), -100)
-    gain = pair.random(DIM)
+    gain, weights = pair.random(DIM), pair.random(BATCH, SEQUENCE).abs().float() if weighted else None
     whole, mine = [leaf(x), leaf(gain), leaf(weight)], [leaf(pair.outside(x)), leaf(gain), leaf(weight[rows])]
-    expected = pair.plain.loss(whole[0], _feeds(whole[1], [], [])[0], whole[2], labels)
-    found = pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels)
+    expected = pair.plain.loss(whole[0], _feeds(whole[1], [], [])[0], whole[2], labels, weights=weights)
+    found = pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels, weights=weights)
     assert found.dtype == torch.float64 and abs(found - expected) <= 1e-13 * max(1.0, abs(expected.item()))
     same_on_all = comm.all_gather(found.detach()[None], pair.mesh.tp)
     assert len(same_on_all.unique()) == 1
     with torch.no_grad():
-        assert torch.equal(pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels), found.detach())
+        assert torch.equal(pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels, weights=weights), found.detach())
     by_whole, by_mine = torch.autograd.grad(expected * 0.7, whole), list(torch.autograd.grad(found * 0.7, mine))
     pair.same(pair.outside(by_whole[0]), by_mine[0], "loss by x")
     summed = comm.all_reduce(by_mine[1].clone(), pair.mesh.tp) if sp else by_mine[1]

@@ -254,7 +254,8 @@ def layout_text(text: str) -> dict[str, Any]:
 def values_of(tree: Any) -> dict[str, dict[str, Any]]:
     """Every section with what it gives; the model and the tokenizer filled in. Raises No."""
     need(isinstance(tree, dict), "the root")
-    need(not set(tree) - set(SCHEMA), f"unknown sections {set(tree) - set(SCHEMA)}")
+    need(not set(tree) - {"base", *SCHEMA}, f"unknown sections {set(tree) - set(SCHEMA)}")
+    need(tree.get("base") is None or words(tree["base"]), "base")
     given = {}
     for name, table in SCHEMA.items():
         value = tree.get(name)

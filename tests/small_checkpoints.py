@@ -109,5 +109,5 @@ def reseal(folder: Path, contents: dict[str, bytes]) -> None:
             contents[index] = json.dumps(json.loads((folder / index).read_bytes()) | {"blocks": digest.blocks}).encode()
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-        manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        manifest["files"][name] = Digest(content).about
     seal(folder, manifest)

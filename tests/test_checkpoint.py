@@ -292,7 +292,7 @@ def test_every_damage_to_every_file_is_refused(first: Path, tmp_path: Path) -> N
             if name not in ("COMMIT", "manifest.json"):
                 assert error.where == str(file)
             if name in opened.files and kind == "flip":
-                assert error.expected == f"sha256 {opened.manifest['files'][name]['sha256']}" and str(error.found).startswith("sha256 ")
+                assert error.expected == f"xxh128 {opened.manifest['files'][name]['xxh128']}" and str(error.found).startswith("xxh128 ")
             shutil.rmtree(folder)
 
 
@@ -322,9 +322,9 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 def test_a_newer_format_and_a_lying_manifest(first: Path, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
-        {"version": 3},
+        {"version": 4},
         {"version": None},
-        {"files": {"../../evil.json": {"bytes": 1, "sha256": "0"}}},
+        {"files": {"../../evil.json": {"bytes": 1, "xxh128": "0"}}},
         {"files": None},
         {"step": -1},
         {"step": "3"},
@@ -337,7 +337,7 @@ def test_a_newer_format_and_a_lying_manifest(first: Path, tmp_path: Path) -> Non
         rewrite(folder, **change)
         error = refusal(folder)
         if number == 0:
-            assert "a newer format" in error.what and error.found == "version 3"
+            assert "a newer format" in error.what and error.found == "version 4"
 
 
 def test_resume_auto_takes_the_newest_sound_one(tiny: Config, ranks: Ranks, first: Path, tmp_path: Path) -> None:
@@ -453,5 +453,5 @@ def test_there_is_no_pickle_and_no_path_of_this_machine(first: Path) -> None:
         content = path.read_bytes()
         assert b"cpickle" not in content.lower() and b"__reduce__" not in content
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["version"] == 2 and manifest["step"] == 3 and len(manifest["save_id"]) == 16
+    assert manifest["version"] == 3 and manifest["step"] == 3 and len(manifest["save_id"]) == 16
     assert manifest["layout"]["zero"] == 3 and manifest["config"]["model"]["dim"] == 32 and len(manifest["files"]) == 6

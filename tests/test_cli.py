@@ -239,7 +239,7 @@ def test_sample_and_verify(trained: tuple[Path, str], capsys: pytest.CaptureFixt
     try:
         spoilt.write_bytes(content[:-1] + b"!")
         for words in (["verify", run], ["sample", run]):
-            assert "sha256" in refused(capsys, *words, code=4)
+            assert "xxh128" in refused(capsys, *words, code=4)
     finally:
         spoilt.write_bytes(content)
 

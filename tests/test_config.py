@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from dist_llm.config import yaml_file
 from dist_llm.config.load import KNOWN, OTHER_NAMES, Loaded, dump_config, flat, load_config, load_text
+from dist_llm.config.presets import FAMILIES
 from dist_llm.config.schema import BatchConfig, Config, LayoutConfig, ModelConfig, changed
 from dist_llm.errors import UsageError, render
 
@@ -273,7 +274,7 @@ def trees(draw: st.DrawFn) -> dict:
     heads = draw(st.integers(1, 8))
     pick = st.sampled_from
     return {
-        "model": {"family": draw(pick(["llama", "gpt2", "qwen3", "custom"])), "heads": heads, "dim": heads * draw(st.integers(1, 64)),
+        "model": {"family": draw(pick(list(FAMILIES))), "heads": heads, "dim": heads * draw(st.integers(1, 64)),
                   "layers": draw(counts), "dropout": draw(fractions), "norm_eps": draw(positive), "tied": draw(st.booleans())},
         "data": {"source": draw(words | st.lists(words, min_size=1, max_size=3)), "dir": draw(words), "sequence": draw(counts) + 1,
                  "tokenizer": {"kind": draw(pick(["bpe", "bytes", "file"])), "path": draw(st.none() | words)},

@@ -23,26 +23,34 @@ FILES = sorted((ROOT / "dist_llm").rglob("*.py"))
 # From what everybody may use to what uses everything. A module knows its own room and the rooms of the lines above it,
 # never another room of its own line. The longest name that fits a module is its room.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "flight", "meeting", "stop", "__version__"),
-    ("faults", "watch"),
+    ("errors", "flight", "meeting", "stop", "strict", "__version__"),
+    ("faults", "watch", "sidefiles"),
     ("config", "schedule"),
     ("model.table",),
-    ("model.cost", "sharding"),
-    ("parallel.flat",),  # to here: no torch
+    ("model.cost", "sharding", "interop.kinds", "interop.safe_file"),
+    ("parallel.flat", "interop.families"),
+    ("interop.hugging_face",),  # to here: no torch
     ("staging", "random"),
     ("mesh",),
     ("comm", "ranks"),
     ("model",),
-    ("parallel", "data"),
+    ("parallel", "data", "interop.slices"),
     ("engines",),
     ("train",),
+    ("interop",),
     ("plan", "report"),
     ("compare",),
     ("cli",),
     ("__main__",),
 )
 # Inside parallel/: strategies never import each other, only compose knows all.
-STRATEGIES: tuple[tuple[str, ...], ...] = (("flat", "operation"), ("tensor", "zero", "recompute"), ("compiled", "pipeline"), ("compose",))
+STRATEGIES: tuple[tuple[str, ...], ...] = (
+    ("flat", "operation"),
+    ("across",),
+    ("tensor", "zero", "recompute"),
+    ("compiled", "pipeline"),
+    ("compose",),
+)
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}
 WITHOUT_TORCH = (
     "errors",
@@ -57,6 +65,13 @@ WITHOUT_TORCH = (
     "model.cost",
     "sharding",
     "parallel.flat",
+    "strict",
+    "sidefiles",
+    "interop.kinds",
+    "interop.families",
+    "interop.safe_file",
+    "interop.hugging_face",
+    "train.base",
     "train.durable",
     "train.folder",
     "train.preflight",
@@ -74,7 +89,7 @@ LAUNCH = {"cli/main.py", "ranks.py"}  # how a verb is found and ranks are forked
 BESIDE = {
     "the model": {
         *("model/transformer.py", "model/parts.py", "model/kernels.py", "model/products.py", "model/loss.py", "model/roles.py"),
-        *("model/fused.py", "parallel/tensor.py"),
+        *("model/fused.py", "model/attention.py", "model/rotary.py", "parallel/tensor.py"),
     },
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "what is noted": {"flight.py", "train/nonfinite.py"},

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from dist_llm.model import loss as module
-from dist_llm.model.loss import CHUNK, IGNORED, ChunkedCrossEntropy, Slice, Statistics, loss_and_gradients
+from dist_llm.model.loss import CHUNK, IGNORED, ChunkedCrossEntropy, Slice, Statistics, cross_entropy, loss_and_gradients
 from dist_llm.model.roles import Roles
 
 
@@ -58,6 +58,26 @@ def test_the_chunk_changes_only_rounding(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(parts, whole, rtol=1e-14, atol=0.0)
     for a, b in zip(slopes(parts, x, weight), first, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tokens", [7, CHUNK + 3])
+def test_weighted_tokens_equal_torch(tokens: int, smoothing: float) -> None:
+    """The sum of weight x loss over what has a label; an ignored token's weight counts for nothing, weight 0 is as good as ignored."""
+    x, weight, labels = case(tokens)
+    weights = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) * 3  # float32, as data gives them
+    weights[::5] = 0.0
+    ours = ChunkedCrossEntropy.apply(x, weight, labels, smoothing, weights)
+    each = F.cross_entropy(x @ weight.T, labels, ignore_index=IGNORED, label_smoothing=smoothing, reduction="none")
+    theirs = (each * weights.double()).sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0.0)
+    for a, b in zip(slopes(ours, x, weight, scale=0.37), slopes(theirs, x, weight, scale=0.37), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        alone = cross_entropy(x, weight, labels, smoothing=smoothing, weights=weights)
+    assert torch.equal(alone, ours.detach())
+    ones = ChunkedCrossEntropy.apply(x, weight, labels, smoothing, torch.ones(tokens))
+    assert torch.equal(ones, ChunkedCrossEntropy.apply(x, weight, labels, smoothing))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

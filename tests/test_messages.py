@@ -152,6 +152,54 @@ TEXT = "data.source=text.jsonl data.validation=0"
 WRONG = "modle: 1\nlr: 2\nbatch: {micro: x, size: 3}\nmodel: {layers: 0, dim: '64', hidden_size: 3, tied: 1, family: lama}\n"
 WRONG += "layout: tp=x,tpp=2\n"
 
+
+def theirs(
+    change: Callable[[Path], object] = lambda home: None, *, tensors: dict[str, Any] | None = None, **values: Any
+) -> Callable[[], None]:
+    """A Hugging Face folder of a tiny model, changed. tensors: shapes by key, None leaves one out."""
+
+    def make() -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        from dist_llm.data.tokenizer import bytes_tokenizer
+
+        about = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+        about |= {"vocab_size": 257, "tie_word_embeddings": True, "max_position_embeddings": 64, **values}
+        shapes = {f"self_attn.{part}_proj": (8, 8) for part in "qkvo"} | {"mlp.down_proj": (8, 12), "mlp.up_proj": (12, 8)}
+        shapes |= {"mlp.gate_proj": (12, 8), "input_layernorm": (8,), "post_attention_layernorm": (8,)}
+        found = {f"model.layers.0.{key}.weight": shape for key, shape in shapes.items()}
+        found |= {"model.embed_tokens.weight": (257, 8), "model.norm.weight": (8,)} | (tensors or {})
+        home = Path("theirs")
+        bytes_tokenizer().save(home)
+        (home / "config.json").write_text(json.dumps(about))
+        save_file({key: torch.ones(shape) for key, shape in found.items() if shape}, home / "model.safetensors")
+        change(home)
+
+    return make
+
+
+def leading_out(home: Path) -> None:
+    (home / "model.safetensors").unlink()
+    (home / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "../../secret.safetensors"}}')
+
+
+def pickled(home: Path) -> None:
+    (home / "model.safetensors").rename(home / "pytorch_model.bin")
+
+
+def there() -> None:
+    theirs()()
+    assert cli.run(["import", "theirs", "run"]) == 0
+
+
+def other_words() -> None:
+    """base.yaml, whose base is theirs, and another tokenizer."""
+    theirs()()
+    tokenizer({"normalizer": {"type": "Lowercase"}})()
+    Path("base.yaml").write_text(f"base: theirs\n{RUN[RUN.index('data:') :]}")
+
+
 CASES: dict[str, tuple[Case, ...]] = {
     "usage": (
         Case("unknown verb", "trian run.yaml"),
@@ -265,6 +313,26 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("vocabulary too small for a bpe", "tokenizer train skills --out made --vocab 99"),
         Case("vocabulary too large for a bpe", "check run.yaml data.tokenizer.kind=bpe model.vocab=99999999"),
     ),
+    "interop": (
+        Case("no such folder", "import theirs made", 4),
+        Case("pickled weights", "import theirs made", make=theirs(pickled)),
+        Case("a tensor is missing", "import theirs made", 4, make=theirs(tensors={"model.norm.weight": None})),
+        Case("a tensor too many", "import theirs made", 4, make=theirs(tensors={"model.layers.2.mlp.up_proj.weight": (4, 8)})),
+        Case("another shape", "import theirs made", 4, make=theirs(tensors={"model.norm.weight": (9,)})),
+        Case("weights are cut", "import theirs made", 4, make=theirs(lambda home: spoil(str(home / "model.safetensors"), cut=1))),
+        Case("header is not sound", "import theirs made", 4, make=theirs(lambda home: spoil(str(home / "model.safetensors"), at=8))),
+        Case("index leads out", "import theirs made", 4, make=theirs(leading_out)),
+        Case("unknown kind of model", "import theirs made", make=theirs(model_type="mamba")),
+        Case("no fast tokenizer", "import theirs made", make=theirs(lambda home: (home / "tokenizer.json").unlink())),
+        Case("run folder is taken", "import theirs run", make=lambda: (theirs()(), saved()())),
+        Case("no such base", "check run.yaml base=nowhere", 4),
+        Case("base contradicts", "check run.yaml base=theirs model.ffn=99", make=theirs()),
+        Case("tokenizer of another base", f"check base.yaml {FILE}", make=other_words),
+        Case("nothing to export", "export run made", 4),
+        Case("export into a folder that is there", "export run theirs", make=there),
+        Case("dtype to export", "export run made --dtype int4"),
+        Case("size of a shard", "export run made --shard-size 5XB"),
+    ),
     "checkpoint": (
         Case("no such run", "verify run", 4),
         Case("run without a checkpoint", "sample run", 4, make=put("run/config.yaml", RUN)),
@@ -293,6 +361,8 @@ def normal(text: str, folder: Path) -> str:
     """Without what varies: folders, hashes, sizes of this disk, trailing blanks."""
     text = text.replace(str(folder), "HERE").replace(str(folder.resolve()), "HERE")
     text = re.sub(r"\b[0-9a-f]{64}\b", "<sha256>", text)
+    text = re.sub(r"\b[0-9a-f]{32}\b", "<xxh128>", text)
+    text = re.sub(r"\bhash [0-9a-f]{16}\b", "hash <hash>", text)
     text = re.sub(r"\b(skills|text)-[0-9a-f]{12}\b", r"\1-<key>", text)
     return re.sub(r"[\d,]+ bytes free", "<free> bytes free", text)
 

@@ -18,13 +18,14 @@ from dist_llm.mesh import coordinate
 from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.train.proof import Run, judge, read_run
 from dist_llm.train.setup import num_micro_batches
-from tests.layouts import NAMED, concrete, config_of, distinct, drawn, for_layout
+from tests.layouts import NAMED, WIDER, concrete, config_of, distinct, drawn, for_layout
 from tests.ranks import Ranks
 
 STEPS = 3
 SGD = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "clip": 0.5}
 DRAWN = list(itertools.islice(drawn(seed=20, largest=4), 22)) + list(itertools.islice(drawn(seed=21, largest=8), 6))
 SWEEP = list(itertools.islice(distinct(drawn(seed=2026)), 300))
+SWEEP_WIDER = list(itertools.islice(drawn(seed=2027, models=WIDER), 60))
 
 
 class Prover:
@@ -95,6 +96,13 @@ def test_drawn_layout(prover: Prover, model: str, text: str) -> None:
 @pytest.mark.parametrize(("model", "text"), SWEEP, ids=[f"{model}-{text}" for model, text in SWEEP])
 def test_sweep(prover: Prover, model: str, text: str) -> None:
     """Three hundred more."""
+    check(prover, model, text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("model", "text"), SWEEP_WIDER, ids=[f"{model}-{text}" for model, text in SWEEP_WIDER])
+def test_sweep_of_wider_models(prover: Prover, model: str, text: str) -> None:
+    """Sixty of what other families do."""
     check(prover, model, text)
 
 

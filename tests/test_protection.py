@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from dist_llm import flight
 from dist_llm.config.schema import Config
+from dist_llm.mesh import whole_world
 from dist_llm.train.digest import Digests
+from dist_llm.train.durable import Digest
 from dist_llm.train.fit import spike
+from dist_llm.train.run import make_room, require_equal
 from dist_llm.watch import LOOK_SECONDS, Watchdog
 from tests.engine_cases import build, layout_of
 from tests.ranks import Ranks
@@ -91,3 +99,42 @@ def test_the_launcher_looks_for_little() -> None:
         best = min(best, time.process_time() - start)
     print(f"{1e3 * best:.2f} ms each {LOOK_SECONDS} s")
     assert best < 0.04 * LOOK_SECONDS
+
+
+def protected_start(rank: int, world: int, say: Callable, given: dict[str, Any], layout: dict[str, Any], run: str) -> float:
+    """Seconds of what a start does for safety alone: hashes of code and settings compared over ranks, leftovers and room looked at."""
+    config, group = Config.model_validate(given), whole_world(rank, world)
+    start = time.perf_counter()
+    require_equal(group, torch.device("cpu"), config=given, layout=layout, data="0" * 64)
+    make_room(Path(run), config, dtype=torch.float32, world=world)
+    return time.perf_counter() - start
+
+
+def test_a_safe_start_takes_less_than_two_seconds_more(ranks: Ranks, tmp_path: Path) -> None:
+    """With the hashing of 256 MiB of text, the most that a start waits for (a store that is larger is hashed as it is read)."""
+    layout = layout_of("dp=2,zero=1")
+    taken = max(ranks.run(2, "tests.test_protection:protected_start", setting(), vars(layout), str(tmp_path)))
+    text = bytes(16 << 20)
+    start = time.perf_counter()
+    hashlib.sha256(text).hexdigest()
+    hashed = (time.perf_counter() - start) * 16  # of 256 MiB
+    print(f"{1e3 * taken:.0f} ms and {1e3 * hashed:.0f} ms")
+    assert taken + hashed < 2.0
+
+
+def test_hashing_costs_a_save_less_than_fifteen_percent(tmp_path: Path) -> None:
+    """64 MiB hashed against 64 MiB written and flushed with nothing else done: the quickest of seven of each."""
+    content, path = memoryview(os.urandom(64 << 20)), tmp_path / "plain"
+    hashed = written = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        Digest(content)
+        hashed = min(hashed, time.perf_counter() - start)
+        start = time.perf_counter()
+        with path.open("xb", buffering=0) as handle:
+            handle.write(content)
+            os.fsync(handle.fileno())
+        written = min(written, time.perf_counter() - start)
+        path.unlink()
+    print(f"{hashed / written:.3f}")
+    assert hashed < 0.15 * written

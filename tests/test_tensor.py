@@ -49,8 +49,9 @@ def test_embed(ranks: Ranks, tp: int, sp: bool, vocab: int) -> None:
 @over_ranks
 @pytest.mark.parametrize(("vocab", "smoothing", "all_ignored"), [(12, 0.0, False), (13, 0.1, False), (23, 0.3, False), (13, 0.1, True)])
 def test_loss(ranks: Ranks, tp: int, sp: bool, vocab: int, smoothing: float, all_ignored: bool) -> None:
-    """trap 19"""
-    ranks.run(tp, "tests.cases:tensor_loss", sp, vocab, smoothing, all_ignored)
+    """trap 19; every token counts the same, then by weights of their own"""
+    for weighted in (False, True):
+        ranks.run(tp, "tests.cases:tensor_loss", sp, vocab, smoothing, all_ignored, weighted)
 
 
 @pytest.mark.parametrize("sp", [False, True])
@@ -114,9 +115,12 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {  # w
     "column, layer": (lambda x, g, s, *w: tensor.Column.apply(x, g, s, LAYER, False, 1, single(), *w), [(2, 4, 6), (6,), (6,), (5, 6)]),
     "row": (lambda x, w: tensor.Row.apply("none", single(), w, x), [(2, 4, 4), (6, 4)]),
     "embed": (lambda w: tensor.Embed.apply(LABELS.clamp(min=0), w, 0, single()), [(5, 6)]),
-    "loss": (lambda x, g, w: tensor.VocabularyLoss.apply(x, g, None, w, RMS, LABELS, SLICE, True, single()), [(2, 4, 6), (6,), (5, 6)]),
+    "loss": (
+        lambda x, g, w: tensor.VocabularyLoss.apply(x, g, None, w, RMS, LABELS, None, SLICE, True, single()),
+        [(2, 4, 6), (6,), (5, 6)],
+    ),
     "loss, layer": (
-        lambda x, g, s, w: tensor.VocabularyLoss.apply(x, g, s, w, LAYER, LABELS, SLICE, True, single()),
+        lambda x, g, s, w: tensor.VocabularyLoss.apply(x, g, s, w, LAYER, LABELS, None, SLICE, True, single()),
         [(2, 4, 6), (6,), (6,), (5, 6)],
     ),
     "compiled column": (
@@ -259,7 +263,7 @@ def test_the_head_holds_one_chunk_of_logits_and_its_gradients_once(dim: int, row
     labels = torch.randint(rows, (1, tokens))
 
     def call() -> None:
-        loss = tensor.VocabularyLoss.apply(x, gain, None, weight, RMS, labels, part, True, single())
+        loss = tensor.VocabularyLoss.apply(x, gain, None, weight, RMS, labels, None, part, True, single())
         torch.autograd.backward((torch.autograd.graph.get_gradient_edge(loss),), (torch.tensor(0.5, dtype=torch.float64),))
 
     most = 2 * x.nbytes + weight.nbytes + CHUNK * rows * 4

@@ -20,6 +20,7 @@ from dist_llm.model.table import num_parameters
 from dist_llm.plan.memory import PARTS
 from dist_llm.plan.predict import predicted, shape_of, timeline
 from dist_llm.report.units import show_bytes
+from dist_llm.train.base import Base, read_base
 
 CORPORA = ("python", "skills", "entropy")
 MOST_ACTIONS = 200_000  # of a step's schedule that is laid out for a prediction or a drawing: a few seconds
@@ -37,10 +38,11 @@ def check(
 ) -> None:
     """Check a config and its layout on one process; say what it comes to, or every reason why it cannot run (exit 2)."""
     replaced = [*(overrides or []), *([f"layout={layout}"] if layout is not None else [])]
-    loaded = load_config(config_path, replaced)
+    loaded = load_config(config_path, replaced, base=read_base)
     ranks = world_of(loaded.config.layout) if world is None else world
     concrete = check_rules(loaded.config, ranks)
     _check_tokenizer(loaded)
+    _check_base(loaded)
     parameters = num_parameters(loaded.config.model)
     if as_json:
         typer.echo(json.dumps(explained.as_data(loaded, concrete, parameters=parameters, explain=explain)))
@@ -141,6 +143,19 @@ def _missing_here(loaded: Loaded) -> list[str]:
     if data.tokenizer.kind == "file" and data.tokenizer.path and not os.path.exists(data.tokenizer.path):
         missing.append(f"no tokenizer at {data.tokenizer.path} on this machine (data.tokenizer.path: {origins['data.tokenizer.path']})")
     return missing
+
+
+def _check_base(loaded: Loaded) -> None:
+    """A tokenizer that is known already must be the base's. Raises UsageError."""
+    config, wanted = loaded.config, loaded.config.data.tokenizer
+    if config.base is None or wanted.kind == "bpe":
+        return
+    from dist_llm.data.tokenizer import bytes_tokenizer, load
+
+    base = Base(config.base)
+    base.close()
+    found = bytes_tokenizer() if wanted.kind == "bytes" else load(Path(str(wanted.path)).expanduser())
+    base.require_tokenizer(found.hash, where=f"data.tokenizer ({loaded.origins['data.tokenizer.kind']})")
 
 
 def _check_tokenizer(loaded: Loaded) -> None:

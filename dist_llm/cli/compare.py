@@ -14,6 +14,7 @@ from dist_llm.cli.loopback import stay_on_loopback
 from dist_llm.cli.train import short_overrides
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.errors import Failure, NumericError, UsageError, plain
+from dist_llm.train.base import read_base
 
 
 def compare(
@@ -32,9 +33,9 @@ def compare(
     if os.path.isdir(config_path):
         _compare_runs(Path(config_path), words, as_json)
         return
-    overrides = [word for word in words if "." in word.split("=")[0]]
+    overrides = [word for word in words if "." in word.split("=")[0] or word.startswith("base=")]
     texts = [word for word in words if word not in overrides]
-    loaded = load_config(config_path, [*overrides, *short_overrides({"runtime.dtype": dtype, "save.dir": run_dir}, data)])
+    loaded = load_config(config_path, [*overrides, *short_overrides({"runtime.dtype": dtype, "save.dir": run_dir}, data)], base=read_base)
     folder = Path(run_dir or Path(loaded.config.save.dir) / "compare")
     earlier = None if baseline is None else _read_baseline(baseline)  # before minutes are spent on what is held against it
     found = _compare(loaded, texts, nproc=nproc, reference=reference, steps=steps, folder=folder, quiet=as_json)

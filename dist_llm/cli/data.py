@@ -17,6 +17,7 @@ from dist_llm.cli.data_files import clean, export
 from dist_llm.cli.network import allow_hub
 from dist_llm.config.load import load_config
 from dist_llm.errors import plain
+from dist_llm.train.base import read_base
 
 if TYPE_CHECKING:
     from dist_llm.data.batches import MicroBatch
@@ -35,7 +36,7 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     """Build the tokenizer and the token shards that a config asks for, or find them again and compare every byte with its hash."""
     from dist_llm.data.prepare import prepare
 
-    config = load_config(config_path, overrides or []).config
+    config = load_config(config_path, overrides or [], base=read_base).config
     faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
     allow_hub(config.data, lambda text: print(plain(text), file=sys.stderr))
     started = time.monotonic()
@@ -70,7 +71,7 @@ def preview(
     from dist_llm.data.batches import training_batches
     from dist_llm.data.prepare import prepare
 
-    config = load_config(config_path, overrides or []).config
+    config = load_config(config_path, overrides or [], base=read_base).config
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress)
     batches = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)

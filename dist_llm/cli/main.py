@@ -30,6 +30,8 @@ VERBS = {  # name -> (module, what it holds, one line of help)
     "tokenizer": ("tokenizer", "app", "Make a tokenizer, and see how it fits a text."),
     "sample": ("sample", "sample", "Continue a text with a checkpoint of any layout."),
     "verify": ("verify", "verify", "Check every byte of a checkpoint."),
+    "import": ("import_folder", "import_", "Read a Hugging Face folder into a run folder of ours."),
+    "export": ("export", "export", "Write a checkpoint of any layout as a Hugging Face folder."),
     "bench": ("bench", "bench", "Measure ours against other libraries."),
     "report": ("report", "report", "Write report.html beside a finished run or comparison."),
 }

@@ -26,6 +26,7 @@ from dist_llm.errors import MAX_COMMAND, CheckpointError, Code, DataError, Failu
 from dist_llm.meeting import Meeting
 from dist_llm.model.table import num_parameters
 from dist_llm.report.units import show_bytes
+from dist_llm.train.base import read_base
 from dist_llm.train.console import Console
 from dist_llm.train.folder import step_folders, step_of
 from dist_llm.watch import Watchdog
@@ -54,7 +55,7 @@ def train(
     """
     short = {"layout": layout, "schedule.steps": steps, "save.every": save_every, "save.dir": run_dir, "runtime.dtype": dtype}
     short["data.max_bad_lines"] = max_bad_lines
-    loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)])
+    loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)], base=read_base)
     place = torchrun_place()
     if place is not None:
         for flag, given in (("--nproc", nproc), ("--max-restarts", max_restarts)):

@@ -53,7 +53,7 @@ def subject(config: Config, layouts: Sequence[Layout], *, steps: int) -> Subject
         return Subject(changed(config, small), "itself", steps)
     twin = _twin(config, layouts)
     words = f"twin: {twin['family']} with {twin['layers']} layers, dim {twin['dim']}, vocabulary {twin['vocab']}"
-    return Subject(changed(config, {**small, "model": twin}), words, steps)
+    return Subject(changed(config, {**small, "model": twin, "base": None}), words, steps)
 
 
 def _twin(config: Config, layouts: Sequence[Layout]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_llm.config import layout as layouts
+from dist_llm.config.base import ReadBase
+from dist_llm.config.base import take as take_base
 from dist_llm.config.layout import did_you_mean
 from dist_llm.config.presets import fill_model
 from dist_llm.config.schema import Config, MixItem, Section, fill_across
@@ -63,12 +65,15 @@ class Loaded:
     path: str
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
-    """Read a YAML config, then apply overrides such as `model.layers=2`. Raises UsageError (exit 2) with every error at once."""
-    return load_text(read_file(path), overrides, name=os.fspath(path))
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, base: ReadBase | None = None) -> Loaded:
+    """Read a YAML config, then apply overrides such as `model.layers=2`. Raises UsageError (exit 2) with every error at once.
+
+    base: reads what the config names as its base, for the model and the tokenizer; without it they are as written.
+    """
+    return load_text(read_file(path), overrides, name=os.fspath(path), base=base)
 
 
-def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str) -> Loaded:
+def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str, base: ReadBase | None = None) -> Loaded:
     """`load_config` of text already read; `name` stands in messages."""
     root, faults = read(data, name=name)
     broken = bool(faults) and not root.value  # nothing was read: what follows would only add noise
@@ -79,10 +84,14 @@ def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str) ->
         faults += _override(root, override)
     walk = _Walk(faults)
     tree = walk.section(root, Config, ())
+    taken: dict[str, str] = {}
+    if base is not None and isinstance(tree.get("base"), str) and tree["base"].isprintable() and not faults:
+        contradictions, taken = take_base(tree, base(tree["base"]))
+        faults += [Fault(walk.places.get(key, Place("the config")), text) for key, text in contradictions]
     config = None if broken else _validated(tree, walk)
     if faults or config is None:
         raise _refusal(faults, name)
-    return Loaded(config, _origins(tree, walk.places), name)
+    return Loaded(config, _origins(tree, walk.places) | taken, name)
 
 
 def _refusal(faults: list[Fault], name: str) -> UsageError:

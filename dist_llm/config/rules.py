@@ -203,6 +203,16 @@ def _numbers(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("model.head_dim", f"rotary positions turn pairs, head_dim {model.head_dim} is odd")
     if model.positions == "learned" and model.max_positions < config.data.sequence:
         yield Problem("model.max_positions", f"{model.max_positions} learned positions for sequence {config.data.sequence}")
+    if not model.sliding_window and model.full_every:
+        yield Problem("model.full_every", f"each {model.full_every}-th layer sees all, but no layer has a window: sliding_window 0")
+    if not model.sliding_window and model.rope_local_theta != model.rope_theta:
+        found = f"{model.rope_local_theta:g} beside rope_theta {model.rope_theta:g}"
+        yield Problem("model.rope_local_theta", f"{found}: it is of windowed layers, and sliding_window is 0")
+    if model.rope_scaling == "none" and model.rope_factor != 1:
+        yield Problem("model.rope_factor", f"{model.rope_factor:g} stretches nothing: rope_scaling is none")
+    if model.rope_scaling in ("llama3", "yarn") and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        found = f"{model.rope_low_freq_factor:g} is not below rope_high_freq_factor {model.rope_high_freq_factor:g}"
+        yield Problem("model.rope_low_freq_factor", found)
     if schedule.warmup > schedule.steps:
         yield Problem("schedule.warmup", f"{schedule.warmup} warmup steps of {schedule.steps} steps in all")
     elif schedule.kind == "wsd" and schedule.warmup + schedule.decay * schedule.steps > schedule.steps:

@@ -14,8 +14,11 @@ from pydantic_core import PydanticCustomError
 from dist_llm.config.presets import SMALL, fill_model
 from dist_llm.errors import holds_secret
 
-Family = Literal["llama", "gpt2", "qwen3", "custom"]
-Preset = Literal["gpt2-124m", "llama-1b", "llama3-8b", "llama3-70b", "llama3-405b", "qwen3-0.6b", "qwen3-8b"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3", "gpt2", "custom"]
+Preset = Literal[
+    "gpt2-124m", "llama-1b", "llama3-8b", "llama3-70b", "llama3-405b", "mistral-7b", "qwen2-0.5b", "qwen3-0.6b", "qwen3-8b",
+    "smollm2-135m", "olmo2-1b", "gemma2-2b", "gemma3-1b",
+]  # fmt: skip
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v", "auto"]
 EngineName = Literal["native", "ddp", "fsdp2", "deepspeed"]
 When = Literal["micro_batch", "step"]
@@ -76,16 +79,30 @@ class ModelConfig(Section):
     heads: Count
     kv_heads: Count  # heads when left out
     head_dim: Count  # dim / heads when left out
-    ffn: Count  # width inside the feed-forward: 8/3 dim (swiglu), else 4 dim
+    ffn: Count  # width inside the feed-forward: 8/3 dim where it is gated, else 4 dim
     vocab: Count  # in a Config: the tokenizer's, when left out
     tied: Switch  # one table for embedding and output head
-    norm: Literal["rms", "layer"]
+    norm: Literal["rms", "unit_rms", "layer"]  # unit_rms: RMSNorm times 1 + weight
     norm_eps: Positive
+    norm_place: Literal["before", "after", "both"]  # of attention and of the feed-forward, inside the residual
     positions: Literal["rotary", "learned"]
     rope_theta: Positive
+    rope_local_theta: Positive  # of windowed layers; rope_theta when left out
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"]
+    rope_factor: Annotated[float, Strict(), Field(ge=1, le=1e6)]  # by which positions were stretched
+    rope_low_freq_factor: Positive  # llama3 and yarn (beta_slow): turns over the original positions below which all is stretched
+    rope_high_freq_factor: Positive  # llama3 and yarn (beta_fast): turns above which nothing is
+    rope_original_positions: Count  # positions before stretching
     max_positions: Count  # rows of the learned position table; in a Config: data.sequence, when left out
-    activation: Literal["swiglu", "gelu", "gelu_tanh"]
-    qk_norm: Switch  # RMSNorm over head_dim of every query and key head
+    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh"]
+    qk_norm: Switch  # RMSNorm of queries and keys
+    qk_norm_over: Literal["head", "all"]  # head_dim of each head, or all heads together
+    query_scale: Positive  # scores are divided by its square root; head_dim when left out
+    attention_softcap: Number  # c: scores become c tanh(scores / c); 0: they do not
+    logit_softcap: Number  # the same of the output's logits
+    embedding_scale: Switch  # embeddings times sqrt(dim)
+    sliding_window: Whole  # tokens that a token sees, itself included; 0: all before it
+    full_every: Whole  # with a window: each so many-th layer sees all; 0: none does
     qkv_bias: Switch
     out_bias: Switch
     mlp_bias: Switch
@@ -248,6 +265,7 @@ class TrackConfig(Section):
 class Config(Section):
     """A whole run. Loading the dump of a Config gives an equal Config."""
 
+    base: Text | None = None  # weights to begin with: a run or step folder of ours, or a Hugging Face folder; model and tokenizer are its
     model: ModelConfig
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()

@@ -46,7 +46,8 @@ class Prepared:
 
     validation: stores of the documents held out, with their shares; empty when there are none. entropy_rate: nats per
     token below which no loss can fall, where the source is known (`entropy` with the byte tokenizer). built: whether
-    this call wrote anything. notes: what a user should know.
+    this call wrote anything. notes: what a user should know. base, beside: the identity of the weights that the run begins
+    with, and the files that are carried along with them.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +58,8 @@ class Prepared:
     entropy_rate: float | None = None
     built: bool = False
     notes: tuple[str, ...] = ()
+    base: str | None = None
+    beside: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:

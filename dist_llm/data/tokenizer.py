@@ -17,7 +17,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dist_llm.data.sealed import write_durably
-from dist_llm.errors import DataError, UsageError, plain
+from dist_llm.errors import CheckpointError, DataError, UsageError, plain
+from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES, read_beside
 
 END = "<|endoftext|>"
 KNOWN_ENDS = (END, "<|end_of_text|>", "</s>", "<|eot_id|>", "<eos>", "<|im_end|>", "[SEP]", "<|end|>")
@@ -28,16 +29,17 @@ SMALLEST_BPE = 257  # every byte, and the end
 class Tokenizer:
     """A vocabulary with its rules, and the token that ends a document.
 
-    vocab_size: one more than the largest id. end_id: the end token. hash: sha256 of the canonical JSON.
+    vocab_size: one more than the largest id. end_id: the end token. hash: sha256 of the canonical JSON. beside: the files it was read
+    from, and those of a chat template and the like that lay beside them: carried along as they are.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, end: str = END) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, *, end: str = END, beside: dict[str, bytes] | None = None) -> None:
         inner.no_padding()
         inner.no_truncation()
         inner.encode_special_tokens = True  # special tokens in a text are letters, not commands
         end_id = inner.token_to_id(end)
         assert end_id is not None, end
-        self.inner, self.end, self.end_id = inner, end, end_id
+        self.inner, self.end, self.end_id, self.beside = inner, end, end_id, beside or {}
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
@@ -76,6 +78,11 @@ class Tokenizer:
         """name -> content of the files that define it, named as Hugging Face does."""
         return {"tokenizer.json": self.canonical.encode(), "tokenizer_config.json": json.dumps({"eos_token": self.end}).encode()}
 
+    @property
+    def kept(self) -> dict[str, bytes]:
+        """`files`, as they were read where they were."""
+        return self.files | self.beside
+
     def save(self, folder: Path) -> Path:
         """Writes `tokenizer.json` and the end token's name beside it, as Hugging Face does; returns the former's path."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +110,7 @@ def load(path: Path) -> Tokenizer:
     end = _end_token(inner, file.with_name("tokenizer_config.json"))
     if end is None:
         raise UsageError("the tokenizer has no token that ends a document", where=str(file), expected="one of " + " ".join(KNOWN_ENDS))
-    return Tokenizer(inner, end=end)
+    return Tokenizer(inner, end=end, beside=_beside(file))
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -183,6 +190,16 @@ def _grouped(texts: Iterable[str], size: int = 256) -> Iterator[list[str]]:
             yield group
             group = []
     yield group
+
+
+def _beside(file: Path) -> dict[str, bytes]:
+    """The files of a tokenizer called tokenizer.json; nothing of another, or where they are not sound."""
+    if file.name != "tokenizer.json":
+        return {}
+    try:
+        return read_beside(file.parent, (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES))
+    except CheckpointError:
+        return {}
 
 
 def _end_token(inner: tokenizers.Tokenizer, config: Path) -> str | None:

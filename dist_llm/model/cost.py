@@ -1,7 +1,8 @@
 """Floating-point operations of a model, unit by unit, without torch.
 
 A multiply-add is two operations; backward costs twice the forward. Attention scores and values are counted in full
-(S x S), as PaLM does (arXiv:2204.02311, appendix B), or causally (half of it).
+(S x S), as PaLM does (arXiv:2204.02311, appendix B) and as is computed where there is a mask, or causally (half of it, or
+what a window leaves).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.model.table import table, unit_names
+from dist_llm.model.table import is_windowed, table, unit_names
 
 Convention = Literal["full", "causal"]
 
@@ -20,12 +21,19 @@ def forward_flops(model: ModelConfig, sequence: int, *, convention: Convention =
     for row in table(model):
         if len(row.shape) == 2 and row.unit.startswith("blocks."):
             costs[row.unit] += 2.0 * row.numel
-    pairs = sequence if convention == "full" else sequence / 2
-    for name in costs:
-        if name.startswith("blocks."):
-            costs[name] += 4.0 * pairs * model.heads * model.head_dim
+    for layer in range(model.layers):
+        pairs = sequence if convention == "full" else _seen(model, layer, sequence)
+        costs[f"blocks.{layer}"] += 4.0 * pairs * model.heads * model.head_dim
     costs["head"] = 2.0 * model.vocab * model.dim
     return costs
+
+
+def _seen(model: ModelConfig, layer: int, sequence: int) -> float:
+    """Tokens that one sees on the mean: half of the sequence, fewer where the layer has a window."""
+    window = model.sliding_window
+    if not is_windowed(model, layer) or window >= sequence:
+        return sequence / 2
+    return window - window**2 / (2 * sequence)
 
 
 def step_flops_per_token(model: ModelConfig, sequence: int, *, convention: Convention = "full") -> float:

@@ -27,9 +27,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, eps: float) -> Tensor:
-    """RMSNorm (kind "rms", arXiv:1910.07467) or LayerNorm ("layer") over the last dimension: (..., D) -> (..., D)."""
+    """RMSNorm (kind "rms", arXiv:1910.07467) or LayerNorm ("layer") over the last dimension: (..., D) -> (..., D).
+
+    "unit_rms" is RMSNorm times 1 + weight; "none" leaves x as it is.
+    """
+    if kind == "none":
+        return x
     if kind == "layer":
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if kind == "unit_rms":
+        exact = wide(x.dtype)  # the sum with 1 would cost a bfloat16 weight its digits
+        return norm(x.to(exact), weight.to(exact) + 1.0, None, kind="rms", eps=eps).to(x.dtype)
     if x.is_cuda or x.dtype != weight.dtype or x.dtype != wide(x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return (x * _inverse_root(x, eps)).mul_(weight)  # on CPU half the time of F.rms_norm
@@ -46,8 +54,12 @@ def norm_backward(slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     RMSNorm is LayerNorm with the mean taken as zero, but for the mean's own part of the gradient: LayerNorm's fused
     kernel serves both, and that part is put back.
     """
+    if kind == "none":
+        return [slope]
     width, exact = x.shape[-1], wide(x.dtype)
     flat, given, gain = x.flatten(0, -2).to(exact), slope.flatten(0, -2).to(exact), weight.to(exact)
+    if kind == "unit_rms":
+        gain = gain + 1.0
     if kind == "layer":
         mean, inverse = torch.native_layer_norm(flat, (width,), None, None, eps)[1:]  # its output is not needed again
     else:
@@ -56,7 +68,7 @@ def norm_backward(slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     wanted = [True, True, bias is not None]
     shift = None if bias is None else bias.to(exact)
     by_x, *rest = torch.ops.aten.native_layer_norm_backward(given, flat, (width,), mean, inverse, gain, shift, wanted)
-    if kind == "rms":
+    if kind != "layer":
         by_x.addcmul_((given @ gain).div_(width)[:, None], inverse)
     return [by_x.view(x.shape).to(x.dtype), *(by.to(x.dtype) for by, here in zip(rest, wanted[1:], strict=True) if here)]
 
@@ -80,16 +92,19 @@ class Normed(torch.autograd.Function):
 
 # --- activations ---------------------------------------------------------------------------------------------------------
 
-_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh", "geglu_tanh": "tanh"}
 
 
 def activate(parts: Sequence[Tensor], *, kind: str) -> Tensor:
-    """SwiGLU of [gate, up] (arXiv:2002.05202), GELU of [up], or ("none") the one part itself: (..., F) each -> (..., F)."""
+    """SwiGLU or GeGLU of [gate, up] (arXiv:2002.05202), GELU of [up], or ("none") the one part itself: (..., F) each -> (..., F)."""
     if kind == "none":
         return parts[0]
     if kind == "swiglu":
         return F.silu(parts[0]).mul_(parts[1]) if not torch.is_grad_enabled() else F.silu(parts[0]) * parts[1]
-    return F.gelu(parts[0], approximate=_APPROXIMATE[kind])
+    y = F.gelu(parts[0], approximate=_APPROXIMATE[kind])
+    if len(parts) == 1:
+        return y
+    return y * parts[1] if torch.is_grad_enabled() else y.mul_(parts[1])
 
 
 def activate_backward(slope: Tensor, parts: Sequence[Tensor], *, kind: str) -> Tensor:
@@ -104,7 +119,14 @@ def activate_backward(slope: Tensor, parts: Sequence[Tensor], *, kind: str) -> T
         return y
     rule = {"approximate": _APPROXIMATE[kind]}
     y = F.gelu(parts[0], **rule)
-    torch.ops.aten.gelu_backward.grad_input(slope, parts[0], **rule, grad_input=parts[0])
+    if len(parts) == 1:
+        torch.ops.aten.gelu_backward.grad_input(slope, parts[0], **rule, grad_input=parts[0])
+        return y
+    gate, up = parts
+    by_up = y * slope
+    torch.ops.aten.gelu_backward.grad_input(slope.mul_(up), gate, **rule, grad_input=gate)
+    y.mul_(up)
+    up.copy_(by_up)
     return y
 
 

@@ -3,7 +3,7 @@
 Tokens go through the output projection a chunk at a time; while a chunk's logits are there, they become its loss and
 the gradients of that loss by input and by weight. So the largest intermediate is (chunk, V) instead of (T, V), and
 the projection runs once forward, not again for backward. The mathematics works on a slice of the vocabulary, rows
-[first, first + v): `share` joins what the slices know of a chunk.
+[first, first + v): `share` joins what the slices know of a chunk. weights (T,): what each token's loss counts; None: 1.
 
 Legend: T tokens, D dim, v local vocabulary rows, V global vocabulary. A label below 0 is ignored.
 """
@@ -35,35 +35,41 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Slice:
-    """A rank's part of the vocabulary. share: local statistics -> those of the whole vocabulary, in place."""
+    """A rank's part of the vocabulary. share: local statistics -> those of the whole vocabulary, in place.
+
+    softcap c: logits become c tanh(logits / c); 0: they do not.
+    """
 
     first: int
     vocab: int
     smoothing: float
     share: Callable[[Statistics], Statistics]
+    softcap: float = 0.0
 
 
-def whole(weight: Tensor, smoothing: float) -> Slice:
+def whole(weight: Tensor, smoothing: float, softcap: float = 0.0) -> Slice:
     """The vocabulary in one piece."""
-    return Slice(0, weight.shape[0], smoothing, lambda known: known)
+    return Slice(0, weight.shape[0], smoothing, lambda known: known, softcap)
 
 
-def loss_alone(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> Tensor:
-    """x (T, D), weight (v, D), labels (T,) -> the summed loss, a float64 scalar."""
+def loss_alone(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None) -> Tensor:
+    """x (T, D), weight (v, D), labels (T,), weights (T,) -> the summed loss, a float64 scalar."""
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
-        loss += _chunk(x[here], weight, labels[here], part)[0]
+        loss += _chunk(x[here], weight, labels[here], part, _some(weights, here))[0]
     return loss
 
 
-def loss_and_gradients(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, D), weight (v, D), labels (T,) -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D))."""
+def loss_and_gradients(
+    x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `loss_alone` -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D))."""
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide(weight.dtype))  # chunks add up in float32
     for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
-        taken, slope = _chunk(x[here], weight, labels[here], part)
+        taken, slope = _chunk(x[here], weight, labels[here], part, _some(weights, here))
         loss += taken
         slope = slope.to(x.dtype)
         torch.mm(slope, weight, out=by_x[here])
@@ -75,17 +81,31 @@ def loss_and_gradients(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -
     return loss, by_x, by_weight.to(weight.dtype)
 
 
-def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> tuple[Tensor, Tensor]:
+def _some(weights: Tensor | None, here: slice) -> Tensor | None:
+    return None if weights is None else weights[here]
+
+
+def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """A chunk's summed loss, and the slope of that loss by each logit (chunk, v), in the memory of the logits.
 
     Smoothing e mixes the label with the uniform distribution over the global vocabulary (arXiv:1512.00567).
     """
     logits = (x @ weight.T).to(wide(x.dtype))  # (chunk, v)
+    bend = _cap(logits, part.softcap) if part.softcap else None
     here = _statistics(logits, labels, part.first, part.smoothing > 0)
     largest = here[0].clone()  # `share` may write over the one it is given
     known = part.share(Statistics(*here))
     shared = (known.largest, known.exponentials, known.label, known.total)
-    return _loss_and_slope(logits, labels, largest, *shared, part.first, part.vocab, part.smoothing), logits
+    loss = _loss_and_slope(logits, labels, weights, largest, *shared, part.first, part.vocab, part.smoothing)
+    return loss, logits if bend is None else logits.mul_(bend)
+
+
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    """Logits (chunk, v) become softcap x tanh(logits / softcap) in place; leaves the slope of that, as large."""
+    logits.div_(softcap).tanh_()
+    bend = 1.0 - logits.square()
+    logits.mul_(softcap)
+    return bend
 
 
 @fused
@@ -102,6 +122,7 @@ def _statistics(logits: Tensor, labels: Tensor, first: int, smoothed: bool) -> t
 def _loss_and_slope(
     slope: Tensor,
     labels: Tensor,
+    weights: Tensor | None,
     local_largest: Tensor,
     largest: Tensor,
     exponentials: Tensor,
@@ -114,6 +135,8 @@ def _loss_and_slope(
     """exp(logit - local_largest) (chunk, v) becomes the slope in place; the rest is of the whole vocabulary, (chunk,). Leaves the loss."""
     inside, local = _local(labels, first=first, rows=slope.shape[1])
     counted, uniform = (labels >= 0).to(slope.dtype), smoothing / vocab
+    if weights is not None:
+        counted = counted * weights.to(slope.dtype)
     loss = largest + exponentials.log() - (1.0 - smoothing) * label
     if total is not None:
         loss = loss - uniform * total
@@ -121,8 +144,12 @@ def _loss_and_slope(
     slope.mul_(((local_largest - largest).exp() / exponentials * counted)[:, None])
     if smoothing:
         slope.sub_((uniform * counted)[:, None])
-    slope.scatter_add_(1, local[:, None], inside[:, None].to(slope.dtype) * (smoothing - 1.0))
-    return loss.masked_fill(labels < 0, 0.0).sum(dtype=torch.float64)
+    hit = inside.to(slope.dtype) if weights is None else inside * counted
+    slope.scatter_add_(1, local[:, None], (hit * (smoothing - 1.0))[:, None])
+    loss = loss.masked_fill(labels < 0, 0.0)
+    if weights is not None:
+        loss = loss * weights.to(loss.dtype)
+    return loss.sum(dtype=torch.float64)
 
 
 def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -132,20 +159,24 @@ def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:
     return inside, local.masked_fill(~inside, 0)
 
 
-def cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
-    """x (T, D), weight (V, D), labels (T,) -> the summed loss, a float64 scalar."""
+def cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, smoothing: float, weights: Tensor | None = None, softcap: float = 0.0
+) -> Tensor:
+    """x (T, D), weight (V, D), labels (T,), weights (T,) -> the summed loss, a float64 scalar."""
     if torch.is_grad_enabled():
-        return ChunkedCrossEntropy.apply(x, weight, labels, smoothing)
-    return loss_alone(x, weight, labels, whole(weight, smoothing))
+        return ChunkedCrossEntropy.apply(x, weight, labels, smoothing, weights, softcap)
+    return loss_alone(x, weight, labels, whole(weight, smoothing, softcap), weights)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed loss of x (T, D) @ weight (V, D).T against labels (T,), as a float64 scalar."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None = None, softcap: float = 0.0
+    ) -> Tensor:
         """Makes the gradients at once and keeps them alone."""
-        loss, *gradients = loss_and_gradients(x, weight, labels, whole(weight, smoothing))
+        loss, *gradients = loss_and_gradients(x, weight, labels, whole(weight, smoothing, softcap), weights)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -153,4 +184,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         """The slope of the summed loss -> by x (T, D) and by weight (V, D)."""
         by_x, by_weight = ctx.saved_tensors
-        return by_x * scale, by_weight * scale, None, None
+        return by_x * scale, by_weight * scale, *[None] * 4

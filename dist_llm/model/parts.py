@@ -9,25 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_llm.model.kernels import Normed
+from dist_llm.model.kernels import Normed, norm
 
 Make = Callable[[str], Any]  # global name -> its nn.Parameter, None where the model has no such row
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension; shapes stay."""
+    """RMSNorm or LayerNorm over the last dimension; shapes stay. Where the model has no such row it leaves all as it is."""
 
     def __init__(self, make: Make, name: str, *, kind: str, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias, self.kind, self.eps = make(f"{name}.weight"), make(f"{name}.bias"), kind, eps
+        self.weight, self.bias, self.eps = make(f"{name}.weight"), make(f"{name}.bias"), eps
+        self.kind = "none" if self.weight is None else kind
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        if self.kind == "none":
+            return x
         if not torch.compiler.is_compiling():
             return Normed.apply(x, self.weight, self.bias, self.kind, self.eps)
         if self.kind == "rms":
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps)
 
 
 class Projection(nn.Module):

@@ -1,9 +1,10 @@
 """The seams of the model: where activations enter and leave regions that a strategy may split.
 
 A block calls `columns` where one input, normed, feeds projections whose outputs may be split, and `row` where they come
-back; `embed` and `loss` are the two ends over the vocabulary; `outside` cuts per-token values to the tokens that this
-rank keeps between those regions. `Roles` is the single-device version in plain torch; `parallel/tensor.py` offers the
-same five methods for a tensor-parallel group, as operations that keep little for backward.
+back; `across` norms queries and keys over all heads, which may be split; `embed` and `loss` are the two ends over the
+vocabulary; `outside` cuts per-token values to the tokens that this rank keeps between those regions. `Roles` is the
+single-device version in plain torch; `parallel/tensor.py` offers the same methods for a tensor-parallel group, as
+operations that keep little for backward.
 
 Legend: B batch, S sequence, D dim, O output features, V vocab.
 """
@@ -41,9 +42,28 @@ class Roles:
         """Tokens (B, S) and weight (V, D) -> (B, S, D)."""
         return F.embedding(tokens, weight)
 
-    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
-        """(B, S, D) before its norm, weight (V, D) and labels (B, S) -> the summed cross-entropy, a float64 scalar; smooth: in training."""
-        return cross_entropy(norm(x).flatten(0, 1), weight, labels.flatten(), smoothing=self.smoothing if smooth else 0.0)
+    def across(self, parts: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
+        """Queries and keys (B, S, H E), each normed over all its heads together; shapes stay."""
+        return [norm(part) for part, norm in zip(parts, norms, strict=True)]
+
+    def loss(
+        self,
+        x: Tensor,
+        norm: Norm,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        weights: Tensor | None = None,
+        softcap: float = 0.0,
+        smooth: bool = True,
+    ) -> Tensor:
+        """(B, S, D) before its norm, weight (V, D), labels and weights of tokens (B, S) -> the summed cross-entropy, a float64 scalar.
+
+        softcap c: logits become c tanh(logits / c). smooth: in training.
+        """
+        rules = {"smoothing": self.smoothing if smooth else 0.0, "softcap": softcap}
+        counts = None if weights is None else weights.flatten()
+        return cross_entropy(norm(x).flatten(0, 1), weight, labels.flatten(), weights=counts, **rules)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, S, D) and weight (V, D) -> (B, S, V), whole: for sampling and for tests."""

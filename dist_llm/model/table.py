@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Literal
 
+from dist_llm.config.presets import GATED
 from dist_llm.config.schema import ModelConfig
 
 # How a parameter meets the tensor-parallel axis:
@@ -31,8 +32,9 @@ class Row:
     role: Role
     unit: str
     parts: int = 1
-    std: float | None = None  # None: ones for norm weights, zeros for biases
+    std: float | None = None  # None: ones for norm weights, zeros for biases and where `zeros` says so
     decay: bool = True  # takes weight decay: matrices do, norms and biases do not
+    zeros: bool = False
 
     @property
     def numel(self) -> int:
@@ -65,6 +67,11 @@ def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
     return (*tied, walk_unit) if own else tied
 
 
+def is_windowed(model: ModelConfig, layer: int) -> bool:
+    """Whether a layer sees no more than the window."""
+    return model.sliding_window > 0 and not (model.full_every and (layer + 1) % model.full_every == 0)
+
+
 def _embedding_rows(m: ModelConfig) -> list[Row]:
     unit = "tied" if m.tied else "embedding"
     rows = [Row("embedding.weight", (m.vocab, m.dim), "vocab", unit, parts=m.vocab, std=m.init_std)]
@@ -90,25 +97,37 @@ def _block_rows(m: ModelConfig, layer: int) -> list[Row]:
         Row(f"{at}.attention.v.weight", (keys, m.dim), "column", at, m.kv_heads, std),
         Row(f"{at}.attention.o.weight", (m.dim, query), "row", at, m.heads, out_std),
     ]
-    wide = [("gate", m.ffn), ("up", m.ffn)] if m.activation == "swiglu" else [("up", m.ffn)]
+    wide = [("gate", m.ffn), ("up", m.ffn)] if m.activation in GATED else [("up", m.ffn)]
     mlp = [Row(f"{at}.mlp.{name}.weight", (ffn, m.dim), "column", at, ffn, std) for name, ffn in wide]
     mlp.append(Row(f"{at}.mlp.down.weight", (m.dim, m.ffn), "row", at, m.ffn, out_std))
-    small = _norm_rows(f"{at}.attention_norm", m.dim, m, at) + _norm_rows(f"{at}.mlp_norm", m.dim, m, at)
+    norms = [name for place, name in (("after", "norm"), ("before", "post_norm")) if m.norm_place != place]
+    small = [row for half in ("attention", "mlp") for name in norms for row in _norm_rows(f"{at}.{half}_{name}", m.dim, m, at)]
     if m.qkv_bias:
         for name, width, parts in (("q", query, m.heads), ("k", keys, m.kv_heads), ("v", keys, m.kv_heads)):
             small.append(Row(f"{at}.attention.{name}.bias", (width,), "column", at, parts, decay=False))
     if m.out_bias:
         small.append(Row(f"{at}.attention.o.bias", (m.dim,), "outside", at, decay=False))
     if m.qk_norm:
-        small += [Row(f"{at}.attention.{name}.weight", (m.head_dim,), "inside", at, decay=False) for name in ("q_norm", "k_norm")]
+        small += _head_norm_rows(m, at)
     if m.mlp_bias:
         small += [Row(f"{at}.mlp.{name}.bias", (ffn,), "column", at, ffn, decay=False) for name, ffn in wide]
         small.append(Row(f"{at}.mlp.down.bias", (m.dim,), "outside", at, decay=False))
     return attention + mlp + small
 
 
+def _head_norm_rows(m: ModelConfig, at: str) -> list[Row]:
+    """Norms of queries and keys: one for each head, or cut with the heads."""
+    zeros, names = m.norm == "unit_rms", {"q_norm": m.heads, "k_norm": m.kv_heads}
+    if m.qk_norm_over == "head":
+        return [Row(f"{at}.attention.{name}.weight", (m.head_dim,), "inside", at, decay=False, zeros=zeros) for name in names]
+    return [
+        Row(f"{at}.attention.{name}.weight", (parts * m.head_dim,), "column", at, parts, decay=False, zeros=zeros)
+        for name, parts in names.items()
+    ]
+
+
 def _norm_rows(name: str, width: int, m: ModelConfig, unit: str) -> list[Row]:
-    rows = [Row(f"{name}.weight", (width,), "outside", unit, decay=False)]
+    rows = [Row(f"{name}.weight", (width,), "outside", unit, decay=False, zeros=m.norm == "unit_rms")]
     if m.norm == "layer":
         rows.append(Row(f"{name}.bias", (width,), "outside", unit, decay=False))
     return rows

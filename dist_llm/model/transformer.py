@@ -1,7 +1,8 @@
 """A decoder-only transformer as plain single-device code: it has never heard of ranks.
 
-RMSNorm (arXiv:1910.07467) or LayerNorm, rotary (arXiv:2104.09864) or learned positions, grouped-query attention
-(arXiv:2305.13245), SwiGLU (arXiv:2002.05202) or GELU, optional q and k norms, biases, tied embeddings, dropout.
+RMSNorm (arXiv:1910.07467) or LayerNorm, before or after a half of a block or both; rotary (arXiv:2104.09864) or learned
+positions; grouped-query attention (arXiv:2305.13245), in all or some layers to a window (arXiv:2004.05150); gated
+(arXiv:2002.05202) or plain feed-forward; optional q and k norms, capped scores and logits, biases, tied embeddings, dropout.
 Head counts come from the shapes of the weights, positions are inputs, and the loss is a summed cross-entropy: the
 strategies change shapes, `roles` and `attend`, never this file.
 
@@ -18,10 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_llm.config.presets import GATED
 from dist_llm.config.schema import ModelConfig
+from dist_llm.model.attention import attend
 from dist_llm.model.kernels import RotateInPlace, rotated
 from dist_llm.model.parts import Make, Norm, Projection, Projections
 from dist_llm.model.roles import Roles
+from dist_llm.model.rotary import rotary_table as rotary_table
+from dist_llm.model.rotary import rotary_tables
+from dist_llm.model.table import is_windowed
 from dist_llm.random import halves, keep_mask, key_of
 
 
@@ -37,6 +43,9 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, S, 1, E)
     dropout: Tensor | None  # (2,) the halves of the key of this step's masks; None: nothing is dropped
     training: bool
+    weights: Tensor | None = None  # (B, S) what the loss of each token counts; None: 1
+    local_mask: Tensor | None = None  # (B or 1, 1, S, S) of windowed layers; None: the window holds all, `mask` serves
+    local_rotary: tuple[Tensor, Tensor] | None = None  # of windowed layers; None: as `rotary`
 
 
 def make_context(
@@ -48,6 +57,7 @@ def make_context(
     positions: Tensor | None = None,
     documents: Tensor | None = None,
     rows: Tensor | None = None,
+    weights: Tensor | None = None,
     seed: int = 0,
     step: int = 0,
     training: bool = True,
@@ -55,40 +65,37 @@ def make_context(
     """The context of tokens and labels (B, S).
 
     positions (B, S): default 0..S-1 in every sequence. documents (B, S): attention stays inside a document. rows (B,):
-    place of each sequence in the global batch; with seed and step they address the dropout masks.
+    place of each sequence in the global batch; with seed and step they address the dropout masks. weights (B, S), floats:
+    what each token's loss counts.
     """
     (batch, length), device = tokens.shape, tokens.device
     line = torch.arange(length, device=device)
     positions = line[None] if positions is None else positions
     rows = torch.arange(batch, device=device) if rows is None else rows
-    mask = None
-    if documents is not None:  # as numbers: of a boolean mask attention would make these in every block, and keep them
-        same = documents[:, None, :, None] == documents[:, None, None, :]
-        seen = same & torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+    mask = None if documents is None else _mask(length, length, documents, dtype=dtype, device=device)
+    narrow = 0 < model.sliding_window < length
+    local_mask = _mask(length, model.sliding_window, documents, dtype=dtype, device=device) if narrow else None
     rotary = model.positions == "rotary"
-    table = rotary_table(positions, width=model.head_dim, theta=model.rope_theta, dtype=dtype) if rotary else None
+    tables = rotary_tables(model, positions, dtype=dtype) if rotary else (None, None)
     drops = bool(model.dropout) and training
     key = torch.tensor(halves(key_of(seed, "dropout", step=step)), device=device) if drops else None
-    return Context(tokens, labels, positions, mask, rows[:, None] * length + line, table, key, training)
+    places = rows[:, None] * length + line
+    return Context(tokens, labels, positions, mask, places, tables[0], key, training, weights, local_mask, tables[1])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention: q (B, H, S, E), k and v (B, K, S, E), H a multiple of K -> (B, H, S, E)."""
-    groups = q.shape[1] // k.shape[1]
-    if mask is not None and groups > 1 and q.is_cuda:
-        # With a mask CUDA's fast kernels do not know grouped queries, and the slow one would write out all scores.
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        groups = 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+def _mask(length: int, window: int, documents: Tensor | None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(B or 1, 1, S, S): 0 where a token looks, at most window - 1 tokens back and inside its document, else -inf.
 
-
-def rotary_table(positions: Tensor, *, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (B, S) -> cosines and sines (B, S, 1, E), angles in float32 as Hugging Face computes them."""
-    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.int64).float() / width
-    angle = positions[..., None, None].float() * (1.0 / (theta**exponent))  # (B, S, 1, E/2)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    As numbers: of a boolean mask attention would make these in every block, and keep them.
+    """
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if window < length:
+        seen = seen.triu(1 - window)
+    if documents is None:
+        seen = seen[None, None]
+    else:
+        seen = (documents[:, None, :, None] == documents[:, None, None, :]) & seen
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 class Dropout:
@@ -109,44 +116,55 @@ class Dropout:
 class Attention(nn.Module):
     """Grouped-query self-attention over the heads whose weights are here."""
 
-    def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles) -> None:
+    def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles, *, windowed: bool) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (Projection(make, f"{name}.{part}") for part in "qkvo")
         self.qkv = Projections(self.q, self.k, self.v)
-        norm: dict[str, Any] = {"kind": "rms", "eps": model.norm_eps}
+        norm: dict[str, Any] = {"kind": "unit_rms" if model.norm == "unit_rms" else "rms", "eps": model.norm_eps}
         self.q_norm = Norm(make, f"{name}.q_norm", **norm) if model.qk_norm else None
         self.k_norm = Norm(make, f"{name}.k_norm", **norm) if model.qk_norm else None
-        self.head_dim, self.roles, self.attend = model.head_dim, roles, attend
+        self.across_heads = model.qk_norm and model.qk_norm_over == "all"
+        self.window = model.sliding_window if windowed else 0
+        self.scale = None if model.query_scale == model.head_dim else model.query_scale**-0.5
+        self.head_dim, self.softcap, self.roles = model.head_dim, model.attention_softcap, roles
+        self.attend: Callable[..., Tensor] = attend
 
     def forward(self, x: Tensor, norm: Norm, context: Context) -> Tensor:
         """(B, S, D), to be normed first -> (B, S, D)."""
         q, k, v = self.roles.columns(x, norm, self.qkv)  # (B, S, H E), (B, S, K E) twice
-        q, k = self._placed(q, self.q_norm, context), self._placed(k, self.k_norm, context)
+        if self.across_heads:
+            assert self.q_norm is not None and self.k_norm is not None
+            q, k = self.roles.across([q, k], [self.q_norm, self.k_norm])
+        rotary, mask = context.rotary, context.mask
+        if self.window:
+            rotary = context.rotary if context.local_rotary is None else context.local_rotary
+            mask = context.mask if context.local_mask is None else context.local_mask
+        q, k = self._placed(q, self.q_norm, rotary), self._placed(k, self.k_norm, rotary)
         q, k, v = (self._heads(y).transpose(1, 2) for y in (q, k, v))  # (B, H or K, S, E)
-        y = self.attend(q, k, v, context.mask)
+        y = self.attend(q, k, v, mask, self.scale, self.softcap)
         return self.roles.row([y.transpose(1, 2).flatten(2)], "none", self.o.weight, self.o.bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, S, H E) or (B, S, H, E) -> (B, S, H, E)."""
         return x.view(*x.shape[:2], -1, self.head_dim)
 
-    def _placed(self, x: Tensor, norm: Norm | None, context: Context) -> Tensor:
+    def _placed(self, x: Tensor, norm: Norm | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries or keys (B, S, H E), each head normed where the model does so, and turned to its position."""
-        if norm is not None:
+        if norm is not None and not self.across_heads:
             x = norm(self._heads(x))
-        if context.rotary is None:
+        if rotary is None:
             return x
         if not self.roles.in_place:
-            return rotated(self._heads(x), *context.rotary)
-        return RotateInPlace.apply(x, *context.rotary)
+            return rotated(self._heads(x), *rotary)
+        return RotateInPlace.apply(x, *rotary)
 
 
 class Mlp(nn.Module):
-    """The feed-forward: SwiGLU with gate and up, or GELU with up alone."""
+    """The feed-forward: gate and up, or up alone."""
 
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
-        self.gate = Projection(make, f"{name}.gate") if model.activation == "swiglu" else None
+        self.gate = Projection(make, f"{name}.gate") if model.activation in GATED else None
         self.up, self.down = Projection(make, f"{name}.up"), Projection(make, f"{name}.down")
         self.wide = Projections(self.up) if self.gate is None else Projections(self.gate, self.up)
         self.activation, self.roles = model.activation, roles
@@ -164,32 +182,41 @@ class Embedding(nn.Module):
         super().__init__()
         self.embedding, self.positions = Projection(make, "embedding"), Projection(make, "positions")
         self.roles, self.dropout = roles, Dropout("embedding", model.dropout, roles)
+        # Rounded as the weights are: so were the published models trained.
+        self.scale = float(torch.tensor(model.dim**0.5, dtype=self.embedding.weight.dtype)) if model.embedding_scale else None
 
     def forward(self, context: Context) -> Tensor:
         """The context's tokens (B, S) -> (B, S, D)."""
         x = self.roles.embed(context.tokens, self.embedding.weight)
+        if self.scale is not None:
+            x = x * self.scale
         if self.positions.weight is not None:
             x = x + F.embedding(self.roles.outside(context.positions), self.positions.weight)  # (B or 1, S, D)
         return self.dropout(x, context)
 
 
 class Block(nn.Module):
-    """A middle unit: attention and feed-forward, each behind its norm and around the residual stream."""
+    """A middle unit: attention and feed-forward, each with its norms and around the residual stream."""
 
     def __init__(self, make: Make, layer: int, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
         name = f"blocks.{layer}"
         norm: dict[str, Any] = {"kind": model.norm, "eps": model.norm_eps}
         self.attention_norm, self.mlp_norm = Norm(make, f"{name}.attention_norm", **norm), Norm(make, f"{name}.mlp_norm", **norm)
-        self.attention, self.mlp = Attention(make, f"{name}.attention", model, roles), Mlp(make, f"{name}.mlp", model, roles)
+        self.attention_post_norm = Norm(make, f"{name}.attention_post_norm", **norm)
+        self.mlp_post_norm = Norm(make, f"{name}.mlp_post_norm", **norm)
+        self.attention = Attention(make, f"{name}.attention", model, roles, windowed=is_windowed(model, layer))
+        self.mlp = Mlp(make, f"{name}.mlp", model, roles)
         self.drop_attention = Dropout(f"{name}.attention", model.dropout, roles)
         self.drop_mlp = Dropout(f"{name}.mlp", model.dropout, roles)
         self.run_mlp: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda run, x: run(x)  # a seam for recomputation
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x = x + self.drop_attention(self.attention(x, self.attention_norm, context), context)
-        return x + self.drop_mlp(self.run_mlp(lambda x: self.mlp(x, self.mlp_norm), x), context)
+        y = self.attention_post_norm(self.attention(x, self.attention_norm, context))
+        x = x + self.drop_attention(y, context)
+        del y  # a norm's output is needed nowhere else
+        return x + self.drop_mlp(self.run_mlp(lambda x: self.mlp_post_norm(self.mlp(x, self.mlp_norm)), x), context)
 
 
 class Head(nn.Module):
@@ -199,15 +226,17 @@ class Head(nn.Module):
         super().__init__()
         self.norm = Norm(make, "norm", kind=model.norm, eps=model.norm_eps)
         self.head = Projection(make, "embedding" if model.tied else "head")
-        self.roles = roles
+        self.roles, self.softcap = roles, model.logit_softcap
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, S, D) -> the summed cross-entropy over the context's labels, a float64 scalar."""
-        return self.roles.loss(x, self.norm, self.head.weight, context.labels, smooth=context.training)
+        """(B, S, D) -> the summed cross-entropy over the context's labels, each times its weight, a float64 scalar."""
+        rules: dict[str, Any] = {"weights": context.weights, "softcap": self.softcap, "smooth": context.training}
+        return self.roles.loss(x, self.norm, self.head.weight, context.labels, **rules)
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""
-        return self.roles.logits(self.norm(x), self.head.weight)
+        logits = self.roles.logits(self.norm(x), self.head.weight)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 def build_unit(name: str, model: ModelConfig, make: Make, roles: Roles) -> Embedding | Block | Head:

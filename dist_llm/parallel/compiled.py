@@ -19,6 +19,7 @@ from dist_llm.mesh import groups_by_key
 from dist_llm.model.kernels import activate
 from dist_llm.model.parts import Norm, Projections
 from dist_llm.parallel import tensor
+from dist_llm.parallel.across import across
 from dist_llm.parallel.operation import differentiable, operation
 from dist_llm.parallel.tensor import Split, TensorRoles, beside
 
@@ -33,6 +34,11 @@ class CompiledRoles(TensorRoles):
         weights, joined, split = projections.weights, projections.joined, self.split
         outputs = column(norm(x), weights, projections.biases, joined, split.group.key, split.sp, split.fp8)
         return list(outputs[0].split_with_sizes([weight.shape[0] for weight in weights], dim=-1)) if joined else outputs
+
+    def across(self, parts: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
+        """Enters with this rank's queries and keys (B, S, H E), leaves with them normed over the heads of all ranks."""
+        rule = (norms[0].kind, norms[0].eps, self.split.group.key)
+        return list(across([part.contiguous() for part in parts], [norm.weight for norm in norms], *rule))[: len(parts)]
 
     def row(self, parts: Sequence[Tensor], activation: str, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""

@@ -34,6 +34,7 @@ from dist_llm.model.kernels import TOKENS, activate, activate_backward, norm, no
 from dist_llm.model.parts import Norm, Projections
 from dist_llm.model.products import Products
 from dist_llm.model.roles import Roles
+from dist_llm.parallel.across import Across
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Rule:
         """(..., D) -> (..., D)."""
         return norm(x, gain, shift, kind=self.kind, eps=self.eps)
 
-    def backward(self, slope: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(by x, by gain, by shift where there is one)."""
-        by_x, by_gain, *by_shift = norm_backward(slope, x, gain, shift, kind=self.kind, eps=self.eps)
-        return by_x, by_gain, by_shift[0] if by_shift else None
+    def backward(self, slope: Tensor, x: Tensor, gain: Tensor, shift: Tensor | None) -> list[Tensor | None]:
+        """[by x, by gain, by shift], None where the norm has no such weight."""
+        found = norm_backward(slope, x, gain, shift, kind=self.kind, eps=self.eps)
+        return [*found, *[None] * (3 - len(found))]
 
 
 class TensorRoles(Roles):
@@ -88,11 +89,29 @@ class TensorRoles(Roles):
         """Enters with all tokens (B, S) and rows [first, first + v) of the table, leaves with (B, S', D)."""
         return Embed.apply(tokens, weight, self.first, self.split)
 
-    def loss(self, x: Tensor, norm: Norm, weight: Tensor, labels: Tensor, *, smooth: bool = True) -> Tensor:
-        """Enters with (B, S', D) before its norm and v rows of the output table, leaves with the summed loss of all tokens on each rank."""
-        part = vocabulary.Slice(self.first, self.vocab, self.smoothing if smooth else 0.0, lambda known: _share(known, self.split.group))
+    def across(self, parts: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
+        """Enters with this rank's queries and keys (B, S, H E), leaves with them normed over the heads of all ranks."""
+        return list(Across.apply(norms[0].kind, norms[0].eps, self.split.group, len(parts), *parts, *(norm.weight for norm in norms)))
+
+    def loss(
+        self,
+        x: Tensor,
+        norm: Norm,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        weights: Tensor | None = None,
+        softcap: float = 0.0,
+        smooth: bool = True,
+    ) -> Tensor:
+        """Enters with (B, S', D) before its norm and v rows of the output table, leaves with the summed loss of all tokens on each rank.
+
+        weights (B, S): what each token's loss counts.
+        """
+        smoothing, group = self.smoothing if smooth else 0.0, self.split.group
+        part = vocabulary.Slice(self.first, self.vocab, smoothing, lambda known: _share(known, group), softcap)
         rule = Rule(norm.kind, norm.eps)
-        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, part, torch.is_grad_enabled(), self.split)
+        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, weights, part, torch.is_grad_enabled(), self.split)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Enters with (B, S', D), leaves with this rank's logits (B, S, v)."""
@@ -332,18 +351,20 @@ class VocabularyLoss(Function):
         weight: Tensor,
         rule: Rule,
         labels: Tensor,
+        weights: Tensor | None,
         part: vocabulary.Slice,
         slopes: bool,
         split: Split,
     ) -> Tensor:
-        """x (B, S', D), weight (v, D), labels (B, S) -> the summed loss, a float64 scalar, the same on each rank."""
+        """x (B, S', D), weight (v, D), labels and weights (B, S) -> the summed loss, a float64 scalar, the same on each rank."""
+        flat, counts = labels.flatten(), None if weights is None else weights.flatten()
 
         def gathered() -> Tensor:
             return _gather(rule(x, gain, shift), split).flatten(0, 1)
 
         if not slopes:
-            return vocabulary.loss_alone(gathered(), weight, labels.flatten(), part)
-        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, labels.flatten(), part)  # its input is free now
+            return vocabulary.loss_alone(gathered(), weight, flat, part, counts)
+        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, flat, part, counts)  # its input is free now
         by_normed = _reduce(by_normed.unflatten(0, (x.shape[0], -1)), split)
         ctx.save_for_backward(*rule.backward(by_normed, x, gain, shift), by_weight)
         return loss
@@ -355,7 +376,7 @@ class VocabularyLoss(Function):
         Scaled where they lie: autograd refuses a second backward, because what was kept has changed.
         """
         gradients = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
-        return *gradients, *[None] * 5
+        return *gradients, *[None] * 6
 
 
 def _share(known: vocabulary.Statistics, group: Group) -> vocabulary.Statistics:

@@ -104,12 +104,15 @@ class Walk:
         return 4 * self.shape.micro * self.shape.sequence * NUMBER
 
     def _context(self) -> int:
-        """Places (B, S), the mask (B, 1, S, S), cosines and sines (B or 1, S, 1, E)."""
+        """Places (B, S), masks (B or 1, 1, S, S), cosines and sines (B or 1, S, 1, E): one of each, or another for windowed layers."""
         shape, width = self.shape, self.shape.widths.weight
         places = shape.micro * shape.sequence * NUMBER
         mask = shape.micro * shape.sequence**2 * width if shape.masked else 0
+        if 0 < shape.model.sliding_window < shape.sequence:
+            mask += (shape.micro if shape.masked else 1) * shape.sequence**2 * width
         rows = (shape.micro if shape.restarting else 1) * shape.sequence
-        return places + mask + (2 * rows * shape.model.head_dim * width if shape.model.positions == "rotary" else 0)
+        tables = 4 if shape.model.sliding_window and shape.model.rope_local_theta != shape.model.rope_theta else 2
+        return places + mask + (tables * rows * shape.model.head_dim * width if shape.model.positions == "rotary" else 0)
 
     # --- the pipeline ------------------------------------------------------------------------------------------------
 

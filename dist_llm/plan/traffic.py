@@ -195,13 +195,22 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
         for name in units:
             each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
             total["tp"] += shape.micro_batches * (each * moved + (scalars if name == "head" else 0))
-            total["tp"] += shape.micro_batches * (_scales(shape) if name.startswith("blocks.") else 0)
+            total["tp"] += shape.micro_batches * (_scales(shape) + _across(shape) if name.startswith("blocks.") else 0)
     for plan, num_uses in shape.flat_plans(pp, tp).values():
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         for slot in plan.slots:
             if slot.sharding.partial:
                 sharing = len(slot.sharding.replicas(tp))
                 total["tp"] += reductions * 2 * (sharing - 1) / sharing * slot.numel * wide.gradient
+
+
+def _across(shape: Shape) -> float:
+    """Where queries and keys are normed over all heads: two numbers a token, forward and backward. Bytes a micro-batch and block."""
+    model, layout = shape.model, shape.layout
+    if not (model.qk_norm and model.qk_norm_over == "all"):
+        return 0.0
+    times = 3 if layout.recompute == "full" else 2
+    return times * 2 * (layout.tp - 1) / layout.tp * 2 * shape.micro * shape.sequence * shape.widths.statistic
 
 
 def _scales(shape: Shape) -> float:

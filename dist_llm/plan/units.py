@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dist_llm.config.presets import GATED
 from dist_llm.plan.traffic import Shape
 
 PIECE = 512  # tokens of an activation at once on a CPU (model/kernels.py: TOKENS)
@@ -43,7 +44,7 @@ class Tensors:
         model, layout, wide = shape.model, shape.layout, shape.widths
         self.model, self.layout, self.width, self.exact = model, layout, wide.weight, wide.statistic
         self.cpu = shape.device == "cpu"
-        self.tokens = shape.micro * shape.sequence
+        self.tokens, self.sequence = shape.micro * shape.sequence, shape.sequence
         self.elements = self.tokens // (layout.tp if layout.sp else 1) * model.dim
         self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
         self.whole = self.tokens * model.dim * wide.weight  # (B, S, D): the same inside a region split by feature
@@ -112,13 +113,17 @@ class Block:
         self.t, model = t, t.model
         self.q, self.k = t.features("attention.q"), t.features("attention.k")
         self.qkv = self.q + 2 * self.k
-        names = ("mlp.gate", "mlp.up") if model.activation == "swiglu" else ("mlp.up",)
+        names = ("mlp.gate", "mlp.up") if model.activation in GATED else ("mlp.up",)
         self.mlp, self.by_mlp = t.features(*names), t.by_weight(*names)
         self.by_qkv = t.by_weight("attention.q", "attention.k", "attention.v")
         self.by_o, self.by_down = t.by_weight("attention.o"), t.by_weight("mlp.down")
-        statistics = self.q // (model.head_dim * t.width) * t.exact  # log-sum-exp, a number per head and token
+        heads = self.q // (model.head_dim * t.width)  # B S H
+        statistics = heads * t.exact  # log-sum-exp, a number per head and token
+        if model.attention_softcap:  # all scores, tanh and softmax of them, beside copies of queries, keys and values for every head
+            statistics = heads * t.sequence * (t.width + t.exact + (t.width if t.exact != t.width else 0)) + 3 * self.q
         normed = self.q + self.k if model.qk_norm else 0
-        self.attention = self.qkv + normed + self.q + statistics + t.mask  # its output is as large as the queries
+        self.post = t.stream if model.norm_place != "before" else 0  # what a norm behind a half reads
+        self.attention = self.qkv + normed + self.q + statistics + t.mask + self.post  # its output is as large as the queries
         pieces = min(PIECE, t.tokens) if t.cpu else t.tokens
         self.piece = self.mlp // len(names) * pieces // t.tokens  # (piece, F)
         self.num_pieces = len(names) + 1  # in backward: the slope, the activation, for SwiGLU up's slope
@@ -127,7 +132,8 @@ class Block:
     def holds(self) -> Holds:
         """As `Layout.recompute` says."""
         t, recompute = self.t, self.t.layout.recompute
-        made = self.attention + t.stream + (0 if recompute == "selective" else self.mlp) + t.mask  # with the residual between the halves
+        mlp = 0 if recompute == "selective" else self.mlp + self.post
+        made = self.attention + t.stream + mlp + t.mask  # with the residual between the halves
         graph = self._forward(kept=True)
         if recompute == "full":
             return Holds(t.stream, 0, self._forward(kept=False), graph, made, self._backward(made))
@@ -136,11 +142,10 @@ class Block:
     def _forward(self, *, kept: bool) -> int:
         """Both halves, each with its dropout and its sum. kept: a graph keeps what they leave for backward."""
         t, selective = self.t, self.t.layout.recompute == "selective"
-        attention = self.attention - t.mask
-        first = max(
-            self._columns_forward(self.qkv), attention + self._row_forward(t.model.out_bias), kept * attention + self._sum_forward()
-        )
-        feed_forward = max(self._mlp_forward(), (self.mlp if kept and not selective else 0) + self._sum_forward())
+        attention = self.attention - t.mask - self.post
+        row, after = attention + self._row_forward(t.model.out_bias), kept * (attention + self.post) + self._sum_forward()
+        first = max(self._columns_forward(self.qkv), row, after)
+        feed_forward = max(self._mlp_forward(), (self.mlp + self.post if kept and not selective else 0) + self._sum_forward())
         return max(first, kept * self.attention + t.stream + feed_forward)
 
     def _columns_forward(self, outputs: int) -> int:
@@ -170,27 +175,32 @@ class Block:
         """The larger half. bfloat16 gradients by weights stay until the unit is done; the second run of a feed-forward holds its slope."""
         t = self.t
         again = self._mlp_forward() if t.layout.recompute == "selective" else 0
-        full = made + (self.mlp if again else 0)
+        full = made + (self.mlp + self.post if again else 0)
+        slope = self.post or t.dropped  # of the half's output
+        inner = full - self.post + slope
         narrow = t.exact != t.width
         by_down = self.by_down * (1 + t.exact // t.width if narrow else 1)  # added up in float32, then cast
         feed_forward = [
             made + 2 * t.dropped,
             made + t.dropped + again,
-            full + t.dropped + t.gathering,
-            full + t.dropped + t.gathered + by_down + self.num_pieces * self.piece,
-            full + (t.dropped if again else 0) + narrow * self.by_down + self._columns_backward(self.by_mlp),
+            full + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
+            inner + t.gathering,
+            inner + t.gathered + by_down + self.num_pieces * self.piece,
+            full - self.post + (t.dropped if again else 0) + narrow * self.by_down + self._columns_backward(self.by_mlp),
         ]
         return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
 
     def _attention_backward(self, by: int) -> list[int]:
         """Beside the new slope of the residual; `by` gradients by weights that stay."""
-        t, held = self.t, self.t.stream + self.attention + by
+        t, whole = self.t, self.t.stream + self.attention + by
+        held = whole - self.post
         by_o = self.by_o if t.exact != t.width else 0
         turned = self.qkv if t.model.qk_norm else 0  # the products that the norms of queries and keys read
         return [
-            held + 2 * t.dropped,
-            held + t.dropped + t.gathering,
-            held + t.dropped + t.gathered + self.q + self.by_o,  # the slope of attention's output
+            whole + 2 * t.dropped,
+            whole + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
+            held + (self.post or t.dropped) + t.gathering,
+            held + (self.post or t.dropped) + t.gathered + self.q + self.by_o,  # the slope of attention's output
             held + by_o + self.q + self.qkv,  # and those of queries, keys and values
             t.stream + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
             t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv),
@@ -199,11 +209,12 @@ class Block:
 
 def _embedding(t: Tensors) -> Holds:
     """Tokens to vectors: its backward multiplies the slope by 0 where a token's row is elsewhere."""
-    learned = t.stream if t.model.positions == "learned" else 0
+    learned = t.stream if t.model.positions == "learned" or t.model.embedding_scale else 0
+    behind = t.stream if t.model.embedding_scale else t.dropped
     by_table = t.by_weight("embedding")
     forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing))
-    rows = t.dropped + t.gathered + t.whole + by_table
-    return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + t.gathering, rows))
+    rows = behind + t.gathered + t.whole + by_table
+    return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering, rows))
 
 
 def _head(t: Tensors) -> Holds:
@@ -212,7 +223,8 @@ def _head(t: Tensors) -> Holds:
     exact = by_table // t.width * t.exact
     rows = t.weights["embedding.weight" if t.model.tied else "head.weight"][0]
     narrow = t.exact != t.width
-    logits = min(CHUNK, t.tokens) * rows * (t.exact + (t.width if narrow else 0))  # a cast has both
+    beside = t.exact if t.model.logit_softcap else t.width if narrow else 0  # the slope of a cap; of a cast, what it was made of
+    logits = min(CHUNK, t.tokens) * rows * (t.exact + beside)
     cast = by_table if narrow else 0
     made = t.stream + by_table
     making = [

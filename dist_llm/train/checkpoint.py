@@ -152,12 +152,13 @@ class Saver:
             raise
 
     def _write(self, part: Part) -> dict[str, dict[str, Any]]:
-        """Writes this rank's files, and on rank 0 the tokenizer; returns size and sha256 of each, as they came back from the disk."""
+        """Writes this rank's files, and on rank 0 the tokenizer; returns size and hash of each, as they came back from the disk."""
         disk, folder, rank = self._disk, self._partial, self.mesh.rank
         self._require_finite(part)
         written = write_part(disk, folder, rank, part)
         if rank == 0:
-            written |= {name: disk.write(folder / name, [content]) for name, content in self.prepared.tokenizer.files.items()}
+            beside = self.prepared.tokenizer.kept | self.prepared.beside
+            written |= {name: disk.write(folder / name, [content]) for name, content in beside.items()}
         flush(disk, folder, written)
         return {name: digest.about for name, digest in written.items()}
 
@@ -176,7 +177,8 @@ class Saver:
 
     def _manifest(self, files: dict[str, Any]) -> dict[str, Any]:
         """What a reader must know beside the tensors."""
-        return {
+        base = {"base": self.prepared.base} if self.prepared.base else {}
+        return base | {
             "version": VERSION,
             "save_id": self._save_id,
             "step": self._step,  # the number of optimizer updates made; the sample order goes on from it
@@ -225,7 +227,8 @@ def _verified(path: Path, engine: NativeEngine, accept: Callable[[Checkpoint], N
     accept(found)
 
     def stage() -> dict[str, list[list[int]]]:
-        staged.append(Staged(found.parts, engine.wanted()))
+        fresh = set(KINDS) - {kind for kind, _ in found.parts.runs} if found.step == 0 else set()
+        staged.append(Staged(found.parts, engine.wanted(), fresh=fresh))
         return {name: _spans(numbers) for name, numbers in found.parts.seen().items()}
 
     seen = {

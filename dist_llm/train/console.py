@@ -74,6 +74,10 @@ class Console:
         self.line(f"data: {ready['tokens']:,} tokens to train on{held_out}; vocabulary {ready['vocab']:,}")
         self.line(f"device: {plain(ready['device'])}, {ready['dtype']}, {ready['backend']}")
 
+    def _base(self, value: dict[str, Any]) -> None:
+        most = max(value["bytes"])
+        self.line(f"base: {plain(value['path'])}; a rank read at most {most:,} bytes of it")
+
     def _resumed(self, value: dict[str, Any]) -> None:
         self.line(f"going on from step {value['step']}: {plain(value['path'])}")
 

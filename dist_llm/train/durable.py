@@ -2,16 +2,20 @@
 
 What a crash leaves for certain is the bytes of a file after `sync` and the names in a folder after `sync_folder`; all else
 may be there, in part, in any order, or not at all. Torch-free.
+
+Bytes are hashed with XXH3 (128 bits), at nine times the speed of SHA-256 where this was measured: a hash is to find damage, not a
+forger, who could write the hashes too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from xxhash import xxh3_128
 
 from dist_llm import faults
 
@@ -20,34 +24,31 @@ Bytes = bytes | memoryview
 
 
 class Digest:
-    """The sha256 of each block of a file, and that of all its bytes unless `whole` is off, taken while they pass."""
+    """The hash of each block of a file, taken while its bytes pass, and one of all: that of these hashes, for bytes are hashed once."""
 
-    def __init__(self, *, whole: bool = True) -> None:
-        self.size, self.whole = 0, whole
-        self._whole, self._blocks = hashlib.sha256(), [hashlib.sha256()]
+    def __init__(self, data: Bytes = b"") -> None:
+        self.size, self._blocks = 0, [xxh3_128()]
+        self.update(data)
 
     def update(self, data: Bytes) -> None:
         """Takes the next bytes."""
         rest = memoryview(data).cast("B") if len(data) else memoryview(b"")
         while len(rest):
             if self.size == len(self._blocks) * BLOCK:
-                self._blocks.append(hashlib.sha256())
+                self._blocks.append(xxh3_128())
             part = rest[: len(self._blocks) * BLOCK - self.size]
-            if self.whole:
-                self._whole.update(part)
             self._blocks[-1].update(part)
             self.size, rest = self.size + len(part), rest[len(part) :]
 
     @property
     def blocks(self) -> list[str]:
-        """The sha256 of each block of BLOCK bytes, the last one shorter; none of an empty file."""
+        """The hash of each block of BLOCK bytes, the last one shorter; none of an empty file."""
         return [block.hexdigest() for block in self._blocks] if self.size else []
 
     @property
     def about(self) -> dict[str, Any]:
-        """`{"bytes", "sha256"}`, as a manifest keeps it."""
-        assert self.whole
-        return {"bytes": self.size, "sha256": self._whole.hexdigest()}
+        """`{"bytes", "xxh128"}`, as a manifest keeps it."""
+        return {"bytes": self.size, "xxh128": xxh3_128("".join(self.blocks).encode()).hexdigest()}
 
 
 class Disk:
@@ -112,7 +113,7 @@ class Disk:
 
     def read_back(self, path: Path) -> Digest:
         """Hashes the blocks of a file as the disk gives it back: what the system remembers of it is dropped first, where it can be."""
-        digest = Digest(whole=False)
+        digest = Digest()
         with _named(path), path.open("rb", buffering=0) as handle:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

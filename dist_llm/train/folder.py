@@ -1,8 +1,8 @@
 """The folder of a checkpoint, RUN/checkpoints/step-00000100/: complete and verified, or not there at all.
 
     rank-00000.safetensors, rank-00000.json   each rank's tensors (parts.py): weights, first and second moments
-    tokenizer.json, tokenizer_config.json     so that text can be made from the folder alone
-    manifest.json                             step, config, layout, rows, hashes of tokenizer and data, size and sha256 of each file
+    tokenizer.json, tokenizer_config.json     so that text can be made from the folder alone; and what else was carried along (sidefiles.py)
+    manifest.json                             step, config, layout, rows, hashes of tokenizer and data, size and hash of each file
     COMMIT                                    the sha256 of manifest.json
 
 Files are written into a folder of another name, flushed and read back; then come the manifest and COMMIT; then the folder
@@ -18,7 +18,6 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Mapping
 from dataclasses import fields
 from math import prod
@@ -26,21 +25,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_llm.config.layout import Layout
-from dist_llm.config.schema import LARGEST, Config, LayoutConfig
+from dist_llm.config.schema import Config, LayoutConfig
 from dist_llm.errors import CheckpointError
-from dist_llm.train.durable import Digest, Disk
+from dist_llm.sidefiles import NEEDED, SIDE_FILES
+from dist_llm.strict import is_count, read_bounded, strict_json
+from dist_llm.train.durable import BLOCK, Digest, Disk
 
 if TYPE_CHECKING:
     from dist_llm.train.parts import Parts
 
-VERSION = 2
+VERSION = 3
 MANIFEST, COMMIT = "manifest.json", "COMMIT"
 LARGEST_MANIFEST = 64 << 20  # bytes
-FILE_NAME = re.compile(r"rank-\d{5}\.(safetensors|json)|tokenizer(_config)?\.json")
+FILE_NAME = re.compile(r"rank-\d{5}\.(safetensors|json)", re.ASCII)
 FOLDER_NAME = re.compile(r"step-(\d{8,18})|\.step-(\d{8,18})\.[0-9a-f]{16}\.replaced", re.ASCII)
 ROW_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256, XXH128 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 KEYS = {"version", "save_id", "step", "world", "layout", "config", "rows", "tokenizer", "data", "seed", "files"}
+OPTIONAL = {"base"}  # the identity of the weights that the run began with
+NO_TEXT = "0" * 64  # the data of a checkpoint that no run of ours has made
 
 
 class Checkpoint:
@@ -58,6 +61,23 @@ class Checkpoint:
         return sorted(self.manifest["files"])
 
     @property
+    def beside(self) -> dict[str, bytes]:
+        """name -> content of the files beside the tensors; each was compared with its hash. Raises CheckpointError."""
+        names = [name for name in self.files if name in SIDE_FILES]
+        self.verify(names)
+        return {name: (self.path / name).read_bytes() for name in names}
+
+    @property
+    def imported(self) -> bool:
+        """Whether it is no run's: weights from elsewhere, before a first step."""
+        return self.step == 0 and self.manifest["data"] == NO_TEXT
+
+    @property
+    def opened(self) -> bool:
+        """Whether files of tensors may be open."""
+        return self._parts is not None
+
+    @property
     def parts(self) -> Parts:
         """The tensors; each byte that is read of them is compared with its hash."""
         from dist_llm.train.parts import Parts  # torch comes with the tensors
@@ -68,13 +88,14 @@ class Checkpoint:
     def verify(self, files: list[str] | None = None) -> None:
         """Hashes files (None: all). Raises CheckpointError that names the damaged one and both hashes."""
         for name in self.files if files is None else files:
-            path, expected = self.path / name, self.manifest["files"][name]["sha256"]
+            path, found = self.path / name, Digest()
             try:
                 with path.open("rb") as handle:
-                    found = hashlib.file_digest(handle, "sha256").hexdigest()
+                    while chunk := handle.read(BLOCK):
+                        found.update(chunk)
             except OSError as error:
                 raise damaged("a file of the checkpoint cannot be read", path, found=error.strerror) from None
-            require_hash(path, found, expected=expected)
+            require_hash(path, found.about["xxh128"], expected=self.manifest["files"][name]["xxh128"])
 
 
 def damaged(what: str, path: Path, *, expected: str | None = None, found: str | None = None) -> CheckpointError:
@@ -84,9 +105,9 @@ def damaged(what: str, path: Path, *, expected: str | None = None, found: str | 
 
 
 def require_hash(path: Path, found: str, *, expected: str, part: str = "") -> None:
-    """Raises CheckpointError where a file, or the part of it that is named, has another sha256."""
+    """Raises CheckpointError where a file, or the part of it that is named, has another hash."""
     if found != expected:
-        raise damaged("a file of the checkpoint is damaged", path, expected=f"sha256 {expected}{part}", found=f"sha256 {found}{part}")
+        raise damaged("a file of the checkpoint is damaged", path, expected=f"xxh128 {expected}{part}", found=f"xxh128 {found}{part}")
 
 
 # --- find ----------------------------------------------------------------------------------------------------------------
@@ -135,7 +156,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a step folder, or the newest of a run folder. Raises CheckpointError (exit 4) when it is absent, damaged or too new."""
     folder = newest(path)
     try:
-        commit, text = _read_bounded(folder / COMMIT, 1 << 10), _read_bounded(folder / MANIFEST, LARGEST_MANIFEST)
+        commit, text = read_bounded(folder / COMMIT, 1 << 10), read_bounded(folder / MANIFEST, LARGEST_MANIFEST)
     except OSError as error:
         what, lacks = "the checkpoint is not complete", f"{Path(error.filename or folder).name}: {error.strerror}"
         advice = "name the run folder: its newest complete checkpoint is taken"
@@ -169,32 +190,12 @@ def read_manifest(text: bytes, path: Path) -> tuple[dict[str, Any], Config]:
         raise damaged("the manifest of the checkpoint contradicts itself", path, found=first[:200]) from None
 
 
-def strict_json(text: bytes) -> Any:
-    """JSON in UTF-8 in which no key comes twice and every number is finite. Raises ValueError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key comes twice")
-        return found
-
-    def refuse(word: str) -> Any:
-        raise ValueError(f"the number {word}")
-
-    return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
-
-
-def is_count(value: Any, *, least: int = 0) -> bool:
-    """Whether a JSON value is a whole number that a file can speak of."""
-    return type(value) is int and least <= value <= LARGEST
-
-
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Asserts that names lead nowhere else, that every rank has its files, and that the tensors fit into them."""
-    assert type(manifest["version"]) is int and manifest.keys() == KEYS, "its keys"
+    assert type(manifest["version"]) is int and KEYS <= manifest.keys() <= KEYS | OPTIONAL, "its keys"
     assert re.fullmatch(r"[0-9a-f]{16}", manifest["save_id"]), "the save id"
     assert is_count(manifest["step"]) and is_count(manifest["world"], least=1) and type(manifest["seed"]) is int, "a count"
-    assert SHA256.fullmatch(manifest["tokenizer"]) and SHA256.fullmatch(manifest["data"]), "a hash"
+    assert all(SHA256.fullmatch(manifest[key]) for key in ("tokenizer", "data", *(OPTIONAL & manifest.keys()))), "a hash"
     _check_files(manifest["files"], manifest["world"])
     names = [name for name, _ in manifest["rows"]]
     assert len(set(names)) == len(names) and all(ROW_NAME.fullmatch(name) for name in names), "a name of a tensor"
@@ -207,20 +208,12 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 def _check_files(files: dict[str, Any], world: int) -> None:
     """Asserts that the files of a manifest are those of `world` ranks and a tokenizer, each with a size and a hash."""
-    assert all(FILE_NAME.fullmatch(name) for name in files), "a file name"
-    assert len(files) == 2 * world + 2, "the number of files"
+    assert all(FILE_NAME.fullmatch(name) or name in SIDE_FILES for name in files), "a file name"
+    assert 2 * world + len(NEEDED) <= len(files) <= 2 * world + len(SIDE_FILES), "the number of files"
     ranks = (f"rank-{rank:05d}.{end}" for rank in range(world) for end in ("safetensors", "json"))
-    assert files.keys() == {*ranks, "tokenizer.json", "tokenizer_config.json"}, "a file name"
+    assert {*files} - {*SIDE_FILES} == {*ranks} and {*NEEDED} <= files.keys(), "a file name"
     for about in files.values():
-        assert about.keys() == {"bytes", "sha256"} and is_count(about["bytes"]) and SHA256.fullmatch(about["sha256"]), "a file"
-
-
-def _read_bounded(path: Path, most: int) -> bytes:
-    """At most so many bytes of a file. Raises OSError, also for a pipe, which would keep its reader waiting for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    with path.open("rb") as handle:
-        return handle.read(most)
+        assert about.keys() == {"bytes", "xxh128"} and is_count(about["bytes"]) and XXH128.fullmatch(about["xxh128"]), "a file"
 
 
 # --- save ----------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     rank-00000.safetensors   `kind/name/start` -> a run of one tensor's elements (n,)
     rank-00000.json          runs: for each key the box the run lies in, and its (start, stop) counted row-major inside the box;
-                             blocks: the sha256 of each 256 KiB of the other file
+                             blocks: the hash of each 256 KiB of the other file
 
 Each rank writes what it answers for, so that together the files hold every element once. A reader takes a run of any
 box; where boxes are cut alike that is a slice of a file, otherwise elements are matched by their place in the global tensor.
@@ -11,24 +11,25 @@ It reads the blocks that the run lies in and nothing else, and compares each wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from dist_llm.engines.native import Item, Wanted
 from dist_llm.errors import CheckpointError
 from dist_llm.sharding import Box
+from dist_llm.strict import first_line, is_count, strict_json
 from dist_llm.train.durable import BLOCK, Bytes, Digest, Disk
-from dist_llm.train.folder import SHA256, damaged, is_count, require_hash, strict_json
+from dist_llm.train.folder import XXH128, damaged, require_hash
 
 CHUNK = 1 << 20  # elements matched at a time: bounds the int64 temporaries
 LARGEST_HEADER = 100 << 20  # bytes, as the safetensors library has it
@@ -159,7 +160,7 @@ class HashedFile:
         for number in range(first, end):
             block = content[(number - first) * BLOCK : (number + 1 - first) * BLOCK]
             part = f" of bytes {number * BLOCK} to {number * BLOCK + len(block)}"
-            require_hash(self.path, hashlib.sha256(block).hexdigest(), expected=self.blocks[number], part=part)
+            require_hash(self.path, xxh3_128_hexdigest(block), expected=self.blocks[number], part=part)
             self.seen.add(number)
         return content
 
@@ -185,7 +186,7 @@ def read_header(file: HashedFile) -> dict[str, tuple[torch.dtype, int, int]]:
         assert at == file.size, "the end of the last tensor"
         return found
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError, AttributeError) as error:
-        raise damaged("the header of a file contradicts itself", file.path, found=_first_line(error)) from None
+        raise damaged("the header of a file contradicts itself", file.path, found=first_line(error)) from None
 
 
 def read_index(text: bytes, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], dict[str, tuple[Box, int, int]]]:
@@ -193,7 +194,7 @@ def read_index(text: bytes, path: Path, shapes: Mapping[str, tuple[int, ...]]) -
     try:
         index = strict_json(text)
         assert index.keys() == {"blocks", "runs"}, "its keys"
-        assert type(index["blocks"]) is list and all(SHA256.fullmatch(block) for block in index["blocks"]), "a hash"
+        assert type(index["blocks"]) is list and all(XXH128.fullmatch(block) for block in index["blocks"]), "a hash"
         runs = {}
         for key, entry in index["runs"].items():
             _, name, first = key.split("/")
@@ -205,11 +206,7 @@ def read_index(text: bytes, path: Path, shapes: Mapping[str, tuple[int, ...]]) -
             runs[key] = (box, start, stop)
         return index["blocks"], runs
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError, AttributeError) as error:
-        raise damaged("the index of a file contradicts itself", path, found=_first_line(error)) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise damaged("the index of a file contradicts itself", path, found=first_line(error)) from None
 
 
 class Parts:
@@ -225,7 +222,7 @@ class Parts:
         self._open: dict[str, tuple[HashedFile, dict[str, tuple[torch.dtype, int, int]]]] = {}
         for rank in range(ranks):
             data, about = file_names(rank)
-            text = self._read_index(folder / about, files[about]["sha256"] if files else None)
+            text = self._read_index(folder / about, files[about]["xxh128"] if files else None)
             self._blocks[data], runs = read_index(text, folder / about, shapes)
             self._counts[data] = {key: stop - start for key, (_, start, stop) in runs.items()}
             for key, (box, start, stop) in runs.items():
@@ -242,7 +239,7 @@ class Parts:
             raise damaged("a file of the checkpoint cannot be read", path, found=error.strerror) from None
         self.index_bytes += len(text)
         if expected is not None:
-            require_hash(path, hashlib.sha256(text).hexdigest(), expected=expected)
+            require_hash(path, Digest(text).about["xxh128"], expected=expected)
         return text
 
     @property
@@ -266,6 +263,12 @@ class Parts:
             lacks = f"{found} of {stop - start} elements"
             raise CheckpointError(f"the checkpoint does not hold all of {kind} {name}", where=str(self.folder), found=lacks)
         return out
+
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """The dtype in which a tensor is kept. Raises CheckpointError where there is none."""
+        for run in self.runs.get((kind, name), ()):
+            return self._file(run.file)[1][run.key][0]
+        raise CheckpointError(f"the checkpoint does not hold {kind} {name}", where=str(self.folder))
 
     def whole(self, name: str, kind: str = "weight") -> Tensor:
         """A whole global tensor."""
@@ -315,18 +318,37 @@ class Parts:
         return values if isinstance(where, slice) else values[where - low]
 
 
-class Staged:
-    """Runs of tensors that were read, and so verified, before any weight changes; an engine takes them from here."""
+class Source(Protocol):
+    """Weights, and perhaps moments, of which any slice can be read."""
 
-    def __init__(self, parts: Parts, wanted: Iterable[Wanted]) -> None:
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU."""
+
+
+class Staged:
+    """Runs of tensors that were read, and so verified, before any weight changes; an engine takes them from here.
+
+    fresh: kinds that are not there, and zero: the moments before a first step.
+    """
+
+    def __init__(self, parts: Source, wanted: Iterable[Wanted], *, fresh: Collection[str] = ()) -> None:
+        self.fresh = fresh
         self.runs: dict[tuple[str, str, Box], list[tuple[int, int, Tensor]]] = {}
         for want in wanted:
+            if want.kind in fresh:
+                continue
             held = self.runs.setdefault((want.kind, want.name, want.box), [])
             if not any(start <= want.start and want.stop <= stop for start, stop, _ in held):
                 held.append((want.start, want.stop, parts.read(want.kind, want.name, want.box, want.start, want.stop)))
 
     def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a box of a global tensor, (stop - start,)."""
+        if kind in self.fresh:
+            return torch.zeros(stop - start)
         for first, last, values in self.runs.get((kind, name, box), ()):
             if first <= start and stop <= last:
                 return values[start - first : stop - first]

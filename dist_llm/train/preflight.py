@@ -11,7 +11,7 @@ from dist_llm.model.table import num_parameters, table
 from dist_llm.train.folder import step_folders, writable
 
 HEADS = 512  # bytes that a tensor's run takes in headers and indices, at most
-TOKENIZER = 40  # bytes of tokenizer.json for a token
+TOKENIZER = 160  # bytes of tokenizer.json for a token, as others write it
 
 
 def checkpoint_bytes(model: ModelConfig, optimizer: OptimizerConfig, *, dtype: str, world: int) -> tuple[int, int]:

@@ -23,6 +23,8 @@ from dist_llm.mesh import Group, whole_world
 from dist_llm.model.table import table
 from dist_llm.ranks import run_ranks
 from dist_llm.train import checkpoint
+from dist_llm.train.base import Base
+from dist_llm.train.begin import begin
 from dist_llm.train.durable import Disk
 from dist_llm.train.fit import fit
 from dist_llm.train.folder import Checkpoint, newest, set_aside, step_folders, tidy
@@ -113,6 +115,10 @@ def prepare_data(config: Config, *, tell: Tell) -> Prepared:
     validation_batches(prepared, config.data, global_batch=config.batch.global_)
     for note in prepared.notes:
         tell({"note": note})
+    if config.base is not None:
+        base = Base(config.base)
+        base.close()
+        base.require_tokenizer(prepared.tokenizer.hash)
     return prepared
 
 
@@ -133,16 +139,24 @@ def train_rank(
     settle_rank(settings.runtime)
     device = choose_device(settings.runtime, local_rank=rank if local_rank is None else local_rank)
     prepared = prepare(settings.data, seed=settings.runtime.seed)
-    require_equal(whole_world(rank, world), device, config=config, layout=layout, data=prepared.fingerprint)
+    base = Base(settings.base) if settings.base is not None else None
+    prepared = base.beside(prepared) if base else prepared
+    require_equal(whole_world(rank, world), device, config=config, layout=layout, data=prepared.fingerprint, base=prepared.base)
     mesh = make_mesh(settings, shape, rank)
     dtype = choose_dtype(settings.runtime, device)
     together(mesh, device, lambda: make_room(Path(folder), settings, dtype=dtype, world=world) if rank == 0 else None)
     tell({"stage": "building the model"})
-    engine = make_engine(settings, mesh, device=device, dtype=dtype)
+    engine = make_engine(settings, mesh, device=device, dtype=dtype, base=False)
     order = training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
     stop.listen()
     trainer = Trainer(settings, mesh, engine, order, stop_asked=stop.asked)
-    start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell) if candidates else 0
+    start = 0
+    if candidates:
+        start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell)
+    elif base is not None:
+        start = begin(engine, base, tell=tell)
+    if base is not None:
+        base.close()
     return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
 
 
@@ -179,17 +193,21 @@ def resume(trainer: Trainer, prepared: Prepared, candidates: list[Path], *, run:
 def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> None:
     """Raises UsageError when the checkpoint is of another model, tokenizer, text or order of samples: each difference is listed."""
     before, differences = found.config, []
+    fixed = () if found.imported else FIXED  # before a first step nothing depends on them
     rows = {row.name: row.shape for row in table(config.model)}
     if rows != found.shapes:
         differences.append(f"model: {_other_tensors(rows, found.shapes)}")
-    for key in FIXED:
+    for key in fixed:
         section, name = key.split(".")
         old, new = (config_tree(one)[section][name] for one in (before, config))
         if old != new:
             differences.append(f"{key}: {old} in the checkpoint, {new} here")
     if prepared.tokenizer.hash != found.manifest["tokenizer"]:
         differences.append(f"tokenizer: {found.manifest['tokenizer'][:16]} in the checkpoint, {prepared.tokenizer.hash[:16]} here")
-    if prepared.fingerprint != found.manifest["data"]:
+    if not found.imported and found.manifest.get("base") != prepared.base:
+        old, new = (identity[:16] if identity else "initial weights" for identity in (found.manifest.get("base"), prepared.base))
+        differences.append(f"base: the run began with {old}, {new} here")
+    if not found.imported and prepared.fingerprint != found.manifest["data"]:
         differences.append(f"text: {found.manifest['data'][:16]} in the checkpoint, {prepared.fingerprint[:16]} here")
     if differences:
         again = "give the run's own config and data, or start another run with --run-dir"
@@ -208,11 +226,12 @@ def _other_tensors(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int,
     return text + (f"; {len(more)} more tensor{'' if len(more) == 1 else 's'} differ{'s' if len(more) == 1 else ''}" if more else "")
 
 
-def require_equal(world: Group, device: torch.device, *, config: dict, layout: dict, data: str) -> None:
+def require_equal(world: Group, device: torch.device, *, config: dict, layout: dict, data: str, base: str | None = None) -> None:
     """Raises UsageError on all ranks when one of them has another config, layout, text, code, Python or torch: which, and both values."""
     settings = {**flat_tree(config), **{f"layout.{key}": value for key, value in layout.items()}}
     whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    mine = {"config": whole, "data": data[:16], "code": code_hash()[:16], "torch": torch.__version__, "python": sys.version.split()[0]}
+    mine = {"config": whole, "data": data[:16], "base": str(base)[:16], "code": code_hash()[:16]}
+    mine |= {"torch": torch.__version__, "python": sys.version.split()[0]}
     facts = comm.gather_json(mine, world, device=device)
     if any(fact["config"] != whole for fact in facts):  # every rank sees it: which key is it
         facts = comm.gather_json(settings, world, device=device)

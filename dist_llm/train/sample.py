@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.data.prepare import Prepared
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.engines.native import NativeEngine
+from dist_llm.model.attention import attend, look_back
 from dist_llm.model.roles import Roles
 from dist_llm.model.table import table, unit_names
-from dist_llm.model.transformer import Attention, attend, build_unit, make_context
+from dist_llm.model.transformer import Attention, build_unit, make_context
 from dist_llm.random import key_of, uniform
 from dist_llm.train.durable import Disk
 from dist_llm.train.parts import Parts, part_of, write_part
@@ -87,24 +87,32 @@ class Model:
         for unit in self.units:
             for module in unit.modules():
                 if isinstance(module, Attention):
-                    module.attend = Memory()
+                    module.attend = Memory(module.window)
 
 
 class Memory:
-    """Causal attention that keeps the keys and values of earlier calls: (1, K, S, E) each."""
+    """Causal attention that keeps the keys and values of earlier calls, (1, K, S, E) each, and no more than a window of them.
 
-    def __init__(self) -> None:
+    window: tokens that a token sees, itself included; 0: all.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (1, H, S, E), k and v (1, K, S, E) -> (1, H, S, E). S is 1 but in the first call."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
+        """q (1, H, S, E), k and v (1, K, S, E) -> (1, H, S, E). S is 1 but in the first call, whose mask knows the window."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = k, v
-            return attend(q, k, v, mask)
+            self.keys, self.values = self._recent(k), self._recent(v)
+            return attend(q, k, v, mask, scale, softcap)
         assert q.shape[2] == 1
-        self.keys, self.values = torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
-        return F.scaled_dot_product_attention(q, self.keys, self.values, enable_gqa=q.shape[1] != k.shape[1])
+        self.keys = self._recent(torch.cat((self.keys, k), dim=2))
+        self.values = self._recent(torch.cat((self.values, v), dim=2))
+        return look_back(q, self.keys, self.values, scale, softcap)
+
+    def _recent(self, x: Tensor) -> Tensor:
+        return x[:, :, -self.window :] if self.window else x
 
 
 def generate(model: Model, prompt: Sequence[int], *, count: int, choice: Choice, window: int, end: int | None = None) -> Iterator[int]:

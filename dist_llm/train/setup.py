@@ -14,6 +14,8 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import UsageError
 from dist_llm.mesh import Mesh, build_mesh, default_backend
 from dist_llm.parallel.compose import Options
+from dist_llm.train.base import Base
+from dist_llm.train.begin import take_base
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,8 +116,10 @@ ENGINES = {  # imported when asked for: each brings its library
 }
 
 
-def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype) -> NativeEngine:
-    """The engine that `layout.engine` names, with initial weights; the others have the native one's calls.
+def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype, base: bool = True) -> NativeEngine:
+    """The engine that `layout.engine` names, with initial weights or those of the config's base; the others have the native one's calls.
+
+    base: False leaves the base to the caller.
 
     Raises UsageError where `runtime.fp8` or `runtime.cuda_graph` asks for what the device cannot do.
     """
@@ -136,4 +140,7 @@ def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torc
         graph=config.runtime.cuda_graph,
     )
     module, name = ENGINES[mesh.layout.engine].split(":")
-    return getattr(import_module(module), name)(config.model, config.optimizer, mesh, options)
+    engine = getattr(import_module(module), name)(config.model, config.optimizer, mesh, options)
+    if base and config.base is not None:
+        take_base(engine, Base(config.base))
+    return engine

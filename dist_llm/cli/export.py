@@ -1,0 +1,71 @@
+"""`dist-llm export CKPT DIR`: a checkpoint of any layout as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dist_llm.errors import UsageError, plain
+from dist_llm.report.units import show_bytes
+
+if TYPE_CHECKING:
+    from dist_llm.interop.logits import Compared
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SMALLEST, LARGEST = 1000, 10**13  # bytes of a shard
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A step folder, or a run folder: its newest.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16; else as they are.")] = None,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Bytes of a file, at most: 5GB, 200MB.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with transformers and compare logits; exit 6 if they differ.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
+) -> None:
+    """Write a checkpoint of any layout as a Hugging Face folder: safetensors, config, tokenizer, chat template."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError("no such dtype to export", where="--dtype", expected=", ".join(DTYPES), found=dtype)
+    limit = read_size(shard_size)
+    import torch
+
+    from dist_llm.data.tokenizer import load
+    from dist_llm.interop.exporting import export_checkpoint
+    from dist_llm.interop.logits import Cast, compare_logits
+    from dist_llm.train.folder import open_checkpoint
+
+    opened = open_checkpoint(checkpoint.expanduser())
+    cast = None if dtype is None else getattr(torch, dtype)
+    found: list[Compared] = []
+
+    def check(folder: Path) -> None:
+        model = opened.config.model
+        tokens = sorted(token for token in load(opened.path).ids if token < model.vocab)
+        found.append(compare_logits(folder, Cast(opened.parts, cast), model, tokens=tokens))
+
+    made = export_checkpoint(opened, target.expanduser(), dtype=cast, shard_size=limit, check=check if verify else lambda folder: None)
+    opened.parts.close()
+    if as_json:
+        about: dict[str, Any] = {"family": made.family, "parameters": made.parameters, "bytes": made.bytes, "files": made.files}
+        about["logits"] = vars(found[0]) if found else None
+        typer.echo(json.dumps({"version": 1, "checkpoint": str(opened.path), "folder": str(made.path), **about}))
+        return
+    typer.echo(f"exported    {plain(opened.path)}: {made.family}, {made.parameters:,} parameters, {show_bytes(made.bytes)}")
+    typer.echo(f"folder      {plain(made.path)}, {made.files} files")
+    for one in found:
+        words = f"largest difference {one.difference:.1e} in {one.dtype}, at most {one.tolerance:.0e} allowed"
+        typer.echo(f"verified    transformers computes the same logits: {words}, {one.prompts} prompts")
+
+
+def read_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `1000000`. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMG]i?B|B|)", text.strip(), re.IGNORECASE | re.ASCII)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if not SMALLEST <= size <= LARGEST:
+        raise UsageError("no such size of a shard", where="--shard-size", expected="from 1KB to 10000GB, such as 5GB", found=text)
+    return size

@@ -1,0 +1,213 @@
+"""A checkpoint of any layout becomes a Hugging Face folder: safetensors shards, config.json, tokenizer, chat template, generation config.
+
+Tensors pass through one after the other, each block of the checkpoint compared with its hash on the way; the folder appears complete
+or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_llm.config.base import FREE
+from dist_llm.config.schema import ModelConfig
+from dist_llm.data.publish import publish
+from dist_llm.data.tokenizer import load
+from dist_llm.errors import Failure, UsageError
+from dist_llm.interop.families import Place, read_config, write_config
+from dist_llm.interop.hugging_face import CONFIG, INDEX, ONE, places_of, stored_shapes
+from dist_llm.interop.slices import NAMES, PIECE, TORCH
+from dist_llm.model.table import Row, table
+from dist_llm.strict import strict_json
+from dist_llm.train.durable import Bytes, Disk
+from dist_llm.train.folder import Checkpoint
+from dist_llm.train.storage import storing
+
+WORDS = {TORCH[name]: word for name, word in (("F64", "float64"), ("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"))}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor as it will be stored: its key, shape and dtype, and our rows that it is made of, in its order."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: tuple[tuple[Row, Place], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in a file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was made."""
+
+    path: Path
+    family: str
+    parameters: int
+    bytes: int
+    files: int
+
+
+def export_checkpoint(
+    opened: Checkpoint,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: int,
+    check: Callable[[Path], object] = lambda folder: None,
+) -> Exported:
+    """Writes the Hugging Face folder `target`. dtype: of all weights; None: each as it is. shard_size: bytes of a file, at most.
+
+    check: looks at the folder before it gets its name; where it raises there is none. Raises UsageError for a model that no
+    family of transformers can express, or a target that is there; CheckpointError for a damaged checkpoint; SpaceError.
+    """
+    model = opened.config.model
+    values = write_config(model)
+    if target.exists():
+        raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
+    beside = opened.beside
+    wholes = planned(model, dtype_of=lambda name: dtype or opened.parts.dtype("weight", name))
+    shards = cut(wholes, shard_size)
+    names = [ONE] if len(shards) == 1 else [f"model-{at + 1:05d}-of-{len(shards):05d}.safetensors" for at in range(len(shards))]
+    sizes = [sum(one.bytes for one in shard) for shard in shards]
+    texts = _texts(opened, values, beside, dtype=_common(wholes))
+    if len(shards) > 1:
+        weight_map = {one.key: name for name, shard in zip(names, shards, strict=True) for one in shard}
+        texts[INDEX] = _json({"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))})
+
+    def make(made: Path) -> None:
+        disk = Disk()
+        for name, shard in zip(names, shards, strict=True):
+            _write(disk, made / name, _chunks(shard, opened))
+        for name, content in texts.items():
+            _write(disk, made / name, iter([content]))
+        check(made)
+
+    with storing(target):
+        publish(target, make)
+    parameters = sum(prod(one.shape) for one in wholes)
+    return Exported(target, values["model_type"], parameters, sum(sizes), len(names) + len(texts))
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------------------
+
+
+def planned(model: ModelConfig, *, dtype_of: Callable[[str], torch.dtype]) -> list[Whole]:
+    """The tensors of a model's folder in the order of our table."""
+    rows, places = table(model), places_of(model)
+    found = []
+    for key, shape in stored_shapes(rows, places).items():
+        own = sorted(((row, places[row.name]) for row in rows if places[row.name].key == key), key=lambda pair: pair[1].first)
+        dtype = dtype_of(own[0][0].name)
+        for row, _ in own[1:]:
+            dtype = torch.promote_types(dtype, dtype_of(row.name))
+        found.append(Whole(key, shape, dtype, tuple(own)))
+    return found
+
+
+def cut(wholes: list[Whole], limit: int) -> list[list[Whole]]:
+    """Neighbours put into files of at most `limit` bytes; a larger tensor has a file of its own. In a file, wide elements come first."""
+    shards: list[list[Whole]] = []
+    size = 0
+    for one in wholes:
+        if not shards or size + one.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(one)
+        size += one.bytes
+    return [sorted(shard, key=lambda one: -one.dtype.itemsize) for shard in shards]
+
+
+def _chunks(shard: list[Whole], opened: Checkpoint) -> Iterator[Bytes]:
+    """The bytes of one safetensors file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for one in shard:
+        entries[one.key] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [at, at + one.bytes]}
+        at += one.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for one in shard:
+        for values in _values(one, opened):
+            yield values.to(one.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _values(one: Whole, opened: Checkpoint) -> Iterator[Tensor]:
+    """The elements of a tensor in its own order: pieces of our rows, or all of it at once where it lies transposed."""
+    if any(place.transposed for _, place in one.rows):
+        yield torch.cat([opened.parts.whole(row.name).to(one.dtype) for row, _ in one.rows]).t()
+        return
+    for row, _ in one.rows:
+        box = tuple((0, extent) for extent in row.shape)
+        for at in range(0, row.numel, PIECE):
+            yield opened.parts.read("weight", row.name, box, at, min(at + PIECE, row.numel))
+
+
+def _write(disk: Disk, path: Path, chunks: Iterator[Bytes]) -> None:
+    """Writes a file, waits until it is on the disk, and reads it back."""
+    digest = disk.write(path, chunks)
+    disk.sync(path)
+    back = disk.read_back(path)
+    if (back.size, back.blocks) != (digest.size, digest.blocks):
+        raise OSError(errno.EIO, "the disk gives back other bytes than were written", str(path))
+
+
+# --- texts -------------------------------------------------------------------------------------------------------------------
+
+
+def _texts(opened: Checkpoint, values: dict[str, Any], beside: Mapping[str, bytes], *, dtype: str) -> dict[str, bytes]:
+    """name -> content of what lies beside the weights: what was carried along from an import as it was, the rest made here."""
+    texts = {name: content for name, content in beside.items() if name != CONFIG}
+    tokenizer = load(opened.path)
+    known = _still_true(beside.get(CONFIG), opened.config.model)
+    if known is not None:
+        values = known
+    else:
+        values = {**values, "bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id}
+    values = {key: value for key, value in values.items() if key != "torch_dtype"} | {"dtype": dtype}
+    texts[CONFIG] = _json(values)
+    if json.loads(texts["tokenizer_config.json"]).keys() <= {"eos_token"}:  # ours, which says nothing but the end
+        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.end, "eos_token": tokenizer.end}
+        about |= {"clean_up_tokenization_spaces": False, "model_max_length": opened.config.data.sequence}
+        texts["tokenizer_config.json"] = _json(about)
+    if known is None and "generation_config.json" not in texts:
+        texts["generation_config.json"] = _json({"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id})
+    return texts
+
+
+def _still_true(content: bytes | None, model: ModelConfig) -> dict[str, Any] | None:
+    """The config.json that was carried along, where it says of the model what is true of it now."""
+    if content is None:
+        return None
+    try:
+        values = strict_json(content)
+        said = ModelConfig.model_validate(read_config(values, where=CONFIG))
+    except (Failure, ValueError, AttributeError, TypeError):
+        return None
+    left_out = {*FREE, "family"}
+    return values if said.model_dump(exclude=left_out) == model.model_dump(exclude=left_out) else None
+
+
+def _common(wholes: list[Whole]) -> str:
+    """The dtype of most of the weights, as config.json calls it."""
+    counts: dict[torch.dtype, int] = {}
+    for one in wholes:
+        counts[one.dtype] = counts.get(one.dtype, 0) + prod(one.shape)
+    return WORDS[max(counts, key=lambda dtype: counts[dtype])]
+
+
+def _json(values: Any) -> bytes:
+    return json.dumps(values, indent=2).encode() + b"\n"

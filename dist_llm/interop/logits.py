@@ -1,0 +1,143 @@
+"""Does an exported folder compute what its checkpoint computes? transformers reads the folder, we read the checkpoint.
+
+Compared in float64 where the model is small enough for it, else in float32. transformers takes some norms in float32 whatever the
+dtype of the model; in a float64 comparison they keep float64, so that the difference is ours alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.errors import NumericError, UsageError
+from dist_llm.model.table import num_parameters
+from dist_llm.model.transformer import make_context
+from dist_llm.random import key_of, uniform
+from dist_llm.train.sample import Model, Weights
+
+LARGEST_WIDE = 300_000_000  # parameters that are compared in float64: 2.4 GB, twice
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+LENGTHS = (1, 7, 33, 128)  # tokens of the prompts
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The largest difference of logits, relative to the largest of theirs in the same prompt."""
+
+    difference: float
+    tolerance: float
+    dtype: str
+    prompts: int
+
+
+class Cast:
+    """The weights of a checkpoint as they were exported: rounded to `dtype` first, where it is given."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype | None) -> None:
+        self.weights, self.dtype = weights, dtype
+
+    def whole(self, name: str) -> Tensor:
+        """A whole weight, on the CPU."""
+        values = self.weights.whole(name)
+        return values if self.dtype is None else values.to(self.dtype)
+
+
+def compare_logits(folder: Path, weights: Weights, model: ModelConfig, *, tokens: Sequence[int]) -> Compared:
+    """Compares the logits of a Hugging Face folder with ours on prompts of `tokens`, drawn by their number.
+
+    Raises NumericError where they differ, UsageError where transformers is not installed or cannot read the folder.
+    """
+    dtype = torch.float64 if num_parameters(model) <= LARGEST_WIDE else torch.float32
+    prompts = [draw(tokens, number=at, length=length) for at, length in enumerate(LENGTHS) if length <= model.max_positions]
+    theirs = their_logits(folder, prompts, dtype)
+    ours = Model(weights, model, dtype=dtype, device=torch.device("cpu"))
+    worst = 0.0
+    for prompt, their in zip(prompts, theirs, strict=True):
+        if their.shape[-1] != model.vocab:
+            raise NumericError(
+                "transformers reads another vocabulary", where=str(folder), expected=f"{model.vocab}", found=f"{their.shape[-1]}"
+            )
+        difference = float((all_logits(ours, prompt) - their).abs().max() / their.abs().max())
+        worst = max(worst, difference) if difference == difference else float("inf")
+    found = Compared(worst, TOLERANCE[dtype], str(dtype).removeprefix("torch."), len(prompts))
+    if worst > found.tolerance:
+        expected, seen = f"a difference of at most {found.tolerance:.0e} in {found.dtype}", f"{worst:.2e}"
+        raise NumericError("transformers computes other logits from the export", where=str(folder), expected=expected, found=seen)
+    return found
+
+
+def draw(tokens: Sequence[int], *, number: int, length: int) -> list[int]:
+    """Prompt `number`: `length` of the tokens, the same ones every time."""
+    places = uniform(torch.arange(length), key_of(0, "export", str(number))) * len(tokens)
+    return [tokens[int(place)] for place in places]
+
+
+@torch.no_grad()
+def all_logits(model: Model, tokens: Sequence[int]) -> Tensor:
+    """Tokens (S,) -> the logits after each of them (S, V)."""
+    line = torch.tensor([list(tokens)])
+    context = make_context(model.config, line, line, dtype=model.dtype, training=False)
+    embedding, *blocks, head = model.units
+    x = embedding(context)
+    for block in blocks:
+        x = block(x, context)
+    return head.logits(x)[0]
+
+
+def their_logits(folder: Path, prompts: Sequence[list[int]], dtype: torch.dtype) -> list[Tensor]:
+    """transformers' logits (S, V) of each prompt, weights in `dtype`. Raises UsageError where it is not installed, or cannot read."""
+    try:
+        import transformers
+    except ImportError:
+        way = "pip install transformers, or export without --verify"
+        raise UsageError("--verify needs transformers", where="--verify", found="it is not installed", next=way) from None
+    with _quiet():
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        options |= {"attn_implementation": "eager", "dtype": dtype}  # eager: it knows every family's scores
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        except Exception as error:  # whatever the library cannot read
+            raise UsageError("transformers cannot read the export", where=str(folder), found=str(error).splitlines()[0][:200]) from error
+        loaded.eval()
+        with torch.no_grad(), KeepFloat64():
+            return [loaded(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
+
+
+class KeepFloat64(TorchFunctionMode):
+    """What is float64 is not rounded to float32 by a module that always computes in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leaves such a cast out; every other call is as it was."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.softmax and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        casts = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))
+        if casts and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks and progress bars."""
+    import transformers
+
+    logger = logging.getLogger("transformers")
+    before, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,96 @@
+"""The weights that a run begins with: a checkpoint of ours of any layout, or a Hugging Face folder. Torch-free until they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_llm.config.base import Facts
+from dist_llm.config.schema import ModelConfig
+from dist_llm.errors import CheckpointError, UsageError
+from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
+from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from dist_llm.data.prepare import Prepared
+    from dist_llm.train.parts import Source
+
+
+class Base:
+    """An opened base. path: the step folder, or the folder of Hugging Face's. Raises CheckpointError or UsageError."""
+
+    def __init__(self, given: str | Path) -> None:
+        path = Path(given).expanduser()
+        if not path.is_dir():
+            expected = "a run folder or step folder, or a Hugging Face folder"
+            raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder")
+        self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
+        self.checkpoint: Checkpoint | None = None if self.folder else open_checkpoint(path)
+        self.path = path if self.checkpoint is None else self.checkpoint.path
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model of the weights."""
+        return self.folder.model if self.folder else self._opened.config.model
+
+    @property
+    def _opened(self) -> Checkpoint:
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells these weights from others: the hash of the manifest, or of a Hugging Face folder's config and headers."""
+        return self.folder.identity() if self.folder else hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """The hash of the tokenizer whose ids the weights know."""
+        if self.checkpoint is not None:
+            return self.checkpoint.manifest["tokenizer"]
+        from dist_llm.data.tokenizer import load
+
+        return load(self.path).hash
+
+    def facts(self) -> Facts:
+        """What a config takes from it."""
+        return Facts(str(self.path), self.model.model_dump(), str(self.path / "tokenizer.json"))
+
+    def require_tokenizer(self, found: str, *, where: str = "data.tokenizer") -> None:
+        """Raises UsageError when a run's tokenizer is another: its ids would mean other things."""
+        if found != self.tokenizer:
+            what, expected = "the tokenizer is not the one that the base was trained with", f"hash {self.tokenizer[:16]}, of {self.path}"
+            advice = "leave data.tokenizer out: the base's own is taken"
+            raise UsageError(what, where=where, expected=expected, found=f"hash {found[:16]}", next=advice)
+
+    def beside(self, prepared: Prepared) -> Prepared:
+        """The data of a run, with the base's identity and the files that are carried along. Raises UsageError for another tokenizer."""
+        self.require_tokenizer(prepared.tokenizer.hash)
+        return replace(prepared, base=self.identity, beside=self.folder.beside if self.folder else self._opened.beside)
+
+    def source(self) -> Source:
+        """The weights. Every byte that is read of a checkpoint of ours is compared with its hash."""
+        if self.folder is None:
+            return self._opened.parts
+        from dist_llm.interop.slices import Slices
+
+        return Slices(self.folder)
+
+    def close(self) -> None:
+        """Lets the files go."""
+        if self.folder is not None:
+            self.folder.close()
+        elif self.checkpoint is not None and self.checkpoint.opened:
+            self.checkpoint.parts.close()
+
+
+def read_base(path: str) -> Facts:
+    """What a config takes from the base that it names."""
+    base = Base(path)
+    try:
+        return base.facts()
+    finally:
+        base.close()

@@ -1,0 +1,180 @@
+"""A Hugging Face folder out: from a checkpoint of any layout, bit for bit what came in, readable by transformers, complete or not there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.config.layout import parse_layout, resolve, world_of
+from dist_llm.config.load import config_tree, load_config
+from dist_llm.data.prepare import prepare
+from dist_llm.data.tokenizer import load
+from dist_llm.errors import CheckpointError, NumericError, UsageError
+from dist_llm.interop.exporting import cut, export_checkpoint, planned
+from dist_llm.interop.hugging_face import HuggingFaceFolder
+from dist_llm.interop.importing import import_folder
+from dist_llm.interop.logits import compare_logits
+from dist_llm.train.folder import open_checkpoint
+from tests.commands import Commands
+from tests.hugging_face_cases import SHAPES, save_theirs, tensors_of, their_model
+from tests.ranks import Ranks
+
+TEXTS = ("Hello, world!\n", "naïve café → 東京 😀\x00\t", "  def f(x):\n    return x", "", "a" * 300, "\u202e\ufeff")
+BIG = 10**12
+
+
+# --- what came in ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_in_and_out_is_the_same_to_the_bit(kind: str, dtype: str, tmp_path: Path) -> None:
+    """Every tensor's bytes, from one file and from shards, into one and into shards; every other file too."""
+    shard, out_limit = ("20KB", BIG) if dtype == "bfloat16" else ("5GB", 20_000)
+    save_theirs(their_model(kind), tmp_path / "in", dtype=dtype, shard=shard)
+    made = import_folder(tmp_path / "in", tmp_path / "run")
+    export_checkpoint(open_checkpoint(made.path), tmp_path / "out", shard_size=out_limit)
+    before, after = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key, values in before.items():
+        assert values.dtype == after[key].dtype and torch.equal(values.view(torch.uint8), after[key].view(torch.uint8)), key
+    for path in (tmp_path / "in").iterdir():
+        if "safetensors" not in path.name and path.name != "config.json":
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    said, says = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("in", "out"))
+    assert said == says
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == 1 if out_limit == BIG else len(files) > 1
+    assert all(path.stat().st_size < 20_000 + 20_000 or out_limit == BIG for path in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_shards_are_neighbours_and_within_their_size() -> None:
+    model = load_config("configs/tiny.yaml").config.model
+    wholes = planned(model, dtype_of=lambda name: torch.float32)
+    for limit in (1, 5_000, 20_000, BIG):
+        shards = cut(wholes, limit)
+        assert [one.key for shard in shards for one in shard] == [one.key for one in wholes]
+        assert all(sum(one.bytes for one in shard) <= limit or len(shard) == 1 for shard in shards)
+    assert len(cut(wholes, BIG)) == 1
+
+
+# --- what was trained here -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`whole` and `split`: two steps of configs/tiny.yaml with a learned tokenizer, from one process and from four ranks."""
+    home = tmp_path_factory.mktemp("runs")
+    words = [f"data.dir={home / 'data'}", "data.tokenizer={kind: bpe, vocab: 300}", "data.max_tokens=20_000", "schedule.steps=2"]
+    config = load_config("configs/tiny.yaml", [*words, "data.validation=0"]).config
+    prepare(config.data, seed=config.runtime.seed)
+    for name, text in (("whole", "dp=1"), ("split", "dp=2,tp=2,zero=3,sp=off")):
+        (home / name).mkdir()
+        wanted = parse_layout(text)
+        layout = resolve(wanted, world_of(wanted))
+        ranks.run(layout.world, "dist_llm.train.run:train_rank", config_tree(config), asdict(layout), str(home / name), [])
+    return home
+
+
+def test_from_any_layout_transformers_computes_what_we_do(runs: Path, commands: Commands, tmp_path: Path) -> None:
+    import transformers
+
+    for name, more in (("split", []), ("whole", ["--dtype", "bfloat16", "--shard-size", "30KB"])):
+        target = tmp_path / name
+        done = commands.run("export", str(runs / name), str(target), "--verify", "--json", *more)
+        answer = json.loads(done.stdout)
+        assert done.returncode == 0 and answer["logits"]["difference"] < 1e-10 and answer["logits"]["dtype"] == "float64", done.stderr
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(target)
+        assert str(loaded.dtype).removeprefix("torch.") == ("bfloat16" if more else "float32")
+        assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == 0
+    done = commands.run("export", str(runs / "whole"), str(tmp_path / "again"), "--verify")
+    assert "largest difference" in done.stdout
+
+
+def test_the_tokenizer_is_the_same_in_transformers(runs: Path, tmp_path: Path) -> None:
+    """Ids and text of a learned tokenizer and of bytes, through AutoTokenizer."""
+    import transformers
+
+    export_checkpoint(open_checkpoint(runs / "whole"), tmp_path / "out", shard_size=BIG)
+    ours, theirs = load(open_checkpoint(runs / "whole").path), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    fast = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        ids = ours.encode(text)
+        for other in (theirs, fast):
+            assert other(text)["input_ids"] == other.encode(text, add_special_tokens=False) == ids, text
+            assert other.decode(ids) == ours.decode(ids) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.end_id and len(theirs) == ours.vocab_size
+
+
+def test_what_was_exported_comes_in_again(runs: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(runs / "split")
+    export_checkpoint(opened, tmp_path / "out", shard_size=20_000)
+    again = open_checkpoint(import_folder(tmp_path / "out", tmp_path / "run").path)
+    assert again.manifest["tokenizer"] == opened.manifest["tokenizer"]
+    assert all(torch.equal(again.parts.whole(name), opened.parts.whole(name)) for name in opened.shapes)
+    left_out = {"preset", "init_std", "residual_scale", "dropout"}
+    assert again.config.model.model_dump(exclude=left_out) == opened.config.model.model_dump(exclude=left_out)
+
+
+# --- refused -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_there_and_words_that_make_no_sense(runs: Path, commands: Commands, tmp_path: Path) -> None:
+    cases = [((str(tmp_path),), "there already"), ((str(tmp_path / "a"), "--dtype", "int4"), "dtype")]
+    cases += [((str(tmp_path / "a"), "--shard-size", size), "size of a shard") for size in ("5XB", "0", "-1GB", "9" * 40, "1.5.5GB")]
+    for words, said in cases:
+        done = commands.run("export", str(runs / "whole"), *words)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_transformers_does_not_have_is_refused_with_the_field(runs: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(runs / "whole")
+    model = opened.config.model.model_copy(update={"norm": "layer"})
+    opened.config = opened.config.model_copy(update={"model": model})
+    with pytest.raises(UsageError, match="transformers has no model") as caught:
+        export_checkpoint(opened, tmp_path / "out", shard_size=BIG)
+    assert any("norm" in line for line in caught.value.details)
+
+
+def test_other_logits_and_damage_leave_nothing(runs: Path, tmp_path: Path) -> None:
+    """Exit 6 where transformers computes something else from the folder, exit 4 for a changed byte; no folder and no workshop is left."""
+    opened = open_checkpoint(runs / "whole")
+    model, tokens = opened.config.model, range(300)
+
+    def other(folder: Path) -> None:
+        values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        values["rope_parameters"]["rope_theta"] = 9999.0
+        (folder / "config.json").write_text(json.dumps(values))
+        compare_logits(folder, opened.parts, model, tokens=tokens)
+
+    with pytest.raises(NumericError, match="other logits") as caught:
+        export_checkpoint(opened, tmp_path / "out", shard_size=BIG, check=other)
+    assert caught.value.code == 6 and not list(tmp_path.iterdir())
+    broken = tmp_path / "broken"
+    target = broken / "checkpoints" / opened.path.name
+    target.mkdir(parents=True)
+    for path in opened.path.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    file = target / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        export_checkpoint(open_checkpoint(broken), tmp_path / "out", shard_size=BIG)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_an_export_says_the_least_that_is_true(tmp_path: Path) -> None:
+    """A model that has changed since its import gets a config of its own, not the one that was carried along."""
+    save_theirs(their_model("llama"), tmp_path / "in")
+    opened = open_checkpoint(import_folder(tmp_path / "in", tmp_path / "run").path)
+    theta = opened.config.model.model_copy(update={"rope_theta": 777.0})
+    opened.config = opened.config.model_copy(update={"model": theta})
+    export_checkpoint(opened, tmp_path / "out", shard_size=BIG)
+    assert HuggingFaceFolder(tmp_path / "out").model.rope_theta == 777.0
