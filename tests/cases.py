@@ -342,6 +342,11 @@ def tensor_columns(rank: int, world: int, say: Say, sp: bool, biased: bool, join
         pair.same(a[cut], b, "columns by weight or bias")
 
 
+def _projection(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+    """A projection of tensors that are no parameters."""
+    return Projection({"x.weight": weight, "x.bias": bias}.get, "x")
+
+
 def tensor_row(rank: int, world: int, say: Say, sp: bool, activation: str) -> None:
     """The way back: the activation inside, the bias added once (trap 10), and with sp its gradient is a part of the sum (trap 8)."""
     pair, width = Pair(rank, world, sp=sp, vocab=13, smoothing=0.0), 3 * world + 1
@@ -350,8 +355,8 @@ def tensor_row(rank: int, world: int, say: Say, sp: bool, activation: str) -> No
     slope, cut = pair.random(BATCH, SEQUENCE, DIM), slice(*split_parts(width, world)[rank])
     whole = [*map(leaf, parts), leaf(weight), leaf(bias)]
     mine = [*(leaf(part[..., cut]) for part in parts), leaf(weight[:, cut]), leaf(bias)]
-    expected = pair.plain.row(whole[:-2], activation, *whole[-2:])
-    found = pair.split.row(mine[:-2], activation, *mine[-2:])
+    expected = pair.plain.row(whole[:-2], activation, _projection(*whole[-2:]))
+    found = pair.split.row(mine[:-2], activation, _projection(*mine[-2:]))
     pair.same(pair.outside(expected), found, "row")
     by_whole = torch.autograd.grad(expected, whole, slope)
     by_mine = list(torch.autograd.grad(found, mine, pair.outside(slope)))
@@ -401,7 +406,7 @@ def tensor_loss(rank: int, world: int, say: Say, sp: bool, vocab: int, smoothing
 def tensor_memory(rank: int, world: int, say: Say) -> list[int]:
     """Bytes behind the output of `row` under sequence parallelism with one sequence, and bytes that the output needs."""
     pair = Pair(rank, world, sp=True, vocab=13, smoothing=0.0, batch=1)
-    y = pair.split.row([pair.random(1, SEQUENCE, 8)], "none", pair.random(DIM, 8), None)
+    y = pair.split.row([pair.random(1, SEQUENCE, 8)], "none", _projection(pair.random(DIM, 8), None))
     return [y.untyped_storage().nbytes(), y.nbytes]
 
 
@@ -415,7 +420,7 @@ def tensor_bytes(rank: int, world: int, say: Say, sp: bool) -> dict[str, Any]:
     sent["columns"] = comm.ledger.take()
     torch.autograd.grad(sum(y.sum() for y in outputs), [x, *weights])
     sent["columns backward"] = comm.ledger.take()
-    y = pair.split.row([x := leaf(pair.random(BATCH, SEQUENCE, 4))], "none", back, None)
+    y = pair.split.row([x := leaf(pair.random(BATCH, SEQUENCE, 4))], "none", _projection(back, None))
     sent["row"] = comm.ledger.take()
     torch.autograd.grad(y.sum(), [x, back])
     sent["row backward"] = comm.ledger.take()

@@ -90,18 +90,18 @@ class Commands:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *words: str, **environment: str) -> Job:
-        """Starts `dist-llm WORDS` with these variables besides."""
+    def start(self, *words: str, stdin: str | Path = os.devnull, **environment: str) -> Job:
+        """Starts `dist-llm WORDS` with these variables besides. stdin: the path of what it reads; a terminal becomes its own."""
         self.count += 1
         out, err = (Path(self.folder.name) / f"{self.count}.{name}" for name in ("out", "err"))
         for path in (out, err):
             path.touch()
-        answer = self.ask({"words": words, "environment": environment, "out": str(out), "err": str(err)})
+        answer = self.ask({"words": words, "environment": environment, "stdin": str(stdin), "out": str(out), "err": str(err)})
         return Job(self, answer["pid"], out, err)
 
-    def run(self, *words: str, timeout: float = 120.0, **environment: str) -> Result:
+    def run(self, *words: str, timeout: float = 120.0, stdin: str | Path = os.devnull, **environment: str) -> Result:
         """`start` and `wait`."""
-        return self.start(*words, **environment).wait(timeout=timeout)
+        return self.start(*words, stdin=stdin, **environment).wait(timeout=timeout)
 
     def close(self) -> None:
         """Ends the helper."""
@@ -153,7 +153,7 @@ def become(request: dict[str, Any], main: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for place, descriptor in (("out", 1), ("err", 2)):
             os.dup2(os.open(request[place], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         os.environ.update(request["environment"])
         sys.argv = ["dist-llm", *request["words"]]

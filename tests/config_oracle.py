@@ -173,9 +173,13 @@ SCHEMA: dict[str, Any] = {
     "data": {
         "source": sources, "mix": None, "tokenizer": {"kind": choice("bpe bytes file ids"), "vocab": or_null(COUNT), "path": or_null(words),
                                                          "end": or_null(WHOLE)},
-        "sequence": whole(2), "packing": choice("concat"), "document_mask": switch, "reset_positions": switch,
+        "sequence": whole(2), "packing": choice("concat best_fit none"), "document_mask": switch, "reset_positions": switch,
         "validation": number(lambda value: 0 <= value <= 0.5), "text_key": words, "max_bad_lines": WHOLE, "dir": words,
         "max_tokens": or_null(COUNT), "seed": or_null(SEED),
+        "chat": {
+            "format": or_null(choice("auto alpaca sharegpt messages prompt_completion text")), "template": words,
+            "train_on": choice("assistant all last"), "too_long": choice("refuse drop truncate"),
+        },
     },
     "batch": {"global": COUNT, "micro": COUNT},
     "optimizer": {
@@ -329,7 +333,7 @@ def rules(given: dict[str, dict[str, Any]], world: int) -> dict[str, bool]:
     sp = tp > 1 and layout.get("sp") is not False
     sequence = given["data"].get("sequence", 256)
     small, large = sorted((model["kv_heads"], tp))
-    broken = {
+    broken = chat_rules(given["data"]) | {
         "world": dp * rest != world or world > MOST_RANKS,
         "not yet": cp > 1 or ep > 1 or schedule not in ("gpipe", "1f1b", "interleaved"),
         "ep": data % ep > 0,
@@ -370,6 +374,21 @@ def engine_rules(given: dict[str, dict[str, Any]], at: dict[str, Any]) -> dict[s
         "engine masters": foreign and zero == 0 and runtime.get("dtype") == "bfloat16",
         "offload": at["offload"] != "none" and at["offload"] not in takes[engine],
         "offload dir": at["offload"] != "none" and runtime.get("offload_dir") is not None and not (deep and zero == 3),
+    }
+
+
+def chat_rules(data: dict[str, Any]) -> dict[str, bool]:
+    chat = data.get("chat", {})
+    on = chat.get("format", "auto" if chat else None) is not None
+    packing = data.get("packing", "best_fit" if on else "concat")
+    apart = {data.get("document_mask", True), data.get("reset_positions", True)} == {True}
+    named = [item["source"] for item in data["mix"]] if data.get("mix") else data.get("source", "python")
+    flat = [named] if isinstance(named, str) else named
+    return {
+        "packing": on == (packing == "concat"),
+        "apart": on and packing == "best_fit" and not apart,
+        "conversations": on and bool({"python", "entropy"} & set(flat)),
+        "own template": on and chat.get("template") == "model" and data["tokenizer"].get("kind", "bpe") != "file",
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,16 @@ def commands() -> Iterator[Commands]:
     helper = Commands()
     yield helper
     helper.close()
+
+
+@pytest.fixture(scope="session")
+def small_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small model that was trained on `skills` a little, saved by two ranks."""
+    home = tmp_path_factory.mktemp("small")
+    words = ["--steps", "6", "--run-dir", str(home / "run"), f"data.dir={home / 'data'}", "data.max_tokens=40_000", "--nproc", "2"]
+    done = commands.run("train", str(Path(__file__).parent.parent / "configs/tiny.yaml"), *words, "--layout", "tp=2", "data.validation=0.1")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return home / "run"
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.engines.whole import Whole
+from dist_llm.infer.choose import Choice
+from dist_llm.infer.model import Model
+from dist_llm.infer.write import follow
 from dist_llm.interop.families import place, read_config, write_config
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, make_context
 from dist_llm.random import key_of, uniform
 from dist_llm.train import trainer as trainer_module
 from dist_llm.train.proof import proof_rank
-from dist_llm.train.sample import Choice, Model, generate
 from tests.oracles import CPU, batch, worst
 
 Say = Callable[..., None]
@@ -253,9 +255,9 @@ class Given:
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
 
-    def whole(self, name: str) -> Tensor:
-        """One of them."""
-        return self.tensors[name]
+    def read(self, kind: str, name: str, box: Any, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of one of them."""
+        return self.tensors[name][tuple(slice(*side) for side in box)].reshape(-1)[start:stop]
 
 
 def greedy(rank: int, world: int, say: Say) -> dict[str, list[list[int]]]:
@@ -268,7 +270,7 @@ def greedy(rank: int, world: int, say: Say) -> dict[str, list[list[int]]]:
         theirs = theirs_of(model, torch.float64)
         weights = our_tensors({key: parameter.data for key, parameter in parameters_of(theirs).items()}, model)
         ours = Model(Given(weights), model, dtype=torch.float64, device=CPU)
-        taken = list(generate(ours, prompt, count=10, choice=Choice(temperature=0), window=64))
+        taken = list(follow(ours, prompt, count=10, choice=Choice(temperature=0), window=64))
         with nothing_narrowed():
             out = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=10, use_cache=True)
         found[name] = [taken, out[0, len(prompt) :].tolist()]

@@ -34,8 +34,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
     },
 }
+# Trained are small matrices alone: on all projections, and on some of them with biases, tied weights and other scales.
+MODELS["lora"] = {**MODELS["llama"], "adapter": {"rank": 3, "alpha": 8.0}}
+MODELS["lora on some"] = {
+    **MODELS["tied"],
+    "bias": True,
+    "adapter": {"rank": 5, "alpha": 3.0, "rank_stabilized": True, "targets": ["q", "v", "o", "up"]},
+}
+QLORA = {**MODELS["llama"], "head_dim": 8, "ffn": 64, "vocab": 53}
+MODELS["nf4"] = {**QLORA, "adapter": {"rank": 4, "quantize": "nf4", "block": 8}}
+MODELS["int8"] = {**QLORA, "tied": True, "bias": True, "adapter": {"rank": 2, "quantize": "int8", "block": 8, "targets": ["q", "down"]}}
 # More rows in the vocabulary than the tokenizer has tokens: over tp=4 the last rank holds nothing but padding.
 MODELS["padded"] = {**MODELS["llama"], "layers": 2, "tied": True}
+# Labels that count unequally, as those of conversations do.
+MODELS["weighted"] = {**MODELS["llama"], "vocab": 79, "tied": True}
 # What other families of models do besides: windows, norms behind a half of a block or over all heads, capped scores and logits.
 WIDER: dict[str, dict[str, Any]] = {
     "mistral": {
@@ -85,6 +97,7 @@ EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
     "padded": {"data": {**DATA, "tokenizer": {**DATA["tokenizer"], "vocab": 70}}},
     "one kv head": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "llama": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
+    "weighted": {"data": {**DATA, "source": "skills", "chat": {"format": "messages"}}, "optimizer": {**OPTIMIZER, "label_smoothing": 0.05}},
     "mistral": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "gemma2": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
 }
@@ -124,6 +137,27 @@ NAMED: list[tuple[str, str]] = [
     ("tied", "pp=4,schedule=1f1b"),
     ("tied", "dp=2,pp=2,zero=3,unshard=micro_batch"),
     ("tied", "tp=4,sp=off"),  # 2 kv heads on 4 ranks (trap 9)
+    ("lora", "dp=2"),
+    ("lora", "dp=2,zero=1"),
+    ("lora", "dp=2,zero=2"),
+    ("lora", "dp=2,zero=3"),
+    ("lora", "tp=2"),
+    ("lora", "pp=2"),
+    ("lora", "dp=2,tp=2,zero=3,recompute=full"),
+    ("lora", "tp=2,pp=2,sp=off"),
+    ("lora on some", "tp=4"),  # 2 kv heads on 4 ranks
+    ("lora on some", "dp=2,pp=2,zero=3,unshard=micro_batch"),
+    ("lora on some", "dp=2,tp=2,zero=2,recompute=selective"),
+    ("lora on some", "pp=4,schedule=1f1b"),
+    ("nf4", "dp=2"),
+    ("nf4", "dp=2,zero=2"),
+    ("nf4", "dp=2,zero=3"),
+    ("nf4", "tp=2"),
+    ("nf4", "dp=2,tp=2,zero=3,unshard=step"),
+    ("nf4", "pp=2,recompute=full"),
+    ("int8", "dp=2,pp=2,zero=3"),
+    ("int8", "tp=4,sp=off"),
+    ("int8", "dp=4,zero=3,shard=2"),
     ("one kv head", "tp=2"),
     ("one kv head", "tp=4,sp=off"),
     ("one kv head", "tp=8"),
@@ -139,6 +173,15 @@ NAMED: list[tuple[str, str]] = [
     ("seven layers", "pp=4,schedule=1f1b"),  # uneven stages
     ("seven layers", "pp=2,schedule=interleaved,chunks=3"),
     ("seven layers", "dp=2,tp=4,zero=3"),
+    # Labels with weights: the loss is divided by their sum over the global batch.
+    ("weighted", "dp=2"),
+    ("weighted", "dp=2,zero=1"),
+    ("weighted", "dp=2,zero=2"),
+    ("weighted", "dp=2,zero=3"),
+    ("weighted", "tp=2"),
+    ("weighted", "tp=2,sp=off"),
+    ("weighted", "pp=2"),
+    ("weighted", "dp=2,tp=2,pp=2,zero=1"),
     # Hybrid sharding: shards inside a group, replicas across.
     ("llama", "dp=4,zero=1,shard=2"),
     ("llama", "dp=4,zero=1,shard=2,reduce=micro_batch"),
@@ -222,7 +265,7 @@ def drawn(seed: int, *, largest: int = 8, models: dict[str, dict[str, Any]] = MO
     dice = random.Random(seed)
     seen = set()
     for _ in range(100_000):
-        model = dice.choice([name for name in models if name != "padded"])
+        model = dice.choice([name for name in models if name not in ("padded", "weighted")])
         axes = {"dp": dice.choice([1, 1, 2, 2, 3, 4]), "tp": dice.choice([1, 1, 2, 2, 4, 8]), "pp": dice.choice([1, 1, 2, 2, 3, 4])}
         text = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1 or axis == "dp")
         text += f",zero={dice.randrange(4)}" + dice.choice(["", ",reduce=step", ",reduce=micro_batch"])

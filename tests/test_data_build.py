@@ -18,7 +18,7 @@ import pytest
 
 from dist_llm import faults
 from dist_llm.data import build as building
-from dist_llm.data import journal, store
+from dist_llm.data import journal, shards
 from dist_llm.data.build import build_store
 from dist_llm.data.corpora import Corpus
 from dist_llm.data.publish import NOTE, publish
@@ -155,7 +155,7 @@ def test_killed_again_and_again(tmp_path: Path, calm: dict[str, bytes]) -> None:
     assert build.tokenizer.texts < len(TEXTS) / 4
 
 
-EFFECTS = ((store._HashedFile, "write"), (store._HashedFile, "sync"), (Path, "replace"), (Path, "rename"), (Path, "unlink"), (os, "fsync"))
+EFFECTS = ((shards.HashedFile, "write"), (shards.HashedFile, "sync"), (Path, "replace"), (Path, "rename"), (Path, "unlink"), (os, "fsync"))
 
 
 def kill_before(count: int) -> list[int]:

@@ -15,11 +15,12 @@ import pytest
 
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import prepare as preparing
-from dist_llm.data import store as storing
+from dist_llm.data import shards as storing
 from dist_llm.data.build import build_store
 from dist_llm.data.journal import Stores
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.data.sealed import check_seal
+from dist_llm.data.store import read_manifest
 from dist_llm.data.tokenizer import bytes_tokenizer
 from dist_llm.errors import DataError, render
 from tests.test_damage import CONTENTS, FILES, flip_each
@@ -227,7 +228,7 @@ def test_what_is_no_file_is_told_at_once(data: Data, tmp_path: Path, name: str, 
             assert stores is None or stores.tokens == 0
             return
         with pytest.raises(DataError) as caught:
-            storing.read_manifest(path.parent) if name == "manifest.json" else check_seal(path.parent, key="")
+            read_manifest(path.parent) if name == "manifest.json" else check_seal(path.parent, key="")
         assert caught.value.where == str(path) and caught.value.found
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.cli.sample import load
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.load import config_tree, load_config
 from dist_llm.config.schema import Config, ScheduleConfig, changed
@@ -25,13 +24,13 @@ from dist_llm.train import sample
 from dist_llm.train.console import Console, duration, one_line, printable
 from dist_llm.train.evaluate import Validation, token_bytes
 from dist_llm.train.fit import fit
-from dist_llm.train.folder import open_checkpoint
 from dist_llm.train.hardware import PEAKS, mfu, peak_flops
 from dist_llm.train.learning_rate import learning_rate
 from dist_llm.train.metrics import Lines, Meter, keep_until
 from dist_llm.train.setup import make_engine
 from dist_llm.train.storage import RunFolder
 from dist_llm.train.trainer import Trainer
+from dist_llm.use.load import load_here, open_sound
 from tests.ranks import Ranks
 
 CONTRACT = {"step", "loss", "loss_hex", "grad_norm", "learning_rate", "tokens", "target_tokens", "step_seconds", "tokens_per_second"}
@@ -178,9 +177,9 @@ def test_samples_of_a_padded_vocabulary_are_tokens(tiny: tuple[Config, Prepared]
     """While it trains, and from its checkpoint."""
     config = changed(tiny[0], {"model.vocab": 400, "track.sample_every": 1, "schedule.steps": 1})
     models: list[Any] = []
-    monkeypatch.setattr(sample, "generate", lambda model, *_, **__: models.append(model) or iter([65]))
+    monkeypatch.setattr(sample, "follow", lambda model, *_, **__: models.append(model) or iter([65]))
     fit(trainer_of(config, tiny[1]), tiny[1], folder=tmp_path, start=0, tell=lambda message: None)
-    models.append(load(open_checkpoint(tmp_path))[0])
+    models.append(load_here(*open_sound(tmp_path)))
     assert len(models) == 5 and all(model.absent.tolist() == list(range(257, 400)) for model in models)
 
 

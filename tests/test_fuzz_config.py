@@ -42,6 +42,9 @@ BASES = (
     "layout: {engine: deepspeed, zero: 2, dp: 2, offload: optimizer}\nmodel: {}\ntrack:\nruntime: {threads: 2, compile: false}\n",
     "layout: {engine: fsdp2, zero: 3}\nruntime: {fp8: off, cuda_graph: false, device: cpu, peak_tflops: 1_000}\n",
     "runtime: {fp8: rowwise, dtype: bfloat16, device: cuda}\nmodel: {dim: 128, heads: 4, ffn: 512}\nlayout: {tp: 2}\n",
+    "data: {source: skills, packing: best_fit, chat: {format: auto, template: chatml, train_on: last, too_long: drop},\n"
+    "  tokenizer: {kind: file, path: a}}\n",
+    "data: {source: [skills, a.jsonl], document_mask: true, chat: {template: model}, packing: none}\n",
 )  # fmt: skip
 SCALARS = (
     *("null", "~", "yes", "no", "on", "off", "True", "tRue", "0", "1", "-1", "2", "3", "4", "5", "6", "8", "16", "31", "64", "257"),
@@ -51,7 +54,7 @@ SCALARS = (
     *("&a 3", "*a", "[]", "{}", "[1, 2]", "[0.9, 0.95]", "{a: 1}", "[[[[[[[[[[[[[1]]]]]]]]]]]]]", "'a\tb'", '"a\\tb"'),
     *('"\\u202e"', '"\\e[2J"'),
     *('"\\ud83d\\ude00"', '"\\ud83d"', "😀", "é", "\u00a0", "a\u200bb", "|\n   text", "python", "skills", "a: b", "- x", "#x"),
-    *("bytes", "bpe"),
+    *("bytes", "bpe", "best_fit", "concat", "none", "messages", "text", "all"),
     *("llama", "gpt2", "sgd", "adamw", "native", "ddp", "fsdp2", "deepspeed", "interleaved", "gpipe", "float64", "bfloat16", "cpu", "nccl"),
     *("full", "selective", "optimizer", "all", "step", "micro_batch", "wsd", "learned", "rotary", "swiglu", "gelu", "tensorwise", "dp=2"),
     *("tp=2,pp=2", "dp=2,dp=2", "tp=x", "''", "https://user:word@host/x", "https://host/x", "hf_" + "a" * 34, "../../etc/passwd"),
@@ -130,7 +133,7 @@ def mutated(text: str, chance: random.Random) -> str:
             at = chance.randrange(len(word[0]))
             strange = (word[0][:at] + word[0][at + 1 :], word[0].upper(), word[0] + chance.choice("sx_"), chance.choice(words)[0])
             return text[: word.start()] + chance.choice(strange) + text[word.end() :]
-        case 4:  # a line twice, away or elsewhere
+        case 4 if text:  # a line twice, away or elsewhere
             lines = text.splitlines(keepends=True)
             line = lines.pop(chance.randrange(len(lines))) if chance.random() < 0.6 else chance.choice(lines)
             lines.insert(chance.randrange(len(lines) + 1), line if chance.random() < 0.7 else "")

@@ -35,10 +35,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("comm", "ranks"),
     ("model",),
     ("parallel", "data", "interop.slices"),
-    ("engines",),
+    ("engines", "infer"),
     ("train",),
     ("interop",),
-    ("plan", "report"),
+    ("plan", "report", "use"),
     ("compare",),
     ("cli",),
     ("__main__",),
@@ -46,9 +46,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Inside parallel/: strategies never import each other, only compose knows all.
 STRATEGIES: tuple[tuple[str, ...], ...] = (
     ("flat", "operation"),
-    ("across",),
-    ("tensor", "zero", "recompute"),
-    ("compiled", "pipeline"),
+    ("across", "weights"),
+    ("tensor", "zero", "quantized", "recompute"),
+    ("adapted", "compiled", "pipeline"),
     ("compose",),
 )
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}
@@ -94,6 +94,7 @@ BESIDE = {
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "what is noted": {"flight.py", "train/nonfinite.py"},
     "small tables": {"mesh.py", "config/layout.py", "sharding.py", "parallel/flat.py", "schedule/actions.py", "train/learning_rate.py"},
+    "weights that a unit holds": {"parallel/weights.py"},
 }
 
 

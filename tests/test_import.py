@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from dist_llm.config.load import load_config
 from dist_llm.errors import CheckpointError, Failure, NumericError, UsageError, render
+from dist_llm.infer.model import Model
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
 from dist_llm.interop.logits import all_logits, their_logits
@@ -29,7 +30,6 @@ from dist_llm.parallel.flat import pack
 from dist_llm.train.base import Base, read_base
 from dist_llm.train.begin import ByUnit
 from dist_llm.train.folder import open_checkpoint
-from dist_llm.train.sample import Model
 from tests.commands import Commands
 from tests.hugging_face_cases import SHAPES, save_theirs, tensors_of, their_model
 

@@ -111,6 +111,19 @@ def lines(*texts: str) -> Callable[[], object]:
     return put("text.jsonl", "".join(text + "\n" for text in texts))
 
 
+def chats(*texts: str, first: bool = True, own: str = "") -> Callable[[], object]:
+    """A run over conversations: a sound one first, and a template of the user's own."""
+    sound = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
+
+    def make() -> None:
+        lines(*([sound] if first else []), *texts)()
+        config("source: skills", "source: text.jsonl\n  validation: 0\n  chat: {template: chatml}")()
+        if own:
+            Path("own.jinja").write_text(own)
+
+    return make
+
+
 def tokenizer(change: dict[str, Any]) -> Callable[[], object]:
     """A small tokenizer.json, changed."""
 
@@ -227,6 +240,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("JSON is no comparison", "report comparison.json", 3, make=put("comparison.json", "[]")),
         Case("temperature is no number", "sample run --temperature nan"),
         Case("probability over one", "sample run --top-p 2"),
+        Case("temperature below zero", "chat run --temperature -1"),
+        Case("several flags out of range", "sample run --min-p 1.5 --repetition-penalty 0"),
+        Case("empty prompt", "sample run --prompt ''"),
+        Case("no file of prompts", "sample run --prompts prompts.txt"),
+        Case("lines without a prompt", "sample run --prompts p.jsonl", 3, make=put("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n3\n')),
+        Case("empty stop string", "sample run --stop ''"),
+        Case("dtype of a model", "eval run --dtype float16"),
+        Case("no such task", "eval run --tasks copy,cpoy"),
+        Case("text left out and given", "eval run --no-text --data x.txt"),
         Case("tokenizer folder is there", "tokenizer train skills --out made", make=lambda: Path("made").mkdir()),
         Case("no such benchmark", "bench speeed"),
     ),
@@ -346,10 +368,32 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("older format", "sample run", 4, make=saved(manifest(version=1))),
         Case("manifest contradicts itself", "verify run", 4, make=saved(manifest(world=3))),
         Case("tokenizer is none", "sample run", 3, make=saved()),
+        Case("chat without a checkpoint", "chat run", 4),
+        Case("eval of damaged tensors", "eval run", 4, make=saved(lambda folder: spoil(f"{folder}/rank-00000.safetensors", at=-5))),
         Case("resume of nothing", "train run.yaml --resume auto", 4),
         Case("resume from nowhere", "train run.yaml --resume elsewhere", 4),
         Case("run folder holds a run", "train run.yaml", make=saved(steps=(3, 5))),
         Case("run folder is a file", "train run.yaml", 7, make=put("run", "a file")),
+    ),
+    "chat": (
+        Case("conversations that do not fit", "data build run.yaml", 3, make=chats(
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
+            '{"messages": [{"role": "user", "content": "a"}]}', '{"conversations": [{"from": "human", "value": "a"}]}')),
+        Case("nothing is trained", "data build run.yaml", 3, make=chats(
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": false}]}')),
+        Case("shape is not known", "data build run.yaml", 3, make=chats('{"question": "a", "answer": "b"}', first=False)),
+        Case("two shapes at once", "data build run.yaml", 3, make=chats(
+            '{"prompt": "a", "completion": "b", "messages": []}', first=False)),
+        Case("conversation too long", "data preview run.yaml data.sequence=12", 3, make=chats()),
+        Case("conversations in a row", "check run.yaml data.packing=concat data.source=python", make=chats()),
+        Case("no such template", "data build run.yaml data.chat.template=chatlm", make=chats()),
+        Case("template is not Jinja", "data build run.yaml data.chat.template=own.jinja", make=chats(own="{% if %}")),
+        Case("end is never trained", "data build run.yaml data.chat.template=own.jinja", make=chats(
+            own="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")),
+        Case("template rewrites", "data build run.yaml data.chat.template=own.jinja", make=chats(
+            own="{% for m in messages %}{{ m.content if loop.last else '' }}<|im_end|>{% endfor %}")),
+        Case("page of a text", "data preview run.yaml --html page.html"),
     ),
 }  # fmt: skip
 

@@ -32,6 +32,12 @@ PUBLISHED = {
     "llama3-405b": 405_853_388_800,
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
+    "mistral-7b": 7_241_732_096,
+    "qwen2-0.5b": 494_032_768,
+    "smollm2-135m": 134_515_008,
+    "olmo2-1b": 1_484_916_736,
+    "gemma2-2b": 2_614_341_888,
+    "gemma3-1b": 999_885_952,
 }
 VARIANTS: list[dict[str, Any]] = [
     *({"family": family} for family in FAMILIES),

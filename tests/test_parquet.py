@@ -168,6 +168,34 @@ def test_rows_for_other_readers(tmp_path: Path) -> None:
     assert [row.values for row in read_rows(tmp_path / "x.parquet", columns=("messages", "n"))] == [row.values for row in rows]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow-stream"])
+@pytest.mark.parametrize("shape", ["auto", "messages"])
+def test_conversations_in_tables_are_those_of_lines(tmp_path: Path, kind: str, shape: str) -> None:
+    """Fields that an object does not have are null in a table, and count as left out."""
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"q {n}"},
+                {"role": "assistant", "content": f"a {n}", **({"weight": 2.0} if n % 3 else {})},
+            ]
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats))
+    path = tmp_path / ("x.parquet" if kind == "parquet" else "x.arrow")
+    write(path, pa.Table.from_pylist(chats), kind)
+    settings: dict[str, Any] = {"chat": {"format": shape}, "packing": "best_fit"}
+    lines_of, rows_of = (build(source, tmp_path, **settings) for source in (tmp_path / "x.jsonl", path))
+    assert lines_of.fingerprint == rows_of.fingerprint
+    for one, other in zip((*lines_of.train, *lines_of.validation), (*rows_of.train, *rows_of.validation), strict=True):
+        assert one.manifest.shards == other.manifest.shards and one.manifest.weights == other.manifest.weights
+    broken = [*chats, {"messages": None}, {"messages": [{"role": "assistant", "content": "first"}]}]
+    write(path, pa.Table.from_pylist(broken), kind)
+    with pytest.raises(DataError) as caught:
+        build(path, tmp_path, **settings)
+    assert caught.value.what == "2 rows cannot be read" and caught.value.where == f"{path}:41"
+
+
 MEMORY = """
 import sys
 from pathlib import Path

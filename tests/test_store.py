@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from dist_llm.cli.data import app
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import build as building
-from dist_llm.data import sealed
+from dist_llm.data import sealed, shards
 from dist_llm.data import store as storing
 from dist_llm.data.build import build_store, encode
 from dist_llm.data.corpora import Corpus, open_corpus
@@ -146,7 +146,7 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, file: str) -> DataError:
-    storing._verified.clear()
+    shards._verified.clear()
     with pytest.raises(DataError) as caught:
         TokenStore(folder)
     assert caught.value.code == 3 and caught.value.where == str(folder / file)
@@ -229,7 +229,7 @@ def test_a_forged_or_newer_manifest_is_refused(small: Path, change: Callable[[di
 
 
 def test_each_file_is_hashed_once_a_process(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storing._verified.clear()
+    shards._verified.clear()
     hashed: list[str] = []
     plain_hash = sealed.hash_file
     monkeypatch.setattr(sealed, "hash_file", lambda path: hashed.append(path.name) or plain_hash(path))
@@ -244,7 +244,7 @@ def test_each_file_is_hashed_once_a_process(small: Path, monkeypatch: pytest.Mon
 
 
 def test_a_shard_of_a_large_store_is_hashed_when_it_is_first_read(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storing._verified.clear()
+    shards._verified.clear()
     monkeypatch.setattr(storing, "VERIFIED_ON_OPEN", 10)
     for number in (0, 2):
         file = small / f"tokens-{number:05d}.bin"

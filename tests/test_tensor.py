@@ -17,6 +17,7 @@ from dist_llm.model.loss import CHUNK, Slice
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import compiled, tensor
+from dist_llm.parallel.across import Across, across
 from dist_llm.parallel.compiled import CompiledRoles
 from dist_llm.parallel.tensor import Split, TensorRoles
 from dist_llm.train.memory import LiveMemory
@@ -278,3 +279,13 @@ def test_the_normed_input_is_gone_when_its_gradient_goes_through_the_norm(rule: 
     slopes = [torch.randn(2, 256, 32) for _ in range(2)]
     given = [x, gain, *weights, *outputs, *slopes]
     assert beside(given, lambda: torch.autograd.backward(outputs, slopes)) < 1.1 * (2 * x.nbytes + sum(weight.nbytes for weight in weights))
+
+
+@pytest.mark.parametrize("kind", ["rms", "unit_rms"])
+def test_norms_over_all_heads_have_the_gradients_of_finite_differences(kind: str) -> None:
+    """As a function, and as the operation of compiled blocks."""
+    group = single().group
+    shapes = [(2, 3, 6), (2, 3, 4), (6,), (4,)]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *x: Across.apply(kind, 1e-5, group, 2, *x), given)
+    assert torch.autograd.gradcheck(lambda *x: tuple(across(list(x[:2]), list(x[2:]), kind, 1e-5, group.key)[:2]), given)

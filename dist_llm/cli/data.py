@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,12 +17,14 @@ from dist_llm import faults
 from dist_llm.cli.data_files import clean, export
 from dist_llm.cli.network import allow_hub
 from dist_llm.config.load import load_config
-from dist_llm.errors import plain
+from dist_llm.errors import UsageError, plain
 from dist_llm.train.base import read_base
 
 if TYPE_CHECKING:
     from dist_llm.data.batches import MicroBatch
     from dist_llm.data.prepare import Prepared
+
+PAGE_ROWS = 24  # conversations that a page shows at least, where a step has so many
 
 app = typer.Typer(help="Text to token shards, and a look at them.", no_args_is_help=True)
 
@@ -42,7 +45,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     started = time.monotonic()
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, max_bad_lines=max_bad_lines, verify=True)
-    summary = summarise(prepared, sequence=config.data.sequence, seconds=time.monotonic() - started)
+    longest = config.data.sequence + (prepared.template is not None)  # the last token of a conversation takes no place
+    summary = summarise(prepared, sequence=longest, seconds=time.monotonic() - started)
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -55,7 +59,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
         words += f"  {store['bytes_per_token']:.2f} bytes per token" if store["bytes_per_token"] is not None else ""
         typer.echo(f"  {store['split']:<10} {words}  {plain(store['folder'])}")
         if longer := store["longer_than_sequence"]:
-            typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: they go on in the next")
+            fate = "they go on in the next" if prepared.template is None else f"data.chat.too_long is {config.data.chat.too_long}"
+            typer.echo(f"  {'':<10} {longer:>13,} documents are longer than a sequence of {config.data.sequence}: {fate}")
 
 
 @app.command()
@@ -65,16 +70,35 @@ def preview(
     rows: Annotated[int, typer.Option("--rows", min=1, max=64, help="Sequences to show.")] = 2,
     tokens: Annotated[int, typer.Option("--tokens", min=2, max=4096, help="Tokens of each sequence to show.")] = 64,
     step: Annotated[int, typer.Option("--step", min=0, help="The step whose batch is shown.")] = 0,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Of conversations: write a page that shows more.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the first sequences of a step: documents, token boundaries, labels and what is masked."""
+    """Show the first sequences of a step: documents, token boundaries, labels and what is masked; of conversations, what is trained."""
+    from dist_llm.cli.data_chat import chat_preview, print_chat, write_html
     from dist_llm.data.batches import training_batches
+    from dist_llm.data.packing import PackedBatches
     from dist_llm.data.prepare import prepare
 
     config = load_config(config_path, overrides or [], base=read_base).config
+    if html is not None and config.data.chat.format is None:
+        way = "leave --html out, or set data.chat.format=auto"
+        raise UsageError("the page shows conversations, data.chat is off", where="--html", next=way)
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress)
     batches = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
+    if isinstance(batches, PackedBatches):
+        found = chat_preview(config, prepared, batches, step=step, rows=rows, tokens=tokens)
+        if html is not None:
+            write_html(chat_preview(config, prepared, batches, step=step, rows=max(rows, PAGE_ROWS), tokens=4096), Path(html))
+        if as_json:
+            typer.echo(json.dumps({key: value for key, value in found.items() if key != "template_text"}))
+            return
+        for note in prepared.notes:
+            typer.echo(f"note: {plain(note)}")
+        print_chat(found)
+        if html is not None:
+            typer.echo(f"\nwritten: {plain(html)}")
+        return
     (batch,) = batches.micro_batches(step, dp_rank=0, dp_size=1, micro=config.batch.global_)
     samples = batches.sample_ids(step).tolist()
     shown = [_row(prepared, batch, row, samples[row], tokens) for row in range(min(rows, len(samples)))]

@@ -14,6 +14,7 @@ from dist_llm.report.units import show_bytes
 
 if TYPE_CHECKING:
     from dist_llm.interop.logits import Compared
+    from dist_llm.train.folder import Checkpoint
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -35,11 +36,14 @@ def export(
     import torch
 
     from dist_llm.data.tokenizer import load
-    from dist_llm.interop.exporting import export_checkpoint
+    from dist_llm.interop.exporting import Subject, export_model
     from dist_llm.interop.logits import Cast, compare_logits
     from dist_llm.train.folder import open_checkpoint
 
     opened = open_checkpoint(checkpoint.expanduser())
+    if opened.config.model.adapter.rank:
+        _export_adapter(opened, target.expanduser(), as_json=as_json)
+        return
     cast = None if dtype is None else getattr(torch, dtype)
     found: list[Compared] = []
 
@@ -48,7 +52,8 @@ def export(
         tokens = sorted(token for token in load(opened.path).ids if token < model.vocab)
         found.append(compare_logits(folder, Cast(opened.parts, cast), model, tokens=tokens))
 
-    made = export_checkpoint(opened, target.expanduser(), dtype=cast, shard_size=limit, check=check if verify else lambda folder: None)
+    options: dict[str, Any] = {"dtype": cast, "shard_size": limit} | ({"check": check} if verify else {})
+    made = export_model(Subject.of(opened), target.expanduser(), **options)
     opened.parts.close()
     if as_json:
         about: dict[str, Any] = {"family": made.family, "parameters": made.parameters, "bytes": made.bytes, "files": made.files}
@@ -60,6 +65,24 @@ def export(
     for one in found:
         words = f"largest difference {one.difference:.1e} in {one.dtype}, at most {one.tolerance:.0e} allowed"
         typer.echo(f"verified    transformers computes the same logits: {words}, {one.prompts} prompts")
+
+
+def _export_adapter(opened: Checkpoint, target: Path, *, as_json: bool) -> None:
+    """An adapter in PEFT's form."""
+    from dist_llm.interop.peft_folder import write_adapter
+    from dist_llm.train.overlay import base_of
+
+    base, model = base_of(opened), opened.config.model
+    trained = {name: opened.parts.whole(name) for name in opened.shapes}
+    size = write_adapter(target, model, trained, base=str(base.path), identity=base.identity)
+    base.close()
+    opened.parts.close()
+    if as_json:
+        typer.echo(json.dumps({"version": 1, "checkpoint": str(opened.path), "folder": str(target), "adapter": True, "bytes": size}))
+        return
+    typer.echo(f"exported    {plain(opened.path)}: an adapter of rank {model.adapter.rank} in PEFT's form, {show_bytes(size)}")
+    typer.echo(f"folder      {plain(target)}")
+    typer.echo(f"next        dist-llm merge {plain(base.path)} {plain(target)} {plain(target)}-merged")
 
 
 def read_size(text: str) -> int:

@@ -29,9 +29,12 @@ VERBS = {  # name -> (module, what it holds, one line of help)
     "data": ("data", "app", "Text to token shards, and a look at them."),
     "tokenizer": ("tokenizer", "app", "Make a tokenizer, and see how it fits a text."),
     "sample": ("sample", "sample", "Continue a text with a checkpoint of any layout."),
+    "chat": ("chat", "chat", "Talk with a checkpoint of any layout."),
+    "eval": ("eval", "evaluate", "Measure a checkpoint: perplexity, and exact answers to skills."),
     "verify": ("verify", "verify", "Check every byte of a checkpoint."),
     "import": ("import_folder", "import_", "Read a Hugging Face folder into a run folder of ours."),
     "export": ("export", "export", "Write a checkpoint of any layout as a Hugging Face folder."),
+    "merge": ("merge", "merge", "Merge an adapter into its base."),
     "bench": ("bench", "bench", "Measure ours against other libraries."),
     "report": ("report", "report", "Write report.html beside a finished run or comparison."),
 }

@@ -1,84 +1,165 @@
-"""`dist-llm sample CKPT --prompt TEXT`: continue a text with a checkpoint of any layout."""
+"""`dist-llm sample CKPT`: continue texts with a checkpoint of any layout."""
 
 from __future__ import annotations
 
 import json
-from math import isfinite
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_llm.errors import UsageError
+from dist_llm.cli import flags
+from dist_llm.errors import DataError, UsageError, plain
 from dist_llm.train.console import printable
 
 if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
-    from dist_llm.train.folder import Checkpoint
-    from dist_llm.train.sample import Model
+
+LARGEST_FILE, MOST_PROMPTS = 64 << 20, 100_000  # bytes and lines of a file of prompts
 
 
 def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A step folder, or a run folder: its newest.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; nothing: a new document.")] = "",
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="At most so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Among the likeliest K tokens only.")] = 50,
-    top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Among the likeliest that make up P only.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A text to continue; may be given again. None: a new document.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE|-", help='A prompt a line, or {"prompt": ...} where FILE ends in .jsonl; -: stdin.'),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=2**31, help="At most so many tokens a text.")] = 128,
+    samples: Annotated[int, typer.Option("--samples", min=1, max=10_000, help="Texts for each prompt.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=10_000, help="Texts that are written at once.")] = 8,
+    temperature: flags.Temperature = 0.8,
+    top_k: flags.TopK = 50,
+    top_p: flags.TopP = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.Penalty = 1.0,
+    stop: flags.Stop = None,
+    stop_token: flags.StopToken = None,
+    seed: flags.Seed = 0,
+    nproc: flags.Nproc = 1,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = "auto",
+    as_json: flags.Json = False,
 ) -> None:
-    """Continue a text with a checkpoint of any layout; the text appears as it is made."""
-    from dist_llm.train.folder import open_checkpoint
-    from dist_llm.train.sample import Choice, generate, stream
+    """Continue texts with a checkpoint of any layout; a single text appears as it is made."""
+    chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    choice = flags.choice_of(**chosen, repetition_penalty=repetition_penalty, seed=seed)
+    place, stops = flags.place_of(device, dtype), flags.stop_texts(stop)
+    texts = _prompts(prompt, prompts)
 
-    _check(prompt, temperature=temperature, top_p=top_p)
-    opened = open_checkpoint(checkpoint)
-    opened.verify()
-    model, tokenizer, window = load(opened)
-    choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    ids = tokenizer.encode(prompt) or [tokenizer.end_id]
-    made: list[int] = []
+    from dist_llm.use.load import on_ranks, open_sound, require_split
+    from dist_llm.use.sample import Request, as_request, write_rank
 
-    def follow():
-        for token in generate(model, ids, count=tokens, choice=choice, window=window, end=tokenizer.end_id):
-            made.append(token)
-            yield token
-
-    pieces = stream(tokenizer, follow())
+    opened, tokenizer = open_sound(checkpoint)
+    require_split(opened.config.model, nproc)
+    ids = [_encoded(text, tokenizer) for text in texts]
+    stop_tokens = flags.stop_ids(tokenizer, stop_token or ())
+    request = Request(str(opened.path), ids, choice, tokens, samples, batch, stops, stop_tokens, place)
+    _note_long(ids, opened.config.data.sequence)
+    shown = _Shown(texts, samples=samples, quiet=as_json)
+    runtime = place.runtime(opened.config.runtime)
+    about = on_ranks(write_rank, as_request(request), nproc=nproc, runtime=runtime, hear=shown.take)[0]
     if as_json:
-        text = "".join(pieces)
-        about = {"step": opened.step, "checkpoint": str(opened.path), "seed": seed, "tokens": made}
-        typer.echo(json.dumps({"version": 1, "prompt": prompt, "text": text, **about}))
-        return
-    typer.echo(printable(prompt), nl=False)
-    for piece in pieces:
-        typer.echo(printable(piece), nl=False)
-    typer.echo()
+        lines = [{**line, "prompt": texts[line["prompt"]]} for line in shown.lines]
+        single = {key: lines[0][key] for key in ("prompt", "text", "tokens", "finish")} if len(lines) == 1 else {}
+        whole = {"version": 1, "checkpoint": str(opened.path), "seed": seed, "ranks": nproc, **about, **single, "samples": lines}
+        typer.echo(json.dumps(whole))
+    shown.close()
 
 
-def _check(prompt: str, *, temperature: float, top_p: float | None) -> None:
-    """Raises UsageError for what passes the flags' own bounds and is no text, or no number."""
+class _Shown:
+    """Shows a single text as it comes, and several one after the other, each whole, in their order."""
+
+    def __init__(self, texts: list[str], *, samples: int, quiet: bool) -> None:
+        self.texts, self.samples, self.quiet, self.single = texts, samples, quiet, len(texts) * samples == 1
+        self.lines: list[dict[str, Any]] = []  # in their order, as far as it goes without a gap
+        self.waiting: dict[tuple[int, int], dict[str, Any]] = {}
+        if self.single and not quiet:
+            typer.echo(printable(texts[0]), nl=False)
+
+    def take(self, message: dict[str, Any]) -> None:
+        """What rank 0 says: a piece of a text, or a line that is done."""
+        if "piece" in message:
+            if self.single and not self.quiet:
+                typer.echo(printable(message["piece"][2]), nl=False)
+                sys.stdout.flush()
+            return
+        line = message["line"]
+        self.waiting[line["prompt"], line["sample"]] = line
+        while (line := self.waiting.pop(divmod(len(self.lines), self.samples), None)) is not None:
+            self.lines.append(line)
+            if not self.quiet and not self.single:
+                name = f"prompt {line['prompt'] + 1}" + (f", sample {line['sample'] + 1}" if self.samples > 1 else "")
+                typer.echo(f"--- {name} ({line['finish']}, {len(line['tokens'])} tokens)")
+                typer.echo(printable(self.texts[line["prompt"]] + line["text"]))
+
+    def close(self) -> None:
+        """The end of the line of a single text."""
+        if self.single and not self.quiet:
+            typer.echo()
+
+
+def _prompts(given: list[str] | None, file: str | None) -> list[str]:
+    """All prompts, those of flags first; an empty text for a new document where there is none. Raises UsageError or DataError."""
+    texts = [flags.require_text(text, where="--prompt") for text in given or ()]
+    if "" in texts:
+        raise UsageError(
+            "the prompt is empty", where="--prompt", expected="text", found="nothing", next="without --prompt a new document begins"
+        )
+    if file is not None:
+        texts += _from_stdin() if file == "-" else _from_file(Path(file).expanduser())
+    return texts or [""]
+
+
+def _from_stdin() -> list[str]:
+    return _lines(sys.stdin.buffer.read(LARGEST_FILE + 1), where="stdin", as_json=False)
+
+
+def _from_file(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UsageError("there is no file of prompts", where=str(path), expected="a prompt a line; - reads stdin")
     try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError("the prompt is not UTF-8", where="--prompt", expected="text", found=f"character {error.start}") from None
-    for flag, value in (("--temperature", temperature), ("--top-p", top_p)):
-        if value is not None and not isfinite(value):
-            raise UsageError("this is no number to sample with", where=flag, expected="a finite number", found=str(value))
+        with path.open("rb") as handle:
+            return _lines(handle.read(LARGEST_FILE + 1), where=str(path), as_json=path.suffix == ".jsonl")
+    except OSError as error:
+        raise DataError("the file of prompts cannot be read", where=str(path), found=error.strerror) from error
 
 
-def load(opened: Checkpoint) -> tuple[Model, Tokenizer, int]:
-    """The model of a verified checkpoint on one device, its tokenizer, and the tokens it can see. Raises UsageError (F24)."""
-    from dist_llm.data.tokenizer import load as load_tokenizer
-    from dist_llm.train.sample import Model
-    from dist_llm.train.setup import choose_device, choose_dtype
+def _lines(content: bytes, *, where: str, as_json: bool) -> list[str]:
+    """The prompts of a file. Raises DataError with every line that holds none."""
+    if len(content) > LARGEST_FILE or content.count(b"\n") > MOST_PROMPTS:
+        raise DataError("there are too many prompts", where=where, expected=f"at most {MOST_PROMPTS:,} lines, {LARGEST_FILE >> 20} MiB")
+    found, bad = [], []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        try:
+            text = line.decode("utf-8")
+            if as_json:
+                text = json.loads(text)["prompt"]
+            if not isinstance(text, str) or not text:
+                raise ValueError("an empty prompt" if text == "" else "its prompt is no text")
+            found.append(flags.require_text(text, where=f"{where}:{number}"))
+        except UnicodeDecodeError:
+            bad.append(f"{where}:{number}: not UTF-8")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = error if type(error) is ValueError else 'expected {"prompt": "..."}'
+            bad.append(f"{where}:{number}: {plain(reason)}")
+    if bad or not found:
+        what = "lines of the file hold no prompt" if bad else "there are no prompts"
+        raise DataError(what, where=where, expected="a prompt a line", found=None if bad else "an empty file", details=bad)
+    return found
 
-    config, tokenizer = opened.config, load_tokenizer(opened.path)
-    if tokenizer.vocab_size > config.model.vocab:
-        found = f"{tokenizer.vocab_size} tokens, model.vocab {config.model.vocab}"
-        raise UsageError("the tokenizer has more tokens than the model", where=str(opened.path), found=found)
-    device = choose_device(config.runtime.model_copy(update={"device": "auto"}), local_rank=0)
-    dtype = choose_dtype(config.runtime.model_copy(update={"dtype": "auto"}), device)
-    model = Model(opened.parts, config.model, dtype=dtype, device=device, tokens=tokenizer.ids)
-    return model, tokenizer, config.data.sequence
+
+def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a prompt; the end token where there is none, after which a new document begins."""
+    return tokenizer.encode(text) or [tokenizer.end_id]
+
+
+def _note_long(ids: list[list[int]], window: int) -> None:
+    """Says which prompts are longer than what the model can see."""
+    long = [number for number, one in enumerate(ids, 1) if len(one) > window]
+    if long:
+        which = f"prompt {long[0]} has {len(ids[long[0] - 1])} tokens" if len(long) == 1 else f"{len(long)} prompts are longer"
+        typer.echo(f"note: {which}; the model sees the last {window}", err=True)

@@ -9,8 +9,8 @@ from typing import Any
 from dist_llm.config.presets import fill_model
 from dist_llm.config.yaml_file import flow
 
-# What says nothing about the weights: how they are trained, and where they came from.
-FREE = ("preset", "dropout", "init_std", "residual_scale")
+# What says nothing about the weights: how they are trained, and where they came from. An adapter lies beside them.
+FREE = ("preset", "dropout", "init_std", "residual_scale", "adapter")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Problem:
 
 def problems(config: Config, layout: Layout) -> list[Problem]:
     """Every rule that `config` breaks under `layout`; empty when it can run."""
-    rules = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _offload, _fp8, _graph, _numbers, _text, _machine)
+    shape = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _adapter, _offload)
+    rules = (*shape, _fp8, _graph, _numbers, _text, _chat, _machine)
     return [problem for rule in rules for problem in rule(config, layout)]
 
 
@@ -113,8 +114,12 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
     """Foreign engines split the batch alone. Selective recompute runs autograd inside a block, which no compiler can trace."""
     if config.runtime.compile and layout.recompute == "selective":
         yield Problem("layout.recompute", "selective does not go with runtime.compile; full or none do")
+    if config.model.adapter.rank and config.runtime.compile:
+        yield Problem("runtime.compile", "blocks with an adapter are not compiled in this version; set it to false")
     if layout.engine == "native":
         return
+    if config.model.adapter.rank:
+        yield Problem("layout.engine", f"engine={layout.engine} trains all weights of a model; with an adapter it is engine=native")
     for axis in ("tp", "cp", "pp", "ep"):
         if getattr(layout, axis) > 1:
             yield Problem("layout.engine", f"engine={layout.engine} runs {axis}=1 only, {axis}={getattr(layout, axis)}")
@@ -133,6 +138,25 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("runtime.compile", f"engine={layout.engine} compiles nothing; set it to false")
     if config.runtime.dtype == "bfloat16" and layout.zero == 0:
         yield Problem("runtime.dtype", f"engine={layout.engine} with zero=0 keeps no float32 masters beside bfloat16")
+
+
+def _adapter(config: Config, layout: Layout) -> Iterator[Problem]:
+    """Blocks of a scale lie inside rows, and inside what a rank has of them."""
+    model, adapter = config.model, config.model.adapter
+    if adapter.quantize == "none":
+        return
+    if not adapter.rank:
+        yield Problem("model.adapter.quantize", f"{adapter.quantize} weights are not trained: it needs model.adapter.rank above 0")
+    ends = {
+        "dim": {model.dim},
+        "heads x head_dim": {rank * model.heads // layout.tp * model.head_dim for rank in range(1, layout.tp + 1)},
+        "ffn": {rank * model.ffn // layout.tp for rank in range(1, layout.tp + 1)},
+    }
+    for name, cuts in ends.items():
+        odd = sorted(cut for cut in cuts if cut % adapter.block)
+        if odd:
+            text = f"{name} is cut at {odd[0]} (tp={layout.tp}), which over blocks of {adapter.block} leaves {odd[0] % adapter.block}"
+            yield Problem("model.adapter.block", text)
 
 
 OFFLOADS: dict[str, tuple[tuple[str, ...], ...]] = {  # what each engine can keep in host memory, by ZeRO stage
@@ -256,6 +280,26 @@ def _ids(vocab: int | None, end: int | None) -> Iterator[Problem]:
         yield Problem("data.tokenizer.end", text)
     elif vocab is not None and end >= vocab:
         yield Problem("data.tokenizer.end", f"{end} is not below data.tokenizer.vocab {vocab}")
+
+
+def _chat(config: Config, layout: Layout) -> Iterator[Problem]:
+    """Conversations are packed whole, and are read from where there are some."""
+    data = config.data
+    if data.chat.format is None:
+        if data.packing != "concat":
+            yield Problem("data.packing", f"{data.packing} keeps conversations whole, data.chat is off; concat is for text")
+        return
+    if data.packing == "concat":
+        yield Problem("data.packing", "concat cuts conversations wherever a sequence ends; best_fit keeps them whole, none pads each")
+    for key in ("document_mask", "reset_positions"):
+        if data.packing == "best_fit" and not getattr(data, key):
+            yield Problem(f"data.{key}", "conversations that share a sequence would see each other; leave it out, best_fit turns it on")
+    named = [item.source for item in data.mix] if data.mix else [data.source]
+    for source in (name for one in named for name in ([one] if isinstance(one, str) else one)):
+        if source in ("python", "entropy"):
+            yield Problem("data.source", f"{source} holds no conversations; skills and JSON lines do")
+    if data.chat.template == "model" and data.tokenizer.kind != "file":
+        yield Problem("data.chat.template", f"a model's own lies beside its tokenizer's file, tokenizer.kind is {data.tokenizer.kind}")
 
 
 def _machine(config: Config, layout: Layout) -> Iterator[Problem]:

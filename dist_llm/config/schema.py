@@ -69,6 +69,29 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class AdapterConfig(Section):
+    """Small matrices that are trained instead of the model: W x + alpha / rank B A x for each target (LoRA, arXiv:2106.09685)."""
+
+    rank: Whole = 0  # 0: no adapter, the model itself is trained
+    alpha: Positive = 16.0
+    rank_stabilized: Switch = False  # divided by the root of the rank instead (rsLoRA, arXiv:2312.03732)
+    quantize: Literal["none", "nf4", "int8"] = "none"  # how the matrices under it are kept (QLoRA, arXiv:2305.14314)
+    block: Annotated[Count, Field(multiple_of=8)] = 64  # neighbours along a row that share a scale there
+    targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1), BeforeValidator(_tuple)] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied with; 0 without an adapter."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank) if self.rank else 0.0
+
+
+def _as_dict(section: Any) -> dict[str, Any]:
+    return section.model_dump() if isinstance(section, BaseModel) else section if isinstance(section, dict) else {}
+
+
 class ModelConfig(Section):
     """The model. Names left out come from the preset, then the family, then a small default; none stays open but `preset`."""
 
@@ -109,6 +132,7 @@ class ModelConfig(Section):
     dropout: BelowOne
     init_std: Number
     residual_scale: Switch  # o and down weights start with init_std / sqrt(2 layers)
+    adapter: AdapterConfig = AdapterConfig()  # trained in the place of everything else
 
     @model_validator(mode="before")
     @classmethod
@@ -154,6 +178,20 @@ class MixItem(Section):
     weight: Positive = 1.0
 
 
+class ChatConfig(Section):
+    """Conversations in the place of text. On where any key is given: then a format left out is auto. format null: off."""
+
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] | None = None
+    template: Text = "auto"  # chatml, llama3, qwen, plain, model, or a path; auto: the model's own where it has one, else plain
+    train_on: Literal["assistant", "all", "last"] = "assistant"
+    too_long: Literal["refuse", "drop", "truncate"] = "refuse"  # what becomes of conversations longer than a sequence
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return {"format": "auto", **given} if isinstance(given, dict) and given else given
+
+
 class DataConfig(Section):
     """Text, how it becomes tokens and how tokens become sequences."""
 
@@ -161,7 +199,8 @@ class DataConfig(Section):
     mix: Annotated[Annotated[tuple[MixItem, ...], Field(min_length=1)] | None, BeforeValidator(_tuple)] = None  # replaces source
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence: Annotated[Count, Field(ge=2)] = 256
-    packing: Literal["concat"] = "concat"
+    chat: ChatConfig = ChatConfig()
+    packing: Literal["concat", "best_fit", "none"] = "concat"  # best_fit when left out and chat is on
     document_mask: Switch = False
     reset_positions: Switch = False
     validation: Annotated[float, Strict(), Field(ge=0, le=0.5)] = 0.02  # fraction of the documents held out
@@ -170,6 +209,19 @@ class DataConfig(Section):
     dir: Text = "runs/data"  # token shards live here
     max_tokens: Count | None = None
     seed: Seed | None = None  # None: runtime.seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return fill_packing(given) if isinstance(given, dict) else given
+
+
+def fill_packing(given: dict[str, Any]) -> dict[str, Any]:
+    """A data section as written and what follows from it: conversations are packed by best fit, and what is packed so is kept apart."""
+    chat = _as_dict(given.get("chat"))
+    packing = given.get("packing", "best_fit" if chat and chat.get("format", "auto") is not None else "concat")
+    apart = {"document_mask": True, "reset_positions": True} if packing == "best_fit" else {}
+    return {**apart, **given, "packing": packing}
 
 
 class BatchConfig(Section):
@@ -302,10 +354,6 @@ def fill_across(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         filled["data"] = {**data, "tokenizer": {**tokenizer, "vocab": values["vocab"]}}
         notes["data.tokenizer.vocab"] = "= model.vocab"
     return filled, notes
-
-
-def _as_dict(section: Any) -> dict[str, Any]:
-    return section.model_dump() if isinstance(section, BaseModel) else section if isinstance(section, dict) else {}
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,10 +35,11 @@ PADDING = -1  # the sample id of a row that only fills up the last validation ba
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences for one forward pass, all int64 on the CPU.
+    """Sequences for one forward pass, int64 on the CPU but for the weights.
 
     tokens, labels, positions, documents: (B, S). labels: the next token, or -100. positions: place in the sequence, or
     in the document. documents: number of the document within the row, for masks. rows: (B,), place in the global batch.
+    weights: (B, S) float64, what the loss of each label counts; None where every one counts 1, in the whole run.
     """
 
     tokens: Tensor
@@ -46,6 +47,12 @@ class MicroBatch:
     positions: Tensor
     documents: Tensor
     rows: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def weight(self) -> float:
+        """What the labels count together."""
+        return float(self.targets) if self.weights is None else float(self.weights[self.labels >= 0].sum())
 
     @property
     def targets(self) -> int:
@@ -79,7 +86,7 @@ class Batches:
         self.end_id = self.stores[0].manifest.end_id
         assert all(store.manifest.tokenizer == self.stores[0].manifest.tokenizer for store in self.stores), "stores of several tokenizers"
         self.document_mask, self.reset_positions = document_mask, reset_positions
-        self.counts = np.array([max(0, len(store) - 1) // sequence for store in self.stores], dtype=np.int64)
+        self.counts = np.array([self._samples(store) for store in self.stores], dtype=np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.counts)])  # sample ids of source i: offsets[i] .. offsets[i + 1] - 1
         self._require_samples(1 if sequential else global_batch, each=not sequential)
         self.pattern = pattern(list(weights) if weights is not None else [1] * len(self.stores))
@@ -91,6 +98,10 @@ class Batches:
         epochs = float((self._share / np.maximum(1, self.counts)).sum()) / len(self.pattern)  # that go by in a sample
         self._steps = max(1, int(min(BLOCK, EPOCHS / epochs)) // global_batch)  # whose order is worked out together
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # the last block asked for
+
+    def _samples(self, store: TokenStore) -> int:
+        """How many samples a store gives."""
+        return max(0, len(store) - 1) // self.sequence
 
     @property
     def num_samples(self) -> int:
@@ -159,16 +170,21 @@ class Batches:
             if not each[ids.numpy()].any():
                 raise no_targets(step, ids)
 
+    def weight(self, step: int) -> float:
+        """What the target tokens of the whole global batch count together: their number, where each counts 1."""
+        return float(self.targets(step))
+
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """What one data-parallel rank computes in a step: its contiguous block of the global batch, made whole, then cut."""
         assert self.global_batch % (dp_size * micro) == 0, (self.global_batch, dp_size, micro)
         size = self.global_batch // dp_size
         rows = np.arange(dp_rank * size, (dp_rank + 1) * size)
-        arrays = (*self._sequences(self.sample_ids(step).numpy()[rows]), rows)
+        tokens, labels, positions, documents, *weights = self._sequences(self.sample_ids(step).numpy()[rows])
+        arrays = (tokens, labels, positions, documents, rows, *weights)
         return [MicroBatch(*(torch.from_numpy(array[at : at + micro]) for array in arrays)) for at in range(0, size, micro)]
 
     def _sequences(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Tokens, labels, positions and documents of some samples, as a MicroBatch has them: int64 (B, S) each."""
+        """Tokens, labels, positions and documents of some samples, as a MicroBatch has them, (B, S) each; then weights, if any."""
         windows = self._windows(ids)
         tokens, labels = windows[:, :-1].copy(), windows[:, 1:].copy()
         labels[ids == PADDING] = IGNORED
@@ -221,32 +237,27 @@ class Batches:
 
 
 def training_batches(prepared: Prepared, data: DataConfig, *, global_batch: int, seed: int) -> Batches:
-    """The order in which a run trains on prepared data; `seed` gives way to data.seed."""
-    return Batches(
-        prepared.train,
-        weights=prepared.weights,
-        sequence=data.sequence,
-        global_batch=global_batch,
-        seed=seed if data.seed is None else data.seed,
-        document_mask=data.document_mask,
-        reset_positions=data.reset_positions,
-    )
+    """The order in which a run trains on prepared data; `seed` gives way to data.seed. Raises DataError: too little, too long."""
+    settings: dict[str, Any] = {"global_batch": global_batch, "seed": seed if data.seed is None else data.seed}
+    return _order(prepared.train, data, weights=prepared.weights, **settings)
 
 
 def validation_batches(prepared: Prepared, data: DataConfig, *, global_batch: int) -> Batches | None:
     """Every held-out sequence once, in a fixed order; None when nothing is held out."""
     if not prepared.validation:
         return None
-    return Batches(
-        prepared.validation,
-        weights=prepared.validation_weights,
-        sequence=data.sequence,
-        global_batch=global_batch,
-        seed=0,
-        sequential=True,
-        document_mask=data.document_mask,
-        reset_positions=data.reset_positions,
-    )
+    weights = prepared.validation_weights
+    return _order(prepared.validation, data, weights=weights, global_batch=global_batch, seed=0, sequential=True)
+
+
+def _order(stores: Sequence[TokenStore], data: DataConfig, **settings: Any) -> Batches:
+    """The order over stores of text or of conversations."""
+    if data.chat.format is None:
+        masks: dict[str, Any] = {"document_mask": data.document_mask, "reset_positions": data.reset_positions}
+        return Batches(stores, sequence=data.sequence, **masks, **settings)
+    from dist_llm.data.packing import PackedBatches  # it is made of the class above
+
+    return PackedBatches(stores, sequence=data.sequence, best_fit=data.packing == "best_fit", too_long=data.chat.too_long, **settings)
 
 
 def no_targets(step: int, samples: Iterable[int]) -> DataError:

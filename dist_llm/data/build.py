@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dist_llm.data.corpora import GENERATED, Corpus, limited
+from dist_llm.data.encoding import ChatEncoder, Encoder, Ids, TextEncoder, identify
 from dist_llm.data.journal import Stores
 from dist_llm.data.readers import Document
 from dist_llm.data.store import SHARD_TOKENS
@@ -23,22 +21,15 @@ Progress = Callable[[str, float], None]  # a message, and how much of the work i
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A document as ids (without the end token); its digest, its place for the split in [0, 1), its bytes of text.
+class Encoded(Ids):
+    """A document as ids. number: how many documents of the corpus come before it."""
 
-    number: how many documents of the corpus come before it.
-    """
-
-    ids: Sequence[int] | np.ndarray
-    digest: bytes
-    fraction: float
-    text_bytes: int
-    number: int
+    number: int = 0
 
 
 def build_store(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    by: Encoder | Tokenizer,
     folder: Path,
     *,
     validation: float,
@@ -50,17 +41,25 @@ def build_store(
     """Write `folder`/train and, when validation > 0, `folder`/validation: the documents whose hash falls below that fraction.
 
     When none falls there, the document with the smallest hash is held out. max_tokens (at least 2) cuts the last
-    document short. note: the file that says how far a build has come, which a later call goes on from. Returns notes.
-    Raises DataError when there is no text.
+    document short, or leaves out the conversation that would go over it and all after it. note: the file that says
+    how far a build has come, which a later call goes on from. Returns notes. Raises DataError when there is no text.
     """
     threshold, notes = validation, []
+    encoder: Encoder = TextEncoder(by) if isinstance(by, Tokenizer) else by
     for again in (True, False, False):
-        terms = [corpus.identity, threshold, max_tokens]
-        stores = Stores(folder, tokenizer=tokenizer, terms=terms, shard_tokens=shard_tokens, note=note)
+        terms = [corpus.identity, threshold, max_tokens, *encoder.identity]
+        sizes: dict[str, Any] = {"shard_tokens": shard_tokens, "weighted": encoder.weighted}
+        stores = Stores(folder, tokenizer=encoder.tokenizer, terms=terms, note=note, **sizes)
+        if isinstance(encoder, ChatEncoder):
+            encoder.full = False
+            for where, why, excerpt in stores.faulty:
+                encoder.bad.add(where, why, excerpt.encode())
         if stores.tokens:
             notes.append(f"an interrupted build of {corpus.name} was gone on with: {stores.tokens:,} tokens were there")
-        batches = encode(corpus, tokenizer, max_tokens=max_tokens, progress=progress, documents=stores.documents, tokens=stores.tokens)
-        _write(batches, stores, threshold=threshold)
+        batches = encode(corpus, encoder, max_tokens=max_tokens, progress=progress, documents=stores.documents, tokens=stores.tokens)
+        _write(batches, stores, threshold=threshold, faulty=encoder.faulty if isinstance(encoder, ChatEncoder) else [])
+        if isinstance(encoder, ChatEncoder):
+            encoder.bad.check()
         if not stores.close(source=corpus.name):
             raise no_text(corpus)
         if not threshold or ((folder / "train").is_dir() and (folder / "validation").is_dir()):
@@ -73,7 +72,7 @@ def build_store(
 
 def encode(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    by: Encoder | Tokenizer,
     *,
     max_tokens: int | None = None,
     progress: Progress | None = None,
@@ -86,8 +85,9 @@ def encode(
     are read past, not encoded.
     """
     endless = corpus.endless and max_tokens is None
-    source = limited(corpus.documents(), GENERATED) if endless else corpus.read(tokenizer)
-    kept_tokens = tokens
+    encoder: Encoder = TextEncoder(by) if isinstance(by, Tokenizer) else by
+    source = limited(corpus.documents(), GENERATED) if endless else corpus.read(encoder.tokenizer)
+    added, kept_tokens = 0 if encoder.weighted else 1, tokens  # added: the end token that a store gives each document
 
     def tell(place: float) -> None:
         if progress:
@@ -95,25 +95,16 @@ def encode(
 
     for group in _groups(_after(source, documents, tell)):
         batch = []
-        for document, ids in zip(group, _ids(group, tokenizer), strict=True):
-            kept = ids if max_tokens is None else ids[: max(0, max_tokens - tokens - 1)]
-            if len(kept) or (document.ids is not None and not len(ids)):  # an end token alone, where others have written one
-                batch.append(Encoded(kept, *identify(document), len(document.text.encode()), documents))
-                tokens += len(kept) + 1
+        for one in encoder.encode(group, limit=None if max_tokens is None else max_tokens - tokens):
+            if one is not None:
+                batch.append(Encoded(**vars(one), number=documents))
+                tokens += len(one.ids) + added
             documents += 1
         yield batch
         if progress:
             progress(f"{corpus.name}: {tokens:,} tokens", tokens / max_tokens if max_tokens else group[-1].place)
-        if max_tokens is not None and tokens >= max_tokens - 1:
+        if (max_tokens is not None and tokens >= max_tokens - added) or getattr(encoder, "full", False):
             return
-
-
-def identify(document: Document) -> tuple[bytes, float]:
-    """16 bytes that stand for the text or the ids, and where in [0, 1) the document falls for the split."""
-    content = document.text.encode() if document.ids is None else document.ids.astype("<u4").tobytes()
-    digest = hashlib.blake2b(content, digest_size=16).digest()
-    mark = digest if document.key is None else hashlib.blake2b(document.key.encode(), digest_size=16).digest()
-    return digest, int.from_bytes(mark[:6], "big") / 2**48
 
 
 def sample(corpus: Corpus, budget: int) -> Iterator[Document]:
@@ -132,15 +123,17 @@ def no_text(*corpora: Corpus) -> DataError:
     return DataError("there is no text", where=where, expected=expected, next=way)
 
 
-def _write(batches: Iterable[list[Encoded]], stores: Stores, *, threshold: float) -> None:
-    """One pass: documents whose fraction is at most a positive threshold are held out."""
+def _write(batches: Iterable[list[Encoded]], stores: Stores, *, threshold: float, faulty: list[list[str]]) -> None:
+    """One pass: documents whose fraction is at most a positive threshold are held out. faulty: what the last batch left out, and why."""
     for batch in batches:
+        stores.faulty += faulty
         held_out = [one for one in batch if threshold > 0 and one.fraction <= threshold]
         trained = [one for one in batch if not (threshold > 0 and one.fraction <= threshold)]
         for split, part in (("train", trained), ("validation", held_out)):
             if part:
                 digests, text_bytes = b"".join(one.digest for one in part), sum(one.text_bytes for one in part)
-                stores.add(split, [one.ids for one in part], digests=digests, text_bytes=text_bytes)
+                weights = [one.weights for one in part if one.weights is not None] if stores.weighted else None
+                stores.add(split, [one.ids for one in part], digests=digests, text_bytes=text_bytes, weights=weights)
         if batch:
             stores.documents, stores.lowest = batch[-1].number + 1, min([stores.lowest, *(one.fraction for one in batch)])
         stores.keep()
@@ -170,12 +163,6 @@ def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
             group, held = [], 0
     if group:
         yield group
-
-
-def _ids(group: Sequence[Document], tokenizer: Tokenizer) -> list[Any]:
-    """The ids of each document; those that come as ids are taken as they are."""
-    texts = iter(tokenizer.encode_batch([document.text for document in group if document.ids is None]))
-    return [next(texts) if document.ids is None else document.ids for document in group]
 
 
 def _join(first: Document, rest: Iterator[Document]) -> Iterator[Document]:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_llm.config.hub import MARK
-from dist_llm.data import python_corpus, skills
+from dist_llm.data import chat, python_corpus, skills
+from dist_llm.data.chat import Reading
 from dist_llm.data.entropy import MarkovSource
-from dist_llm.data.readers import TABLE_SUFFIXES, BadLines, Document, find_files, read_files, size_of
+from dist_llm.data.readers import BadLines, Document, Take, find_files, is_table, read_files, size_of
 from dist_llm.data.token_files import TokenFiles, is_tokens
 from dist_llm.errors import DataError, UsageError
 
@@ -30,8 +31,9 @@ class Corpus:
 
     size: bytes of text expected, for progress and sampling. identity: what the text depends on, without reading it:
     equal identities mean equal text. endless: a generator, to be cut by the caller. notes: what a user should know.
-    place: the path or glob of files. tokens: how documents that come as ids of a tokenizer are read; `documents` fails then.
-    found: what the last reading has met that a user should know.
+    place: the path or glob of files. shape: of the objects, where they are conversations: documents are as data/chat.py spells them.
+    tokens: how documents that come as ids of a tokenizer are read; `documents` fails then. found: what the last reading has met
+    that a user should know.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Corpus:
     shuffled: bool = False
     notes: tuple[str, ...] = ()
     place: str = ""
+    shape: str = ""
     tokens: Callable[[Tokenizer], Iterator[Document]] | None = None
     found: Callable[[], list[str]] = list
 
@@ -51,17 +54,28 @@ class Corpus:
 
 
 def open_corpus(
-    source: str | tuple[str, ...], *, seed: int, text_key: str = "text", bad: BadLines | None = None, home: Path | None = None
+    source: str | tuple[str, ...],
+    *,
+    seed: int,
+    text_key: str = "text",
+    bad: BadLines | None = None,
+    reading: Reading | None = None,
+    home: Path | None = None,
 ) -> Corpus:
     """The corpus that a config names: `python`, `skills`, `entropy`, a path, a glob, a data set of the hub, or several of these one
     after the other.
 
-    Raises UsageError for a source that does not exist, DataError for one without text. Bad lines are counted in `bad`. home: the
-    folder that keeps which commit of a data set of the hub is read.
+    reading: its documents are conversations. Raises UsageError for a source that does not exist, DataError for one without
+    text. Bad lines are counted in `bad`. home: the folder that keeps which commit of a data set of the hub is read.
     """
     bad = BadLines() if bad is None else bad
     names = (source,) if isinstance(source, str) else source
-    parts = [_open_one(name, seed=seed, text_key=text_key, bad=bad, home=home) for name in names]
+    parts = [
+        _open_one(name, seed=seed, text_key=text_key, bad=bad, home=home)
+        if reading is None
+        else _open_chat(name, seed=seed, bad=bad, reading=reading, home=home)
+        for name in names
+    ]
     return parts[0] if len(parts) == 1 else _chain(parts)
 
 
@@ -80,6 +94,30 @@ def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines, home: Pat
     return _files(source, files, text_key=text_key, bad=bad)
 
 
+def _open_chat(source: str, *, seed: int, bad: BadLines, reading: Reading, home: Path | None) -> Corpus:
+    """A source of conversations."""
+    if source == "skills":
+        identity = ("skills", "chat", seed)
+        return Corpus("skills", identity, lambda: _skill_chats(seed), GENERATED, endless=True, shuffled=True, shape="messages")
+    if source in ("python", "entropy"):
+        expected = "skills, JSON lines, tables, or a data set of the hub"
+        raise UsageError("this source holds no conversations", where=f"data.source: {source}", expected=expected)
+    if source.startswith(MARK):
+        if reading.shape == "auto":
+            what, expected = "the shape of conversations on the hub is to be named", "one of " + ", ".join(chat.KEYS)
+            raise UsageError(what, where="data.chat.format", expected=expected, found="auto")
+        take = chat.taker(reading.shape, train_on=reading.train_on)
+        corpus = _hub(source, text_key="text", bad=bad, home=home, take=take)
+        return replace(corpus, identity=("chat", reading.shape, reading.train_on, corpus.identity), shape=reading.shape)
+    files = find_files(source)
+    chat.require_objects(files)
+    shape = reading.shape if reading.shape != "auto" else chat.find_format(files)
+    take = chat.taker(shape, train_on=reading.train_on)
+    corpus = _files(source, files, text_key="text", bad=bad, take=take)
+    found = f"{source} holds conversations of the shape {shape}" + (", as its first object says" if reading.shape == "auto" else "")
+    return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, notes=(*corpus.notes, found))
+
+
 def _python() -> Corpus:
     items, lacking = python_corpus.inventory()
     if not items:
@@ -90,15 +128,16 @@ def _python() -> Corpus:
     return Corpus("python", identity, lambda: python_corpus.documents(items), size, shuffled=True, notes=notes)
 
 
-def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines) -> Corpus:
+def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines, take: Take | None = None) -> Corpus:
     """Local files. Their identity is path, size and time of change: reading gigabytes to learn that nothing changed would cost minutes."""
     identity = ("files", text_key, *_states(files))
-    bad.rows |= any(path.suffix.lower() in TABLE_SUFFIXES for path in files)
+    bad.rows |= any(map(is_table, files))
     size = sum(size_of(path) * PACKED.get(path.suffix, 1) for path in files)
-    return Corpus(_name(source) or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad), size, place=source)
+    read = partial(read_files, files, text_key=text_key, bad=bad, take=take)
+    return Corpus(_name(source) or "text", identity, read, size, place=source)
 
 
-def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None) -> Corpus:
+def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None, take: Take | None = None) -> Corpus:
     """A data set of the hub at one commit, which is its identity. Its size is not known: a sample of it is its beginning."""
     from dist_llm.data import hub
 
@@ -107,7 +146,7 @@ def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None) -> Cor
     identity = ("hub", reference.repo, reference.config, reference.split, commit, text_key)
     name = _name(f"{reference.repo.replace('/', '-')}-{commit[:8]}")
     note = f"{reference} was read at commit {commit}"
-    read = partial(hub.documents, reference, commit, text_key=text_key, bad=bad)
+    read = partial(hub.documents, reference, commit, text_key=text_key, bad=bad, take=take)
     return Corpus(name, identity, read, 1, shuffled=True, notes=(note,), place=source)
 
 
@@ -141,6 +180,13 @@ def _skills(seed: int) -> Iterator[Document]:
     """Pairs without end; the split goes by the text, so that no question of the validation set is trained on."""
     for index in itertools.count():
         yield Document(skills.pair(seed, index).text, f"skills:{index}")
+
+
+def _skill_chats(seed: int) -> Iterator[Document]:
+    """The same pairs as conversations."""
+    for index in itertools.count():
+        one = skills.pair(seed, index)
+        yield Document(chat.spell([chat.Turn("user", one.prompt), chat.Turn("assistant", one.answer)]), f"skills:{index}")
 
 
 def _entropy(seed: int) -> Iterator[Document]:
@@ -178,6 +224,7 @@ def _chain(parts: list[Corpus]) -> Corpus:
     notes = tuple(note for part in parts for note in part.notes)
     name = "-".join(dict.fromkeys(part.name for part in parts))[:48]
     place = ", ".join(part.place or part.name for part in parts)
-    tokens = read if any(part.tokens for part in parts) else None
-    identity = tuple(part.identity for part in parts)
-    return Corpus(name, identity, lambda: read(None), total, notes=notes, place=place, tokens=tokens, found=found)
+    shape = ", ".join(dict.fromkeys(part.shape for part in parts if part.shape))
+    tokens, identity = read if any(part.tokens for part in parts) else None, tuple(part.identity for part in parts)
+    more: dict[str, Any] = {"notes": notes, "place": place, "shape": shape, "tokens": tokens, "found": found}
+    return Corpus(name, identity, lambda: read(None), total, **more)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.config.hub import FORM, Reference, parse
-from dist_llm.data.parquet import Row, excerpt
-from dist_llm.data.readers import MAX_LINE, BadLines, Document, text_of
+from dist_llm.data.parquet import Row, excerpt, taken
+from dist_llm.data.readers import BadLines, Document, Take
 from dist_llm.data.sealed import checked, read_small, with_checksum, write_durably
 from dist_llm.errors import HIDDEN, DataError, UsageError, plain
 
@@ -71,13 +71,14 @@ def resolve(source: str, *, home: Path | None) -> tuple[Reference, str]:
     return reference, commit
 
 
-def documents(reference: Reference, commit: str, *, text_key: str, bad: BadLines) -> Iterator[Document]:
-    """The documents of a data set, one a row with a text; `bad` counts the rows skipped. Raises DataError."""
+def documents(reference: Reference, commit: str, *, text_key: str, bad: BadLines, take: Take | None = None) -> Iterator[Document]:
+    """The documents of a data set, one a row with a text; `bad` counts the rows skipped. Raises DataError.
+
+    take: makes texts of whole rows.
+    """
     blank = 0
-    for row in rows(reference, commit, columns=(text_key,)):
-        text, why = text_of(row.values, text_key=text_key) if not row.fault else ("", row.fault)
-        if not why and len(text) * 4 > MAX_LINE and len(text.encode()) > MAX_LINE:
-            why = f"longer than {MAX_LINE >> 20} MiB"
+    for row in rows(reference, commit, columns=(text_key,) if take is None else None):
+        text, why = taken(row, text_key=text_key, take=take)
         if why:
             bad.add(row.place, why, excerpt(row, text_key))
         elif text.strip():

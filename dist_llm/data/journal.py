@@ -32,13 +32,22 @@ class Stores:
 
     note: the file to go on from; None: nothing is kept. terms: all that the bytes depend on; a note of other terms, or of
     files that are not as they were, is dropped, and so are the files. documents, tokens, lowest: how many documents of the
-    corpus were taken, how many tokens they made, and the smallest fraction among them.
+    corpus were taken, how many tokens they made, and the smallest fraction among them. weighted: they hold conversations.
+    faulty: [where, why, excerpt] of the documents that could not be encoded.
     """
 
     def __init__(
-        self, folder: Path, *, tokenizer: Tokenizer, terms: object, shard_tokens: int = SHARD_TOKENS, note: Path | None = None
+        self,
+        folder: Path,
+        *,
+        tokenizer: Tokenizer,
+        terms: object,
+        shard_tokens: int = SHARD_TOKENS,
+        weighted: bool = False,
+        note: Path | None = None,
     ) -> None:
-        self.folder, self.tokenizer, self.shard_tokens, self.note = folder, tokenizer, shard_tokens, note
+        self.folder, self.tokenizer, self.shard_tokens, self.note, self.weighted = folder, tokenizer, shard_tokens, note, weighted
+        self.faulty: list[list[str]] = []
         self.terms = hashlib.sha256(spell([terms, tokenizer.hash, shard_tokens])).hexdigest()
         self.documents, self.tokens, self.lowest = 0, 0, 1.0
         self._writers: dict[str, StoreWriter] = {}
@@ -48,12 +57,20 @@ class Stores:
             self._clear()
         self._kept = self.tokens
 
-    def add(self, split: str, batch: Sequence[Sequence[int] | np.ndarray], *, digests: bytes, text_bytes: int) -> None:
+    def add(
+        self,
+        split: str,
+        batch: Sequence[Sequence[int] | np.ndarray],
+        *,
+        digests: bytes,
+        text_bytes: int,
+        weights: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         """Append documents to the store of a split."""
         if split not in self._writers:
             self._writers[split] = self._writer(split)
         before = self._writers[split].tokens
-        self._writers[split].add(batch, digests=digests, text_bytes=text_bytes)
+        self._writers[split].add(batch, digests=digests, text_bytes=text_bytes, weights=weights)
         self.tokens += self._writers[split].tokens - before
 
     def keep(self) -> None:
@@ -64,6 +81,7 @@ class Stores:
         for folder in (*(writer.folder for writer in self._writers.values()), self.folder):
             sync_folder(folder)
         body = {"terms": self.terms, "documents": self.documents, "tokens": self.tokens, "lowest": self.lowest, "splits": splits}
+        body |= {"faulty": self.faulty} if self.faulty else {}
         fresh = self.note.with_suffix(".new")
         write_durably(fresh, with_checksum(body))
         faults.reach("data.note", rank=0, step=self._notes)
@@ -91,6 +109,7 @@ class Stores:
         except (OSError, DataError):
             return False
         self.documents, self.tokens, self.lowest = body["documents"], body["tokens"], body["lowest"]
+        self.faulty = body.get("faulty", [])
         return True
 
     def _read_note(self) -> dict[str, Any] | None:
@@ -106,7 +125,8 @@ class Stores:
         if digests is not None and kept is None:
             digests.unlink(missing_ok=True)
         vocab, end_id = self.tokenizer.vocab_size, self.tokenizer.end_id
-        return StoreWriter(self.folder / split, vocab=vocab, end_id=end_id, shard_tokens=self.shard_tokens, digests=digests, kept=kept)
+        sizes: dict[str, Any] = {"vocab": vocab, "end_id": end_id, "shard_tokens": self.shard_tokens, "weighted": self.weighted}
+        return StoreWriter(self.folder / split, **sizes, digests=digests, kept=kept)
 
     def _digests(self, split: str) -> Path | None:
         return self.note.parent / f"{split}.digests" if self.note else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_llm.data.readers import MAX_LINE, BadLines, Document, size_of, text_of
+from dist_llm.data.readers import MAX_LINE, BadLines, Document, Take, size_of, text_of
 from dist_llm.errors import DataError, UsageError, plain
 
 ROWS = 256  # that are turned into Python objects together
@@ -50,13 +50,14 @@ def read_rows(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[R
         raise DataError(what, where=where, found=found) from error
 
 
-def read_table(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Document, int]]:
-    """The documents of a table, one a row, each with the bytes of the file taken so far; `bad` counts the rows skipped."""
+def read_table(path: Path, *, text_key: str, bad: BadLines, take: Take | None = None) -> Iterator[tuple[Document, int]]:
+    """The documents of a table, one a row, each with the bytes of the file taken so far; `bad` counts the rows skipped.
+
+    take: makes texts of whole rows; what is null in them counts as left out.
+    """
     size, blank = size_of(path), 0
-    for row in read_rows(path, columns=(text_key,)):
-        text, why = text_of(row.values, text_key=text_key) if not row.fault else ("", row.fault)
-        if not why and len(text) * 4 > MAX_LINE and len(text.encode()) > MAX_LINE:
-            why = f"longer than {MAX_LINE >> 20} MiB"
+    for row in read_rows(path, columns=(text_key,) if take is None else None):
+        text, why = taken(row, text_key=text_key, take=take)
         if why:
             bad.add(row.place, why, excerpt(row, text_key))
         elif text.strip():
@@ -65,6 +66,23 @@ def read_table(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Do
             blank += 1
             bad.blank[str(path)] = max(blank, bad.blank.get(str(path), 0))
     bad.check()
+
+
+def taken(row: Row, *, text_key: str, take: Take | None) -> tuple[str, str]:
+    """The text of a row, and what is wrong with it (empty when nothing is)."""
+    if row.fault:
+        return "", row.fault
+    text, why = text_of(row.values, text_key=text_key) if take is None else take(without_nulls(row.values))
+    if not why and len(text) * 4 > MAX_LINE and len(text.encode()) > MAX_LINE:
+        why = f"longer than {MAX_LINE >> 20} MiB"
+    return ("", why) if why else (text, "")
+
+
+def without_nulls(value: Any) -> Any:
+    """A row without the fields that are null: in a table every object has the fields of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def excerpt(row: Row, column: str) -> bytes:

@@ -14,23 +14,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from dist_llm.data.build import Progress, build_store, no_text, sample
+from dist_llm.data.chat import EXPECTED, Reading, spoken
 from dist_llm.data.corpora import Corpus, open_corpus
+from dist_llm.data.encoding import ChatEncoder, TextEncoder
 from dist_llm.data.entropy import entropy_rate
 from dist_llm.data.mixture import whole_weights
 from dist_llm.data.publish import NOTE, publish
 from dist_llm.data.readers import BadLines
 from dist_llm.data.sealed import check_seal, read_file, seal, write_durably
 from dist_llm.data.store import MANIFEST, TokenStore
-from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer, ids_tokenizer, load, train_bpe
+from dist_llm.data.template_files import choose_template
+from dist_llm.data.templates import Template
+from dist_llm.data.tokenizer import END, Tokenizer, bytes_tokenizer, ids_tokenizer, load, train_bpe
 from dist_llm.errors import SpaceError, UsageError
 
 if TYPE_CHECKING:
-    from dist_llm.config.schema import DataConfig
+    from dist_llm.config.schema import ChatConfig, DataConfig
 
 FORMAT = 2  # of what lies in <dir>; older folders are not found again
 TRAINED_ON = 4_000_000  # bytes of text that a BPE is trained on
@@ -46,8 +50,8 @@ class Prepared:
 
     validation: stores of the documents held out, with their shares; empty when there are none. entropy_rate: nats per
     token below which no loss can fall, where the source is known (`entropy` with the byte tokenizer). built: whether
-    this call wrote anything. notes: what a user should know. base, beside: the identity of the weights that the run begins
-    with, and the files that are carried along with them.
+    this call wrote anything. notes: what a user should know. template, shapes: of conversations, and of each source's objects.
+    base, beside: the identity of the weights that the run begins with, and the files that are carried along with them.
     """
 
     tokenizer: Tokenizer
@@ -58,6 +62,8 @@ class Prepared:
     entropy_rate: float | None = None
     built: bool = False
     notes: tuple[str, ...] = ()
+    template: Template | None = None
+    shapes: tuple[str, ...] = ()
     base: str | None = None
     beside: dict[str, bytes] = field(default_factory=dict)
 
@@ -72,7 +78,10 @@ class Prepared:
         needed = self.tokenizer.vocab_size
         if vocab < needed:
             what = "the model's vocabulary is smaller than the tokenizer's"
-            raise UsageError(what, where="model.vocab", expected=f"at least {needed}", found=str(vocab), next=f"set model.vocab={needed}")
+            way = f"set model.vocab={needed}"
+            if self.template is not None:
+                way += "; of a base model that has no rows to spare, data.chat.template=plain needs no further tokens"
+            raise UsageError(what, where="model.vocab", expected=f"at least {needed}", found=str(vocab), next=way)
 
 
 @dataclass
@@ -82,6 +91,8 @@ class _Work:
     folder: Path
     progress: Progress
     bad: BadLines
+    chat: ChatConfig | None = None
+    template: Template | None = None
     notes: list[str] = field(default_factory=list)
     built: bool = False
 
@@ -97,12 +108,16 @@ def prepare(
     call from several processes at once. Raises UsageError, DataError, or SpaceError when the folder cannot be written.
     """
     bad = BadLines(data.max_bad_lines if max_bad_lines is None else max_bad_lines)
-    work = _Work(Path(data.dir).expanduser(), progress or (lambda message, fraction: None), bad)
+    chat = data.chat if data.chat.format is not None else None
+    work = _Work(Path(data.dir).expanduser(), progress or (lambda message, fraction: None), bad, chat)
+    reading = Reading(data.chat.format, data.chat.train_on) if data.chat.format is not None else None
+    bad.expected = bad.expected if reading is None else EXPECTED
     seed = seed if data.seed is None else data.seed
     sources = [(item.source, item.weight) for item in data.mix] if data.mix else [(data.source, 1.0)]
     weights = whole_weights([weight for _, weight in sources])
+    how: dict[str, Any] = {"seed": seed, "text_key": data.text_key, "bad": work.bad, "reading": reading, "home": work.folder}
     try:
-        corpora = [open_corpus(source, seed=seed, text_key=data.text_key, bad=work.bad, home=work.folder) for source, _ in sources]
+        corpora = [open_corpus(source, **how) for source, _ in sources]
         tokenizer = _tokenizer(data, corpora, weights, work)
         homes = []
         for number, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
@@ -122,11 +137,34 @@ def prepare(
         entropy_rate=entropy_rate(seed) if known else None,
         built=work.built,
         notes=(*(note for corpus in corpora for note in corpus.notes), *work.notes, *_skipped(work.bad)),
+        template=work.template,
+        shapes=tuple(corpus.shape for corpus in corpora),
     )
 
 
 def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
-    """The tokenizer that the config asks for, trained when it has to be."""
+    """The tokenizer that the config asks for, trained when it has to be, with the special tokens that a template writes."""
+    wanted = data.tokenizer
+    path = Path(str(wanted.path)).expanduser() if wanted.kind == "file" and wanted.path is not None else None
+    if work.chat is None:
+        return _plain_tokenizer(data, corpora, weights, work)
+    if wanted.kind != "file":
+        work.template = choose_template(work.chat.template, end=END)
+    tokenizer = _plain_tokenizer(data, corpora, weights, work)
+    template = work.template = work.template or choose_template(work.chat.template, end=tokenizer.end, tokenizer=path)
+    fitted = template.fit(tokenizer)
+    if added := fitted.vocab_size - tokenizer.vocab_size:
+        names = " ".join(sorted(fitted.special.keys() - tokenizer.special.keys()))
+        work.notes.append(f"the template {template.name} added {added} special tokens, {names}: the vocabulary is {fitted.vocab_size} now")
+    template.require_end(fitted)
+    if fitted is tokenizer:
+        fitted = Tokenizer(tokenizer.inner, end=tokenizer.end)
+    fitted.chat_template, fitted.bos = template.text, template.bos
+    return fitted
+
+
+def _plain_tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
+    """The tokenizer before a template adds to it."""
     wanted = data.tokenizer
     _require_fit(wanted.kind, corpora)
     if wanted.kind == "bpe":
@@ -163,15 +201,17 @@ def _require_fit(kind: str, corpora: Sequence[Corpus]) -> None:
 def _trained(vocab: int, corpora: Sequence[Corpus], budgets: Sequence[int], work: _Work) -> Tokenizer:
     """A BPE of the corpora, each giving its budget of bytes."""
     name = "-".join(dict.fromkeys(corpus.name for corpus in corpora))[:48]
+    special = work.template.special if work.template else ()
     identity = [FORMAT, [corpus.identity for corpus in corpora], list(budgets), vocab, tokenizers.__version__]
+    identity += [list(special)] if special else []
 
     def make(target: Path) -> None:
         work.progress(f"training a BPE of {vocab:,} tokens on {name}", 0.0)
         samples = (sample(corpus, budget) for corpus, budget in zip(corpora, budgets, strict=True))
-        texts = [document.text for documents in samples for document in documents]
+        texts = [spoken(document.text) if work.chat else document.text for documents in samples for document in documents]
         if not texts:
             raise no_text(*corpora)
-        train_bpe(texts, vocab=vocab).save(target)
+        train_bpe(texts, vocab=vocab, special=special).save(target)
         seal(target, key=key)
 
     key = _key(identity)
@@ -188,17 +228,20 @@ def _store(
     corpus: Corpus, tokenizer: Tokenizer, *, validation: float, max_tokens: int | None, tell: Progress, work: _Work
 ) -> tuple[Path, set[str]]:
     """The folder of one corpus' stores, built when it is not there yet, and the names of its splits."""
+    encoder: TextEncoder | ChatEncoder = TextEncoder(tokenizer)
+    if work.chat is not None and work.template is not None:
+        encoder = ChatEncoder(work.template, tokenizer, train_on=work.chat.train_on, bad=work.bad)
 
     def make(target: Path) -> None:
         work.bad.met.clear()
         note = target.parent / NOTE
-        work.notes += build_store(corpus, tokenizer, target, validation=validation, max_tokens=max_tokens, progress=tell, note=note)
+        work.notes += build_store(corpus, encoder, target, validation=validation, max_tokens=max_tokens, progress=tell, note=note)
         tokenizer.save(target)
         if work.bad.met:
             write_durably(target / SKIPPED, json.dumps(sorted(work.bad.met), indent=0).encode())
         seal(target, key=key)
 
-    key = _key([FORMAT, corpus.identity, tokenizer.hash, validation, max_tokens])
+    key = _key([FORMAT, corpus.identity, tokenizer.hash, validation, max_tokens, *encoder.identity])
     home = work.folder / f"{corpus.name}-{key}"
     built = publish(home, make, waiting=lambda: tell(f"waiting for another process that builds {home.name}", 0.0))
     files = check_seal(home, key=key)

@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -35,7 +36,8 @@ MAX_LINE = 8 << 20  # bytes of one JSON line
 MAX_DEPTH = 64  # brackets open at once in one JSON line
 MAX_TOLD = 20  # faulty lines told at once
 PASSAGE = 32 << 10  # characters after which a long text is cut at the next empty line; at twice this, at any line
-EXPECTED = "UTF-8 JSON objects with a string under the text key, one a line"
+LINES_EXPECTED = "UTF-8 JSON objects with a string under the text key, one a line"
+ROWS_EXPECTED = "a string in the text column of every row"
 BLANK = b" \t\r\n"  # what JSON allows between its words
 SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a document
 
@@ -64,6 +66,7 @@ class BadLines:
     """
 
     allowed: int = 0
+    expected: str = LINES_EXPECTED
     places: set[str] = field(default_factory=set)
     met: set[str] = field(default_factory=set)
     told: list[str] = field(default_factory=list)
@@ -87,7 +90,7 @@ class BadLines:
             return
         self.places.add(where)
         if len(self.told) < MAX_TOLD:
-            shown = _printable(excerpt[:200].decode("utf-8", "backslashreplace"), 60)
+            shown = printable(excerpt[:200].decode("utf-8", "backslashreplace"), 60)
             self.told.append(f"{where}: {why}" + (f": {shown}" if shown else ""))
         if self.count >= max(MAX_TOLD, self.allowed + 1):
             self.check(more=True)
@@ -101,7 +104,7 @@ class BadLines:
         raise DataError(
             f"{lines} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
             where=self.told[0].split(": ", 1)[0],
-            expected="a string in the text column of every row" if self.rows else EXPECTED,
+            expected=ROWS_EXPECTED if self.rows and self.expected == LINES_EXPECTED else self.expected,
             details=self.told,
             next=f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
         )
@@ -129,32 +132,41 @@ def find_files(source: str) -> list[Path]:
     raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected, next=way)
 
 
-def read_files(files: list[Path], *, text_key: str, bad: BadLines) -> Iterator[Document]:
-    """Every document of the files, in order. Raises DataError; `bad` counts the lines skipped."""
+Take = Callable[[dict[str, Any]], tuple[str, str]]  # the object of a line -> its text, and what is wrong with it
+
+
+def read_files(files: list[Path], *, text_key: str, bad: BadLines, take: Take | None = None) -> Iterator[Document]:
+    """Every document of the files, in order. Raises DataError; `bad` counts the lines skipped. take: makes texts of the lines' objects."""
     sizes = [size_of(path) for path in files]
     total, done = max(1, sum(sizes)), 0
     for path, size in zip(files, sizes, strict=True):
-        for document, taken in _reader(path)(path, text_key=text_key, bad=bad):
+        for document, taken in _reader(path)(path, text_key=text_key, bad=bad, take=take):
             place = (done + min(taken, size)) / total
             yield Document(document.text, document.name, place)
         done += size
 
 
+def is_table(path: Path) -> bool:
+    """Whether the name says rows of a table."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
 def _reader(path: Path) -> Callable[..., Iterator[tuple[Document, int]]]:
     """What reads a file: by its name, a table or lines."""
-    if path.suffix.lower() not in TABLE_SUFFIXES:
+    if not is_table(path):
         return read_file
     from dist_llm.data.parquet import read_table
 
     return read_table
 
 
-def read_file(path: Path, *, text_key: str, bad: BadLines) -> Iterator[tuple[Document, int]]:
+def read_file(path: Path, *, text_key: str, bad: BadLines, take: Take | None = None) -> Iterator[tuple[Document, int]]:
     """The documents of one file, each with the bytes of the file taken so far."""
     try:
         with path.open("rb") as raw:
             stream = unpack(raw, path)
-            documents = _json_lines(stream, path, text_key, bad) if is_json(path) else _passages(stream, path)
+            reader = take or partial(text_of, text_key=text_key)
+            documents = _json_lines(stream, path, reader, bad) if is_json(path) else _passages(stream, path)
             for document in documents:
                 yield document, raw.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
@@ -222,13 +234,13 @@ class _Zstandard(io.RawIOBase):
         return True
 
 
-def _json_lines(stream: BinaryIO, path: Path, text_key: str, bad: BadLines) -> Iterator[Document]:
+def _json_lines(stream: BinaryIO, path: Path, take: Take, bad: BadLines) -> Iterator[Document]:
     number = blank = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
         text, why = "", f"longer than {MAX_LINE >> 20} MiB"
         if len(line) <= MAX_LINE:
-            text, why = parse_line(line, text_key=text_key)
+            text, why = parse_line(line, take=take)
         head = line[:200]
         while len(line) > MAX_LINE and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE + 1)
@@ -243,44 +255,54 @@ def _json_lines(stream: BinaryIO, path: Path, text_key: str, bad: BadLines) -> I
             bad.blank[str(path)] = max(blank, bad.blank.get(str(path), 0))
 
 
-def parse_line(line: bytes, *, text_key: str) -> tuple[str, str]:
+def parse_line(line: bytes, *, take: Take) -> tuple[str, str]:
     """The text of one JSON line, and what is wrong with the line (empty when nothing is).
 
     An empty line gives an empty text and no fault.
     """
+    record, why = parse_object(line)
+    return ("", why) if record is None else take(record)
+
+
+def parse_object(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The object of one JSON line, and what is wrong with the line; neither for an empty line."""
     if why := _wrong_bytes(line):
-        return "", why
+        return None, why
     if not line.strip(BLANK):
-        return "", ""
+        return None, ""
     try:
         record = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if not line.endswith(b"\n"):
-            return "", "the last line is cut off"
-        return "", f"not JSON ({error.msg} at column {error.colno})"
+            return None, "the last line is cut off"
+        return None, f"not JSON ({error.msg} at column {error.colno})"
     except _TwiceError as error:
-        return "", f"holds the key {_printable(str(error), 20)} twice"
+        return None, f"holds the key {printable(str(error), 20)} twice"
     except (ValueError, RecursionError) as error:
-        return "", f"not JSON ({_printable(str(error), 60)})"
-    if not isinstance(record, dict):
-        return "", f"expected an object, found {_type_name(record)}"
-    return text_of(record, text_key=text_key)
+        return None, f"not JSON ({printable(str(error), 60)})"
+    return (record, "") if isinstance(record, dict) else (None, f"expected an object, found {type_name(record)}")
 
 
 def text_of(record: dict[str, Any], *, text_key: str) -> tuple[str, str]:
-    """The text of a record, and what is wrong with it (empty when nothing is)."""
+    """The text under a key of an object, and what is wrong with it."""
     if text_key not in record:
-        keys = ", ".join(_printable(key, 20) for key in list(record)[:5])
+        keys = ", ".join(printable(key, 20) for key in list(record)[:5])
         return "", f"no key {text_key!r}" + (f" (it has {keys})" if keys else "")
     text = record[text_key]
+    why = wrong_text(text, repr(text_key))
+    return ("", why) if why else (text, "")
+
+
+def wrong_text(text: object, name: str) -> str:
+    """What is wrong with a value that should be a text; empty when nothing is."""
     if not isinstance(text, str):
-        return "", f"{text_key!r} must be a string, found {_type_name(text)}"
+        return f"{name} must be a string, found {type_name(text)}"
     if "\x00" in text:
-        return "", f"{text_key!r} holds a NUL character"
-    return (text, "") if _encodes(text) else ("", f"{text_key!r} holds half of a surrogate pair")
+        return f"{name} holds a NUL character"
+    return "" if _encodes(text) else f"{name} holds half of a surrogate pair"
 
 
-def _printable(text: str, width: int) -> str:
+def printable(text: str, width: int) -> str:
     """The beginning of `text` on one line; whatever a terminal would act on is shown as an escape."""
     shown = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text[:width])
     return "".join(shown)[:width]
@@ -362,10 +384,11 @@ def _kind(path: Path) -> str:
 def _is_readable(path: Path) -> bool:
     """Whether a file found in a folder is text of a known kind; hidden files and folders are not."""
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and (_kind(path) in (*JSON_SUFFIXES, *TEXT_SUFFIXES) or path.suffix.lower() in TABLE_SUFFIXES)
+    return not hidden and (is_table(path) or _kind(path) in (*JSON_SUFFIXES, *TEXT_SUFFIXES))
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
+    """What a value of JSON is called."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null")
 

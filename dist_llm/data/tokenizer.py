@@ -40,6 +40,7 @@ class Tokenizer:
         end_id = inner.token_to_id(end)
         assert end_id is not None, end
         self.inner, self.end, self.end_id, self.beside = inner, end, end_id, beside or {}
+        self.chat_template, self.bos = "", ""  # what its files say of conversations; no part of what it is
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
@@ -49,6 +50,37 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all threads the library has."""
         return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def commanding(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, for texts of which every word is ours: special tokens in them are commands."""
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        inner.encode_special_tokens = False
+        return inner
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """The special tokens by name, and their ids."""
+        return {token.content: number for number, token in self.inner.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def special_names(self) -> tuple[str, ...]:
+        """The names of the special tokens, longer ones first."""
+        return tuple(sorted(self.special, key=lambda name: (-len(name), name)))
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Finds the name of any special token."""
+        return re.compile("|".join(map(re.escape, self.special_names)))
+
+    def extended(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer with further special tokens; those that it has keep their ids, new ones follow the largest."""
+        missing = [name for name in dict.fromkeys(names) if name not in self.special]
+        if not missing:
+            return self
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        inner.add_special_tokens(missing)
+        return Tokenizer(inner, end=self.end)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
@@ -76,7 +108,9 @@ class Tokenizer:
     @property
     def files(self) -> dict[str, bytes]:
         """name -> content of the files that define it, named as Hugging Face does."""
-        return {"tokenizer.json": self.canonical.encode(), "tokenizer_config.json": json.dumps({"eos_token": self.end}).encode()}
+        named = {"eos_token": self.end, "bos_token": self.bos, "chat_template": self.chat_template}
+        config = {key: value for key, value in named.items() if value}
+        return {"tokenizer.json": self.canonical.encode(), "tokenizer_config.json": json.dumps(config).encode()}
 
     @property
     def kept(self) -> dict[str, bytes]:
@@ -132,19 +166,22 @@ def ids_tokenizer(vocab: int, *, end: int) -> Tokenizer:
     return Tokenizer(inner, end=f"<{end}>")
 
 
-def train_bpe(texts: Iterable[str], *, vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` tokens (fewer when the texts are too small); the end token is id 0.
+def train_bpe(texts: Iterable[str], *, vocab: int, special: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE of at most `vocab` tokens (fewer when the texts are too small); the end token is id 0, then come other special ones.
 
-    The same texts give the same tokenizer, whatever the number of threads. Raises UsageError for a vocabulary below 257.
+    The same texts give the same tokenizer, whatever the number of threads. Raises UsageError for a vocabulary below 257 and
+    the special tokens.
     """
-    if vocab < SMALLEST_BPE:
-        expected = f"at least {SMALLEST_BPE}: every byte, and the end"
+    names = list(dict.fromkeys((END, *special)))
+    smallest = SMALLEST_BPE - 1 + len(names)
+    if vocab < smallest:
+        expected = f"at least {smallest}: every byte, " + ("and the end" if len(names) == 1 else f"and {len(names)} special tokens")
         raise UsageError("the vocabulary is too small for text", where="data.tokenizer.vocab", expected=expected, found=str(vocab))
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(_grouped(texts), trainer)
     return Tokenizer(inner)
 

@@ -23,6 +23,7 @@ from dist_llm.model.transformer import Context
 from dist_llm.parallel.compose import Options, compose
 from dist_llm.parallel.flat import Piece
 from dist_llm.parallel.pipeline import Pipeline
+from dist_llm.parallel.weights import FlatWeights
 from dist_llm.parallel.zero import FlatUnit
 from dist_llm.schedule.actions import Action, Kind
 from dist_llm.schedule.generate import generate
@@ -46,7 +47,7 @@ class Totals:
 class Item:
     """A run of one tensor that this rank answers for: `kind` of global tensor `piece.slot.name`, its box and range."""
 
-    kind: str  # weight, gradient, first_moment, second_moment
+    kind: str  # weight, gradient, first_moment, second_moment, frozen (weights that are not trained)
     piece: Piece
     values: Tensor  # (piece.stop - piece.start,)
 
@@ -75,7 +76,8 @@ class NativeEngine:
         self.pipeline = Pipeline(stages, lists, mesh)
         self.boundary = (options.micro, options.sequence // (layout.tp if layout.sp else 1), model.dim)
         flats = {id(flat): flat for stage in stages for unit in stage.units for flat, _ in unit.flats}
-        self.flats: list[FlatUnit] = list(flats.values())
+        self.flats = [flat for flat in flats.values() if isinstance(flat, FlatUnit)]
+        self.frozen: list[FlatWeights] = [flat for flat in flats.values() if not isinstance(flat, FlatUnit)]
         self.ferry = Ferry(self.flats, device) if layout.offload == "optimizer" else None
         self.optimizer, self.clip = Optimizer(optimizer, HOST if self.ferry else device), optimizer.clip
         self.moments = [self.optimizer.moments(flat.master) for flat in self.flats]
@@ -94,8 +96,8 @@ class NativeEngine:
     def _boundary(self) -> Tensor:
         return torch.empty(self.boundary, dtype=self.dtype, device=self.device)
 
-    def run(self, contexts: Sequence[Context], *, targets: int) -> None:
-        """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
+    def run(self, contexts: Sequence[Context], *, targets: float) -> None:
+        """Forward and backward of one global batch. targets: what those of all ranks count together: their number, or weight."""
         self.scale.fill_(1.0 / targets)
         if self.graph is not None and not self.pipeline.recording:  # spans are marked by the host
             self.totals = self.graph.run(contexts, self._gradients_of)
@@ -123,7 +125,7 @@ class NativeEngine:
         forward = [[action for action in actions if action.kind == Kind.F] for actions in self._compute(len(contexts))]
         walk = Pipeline(self.stages, lower(forward, reduce="step"), self.mesh)
         loss = walk.run(contexts, scale=torch.zeros((), device=self.device), boundary=self._boundary)
-        for flat in self.flats:
+        for flat in (*self.flats, *self.frozen):
             flat.end_step()
         return loss if self.mesh.at.tp == 0 else torch.zeros_like(loss)
 
@@ -144,6 +146,8 @@ class NativeEngine:
             flat.start_crossing()
         for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
             flat.finish(pending)
+        for held in self.frozen:
+            held.end_step()
         totals = torch.zeros(len(self.units) + 2, dtype=torch.float64, device=self.device)
         for flat in self.flats:
             totals[self.units.index(flat.plan.unit)] += flat.square_sum()
@@ -206,6 +210,12 @@ class NativeEngine:
                         tensor[piece.at : piece.at + piece.stop - piece.start].copy_(values)
         self.optimizer.count.fill_(count)
 
+    @torch.no_grad()
+    def load_frozen(self, read: Read) -> None:
+        """Takes the weights that are not trained from `read`, as `load_state` takes the others."""
+        for held in self.frozen:
+            held.load(lambda slot, start, stop: read("weight", slot.name, slot.box, start, stop))
+
     def persistent(self) -> dict[str, list[Tensor]]:
         """The tensors that the engine keeps: weights, optimizer (master weights and moments); host: what is offloaded.
 
@@ -214,8 +224,8 @@ class NativeEngine:
         kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [], "host": []}
         updated = kept["host" if self.ferry else "optimizer"]
         updated += [self.optimizer.count, *(self.ferry.buffers if self.ferry else ())]
+        kept["weights"] += [tensor for flat in (*self.flats, *self.frozen) for tensor in flat.kept_tensors()]
         for flat, moments in zip(self.flats, self.moments, strict=True):
-            kept["weights"] += [flat.shard] if flat.sharded else [flat.weights]
             kept["gradients"] += [*flat.whole.values(), *flat.sums.values(), *([] if flat.gradient is None else [flat.gradient])]
             master = [flat.master] if flat.master is not flat.owned_weights else []
             updated += [tensor for tensor in (*master, moments.first, moments.second) if tensor is not None]
@@ -224,8 +234,12 @@ class NativeEngine:
     def state(self) -> Iterator[Item]:
         """Every run of every tensor this rank answers for, by global name: together the ranks hold each element once.
 
-        Weights are master weights; gradients are there between `finish_gradients` and `step`, before clipping.
+        Weights are master weights, those that are not trained have a kind of their own, "frozen"; gradients are there between
+        `finish_gradients` and `step`, before clipping.
         """
+        for held in self.frozen:
+            for piece in held.pieces():
+                yield Item("frozen", piece, held.shard_run(piece))
         for flat, moments in zip(self.flats, self.moments, strict=True):
             tensors = {"weight": flat.master, "gradient": flat.gradient, "first_moment": moments.first, "second_moment": moments.second}
             for kind, tensor in tensors.items():

@@ -57,7 +57,7 @@ class Ferry:
     """
 
     def __init__(self, flats: Sequence[FlatUnit], device: torch.device) -> None:
-        size, pinned = max(flat.master.nbytes for flat in flats), device.type == "cuda"
+        size, pinned = max((flat.master.nbytes for flat in flats), default=0), device.type == "cuda"
         self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(BUFFERS)]
         self.left: list[Callable[[], None]] = [_nothing] * BUFFERS  # waits until a buffer's weights have gone up
         self.down, self.up = Lane(device), Lane(device)

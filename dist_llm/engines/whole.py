@@ -22,6 +22,7 @@ from dist_llm.mesh import Group, Mesh, default_backend
 from dist_llm.model.init import initialise
 from dist_llm.model.table import table, unit_names
 from dist_llm.model.transformer import Block, Context, Embedding, Head, build_unit
+from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.compose import Options
 from dist_llm.parallel.flat import Piece, Slot
 from dist_llm.parallel.tensor import TensorRoles
@@ -39,10 +40,11 @@ class Whole(nn.Module):
         for row in table(model):
             sharding = shard(row, tp=1, sp=False)
             self.slots[row.name] = Slot(row, sharding, sharding.box(0), 0)
-            self.by_name[row.name] = nn.Parameter(torch.empty(row.shape, dtype=dtype, device=device))
+            self.by_name[row.name] = nn.Parameter(torch.empty(row.shape, dtype=dtype, device=device), requires_grad=row.trained)
             initialise(self.by_name[row.name].data.view(-1), row, sharding.box(0), seed=seed)
         # The native engine's own operations, on a group of one rank: what an engine is compared in is how it splits the work.
-        roles = TensorRoles(Group("tp", (0,), 0), sp=False, vocab=model.vocab, first=0, smoothing=smoothing)
+        kind = AdaptedRoles if model.adapter.rank else TensorRoles
+        roles = kind(Group("tp", (0,), 0), sp=False, vocab=model.vocab, first=0, smoothing=smoothing)
         self.units = nn.ModuleList(build_unit(name, model, self.by_name.get, roles) for name in unit_names(model))
 
     @property
@@ -171,8 +173,8 @@ class WholeEngine:
             if "step" in state:
                 state["step"] = self._count(updates)
 
-    def run(self, contexts: Sequence[Context], *, targets: int) -> None:
-        """Forward and backward of one global batch. targets: target tokens of the whole batch, over all ranks."""
+    def run(self, contexts: Sequence[Context], *, targets: float) -> None:
+        """Forward and backward of one global batch. targets: what those of all ranks count together: their number, or weight."""
         assert len(contexts) == self.micro_batches, (len(contexts), self.micro_batches)
         flight.enter("backward")  # forward and backward of each micro-batch in turn
         slope = self.mesh.layout.dp / targets

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from dist_llm.interop.families import Place, read_config, write_config
 from dist_llm.interop.hugging_face import CONFIG, INDEX, ONE, places_of, stored_shapes
 from dist_llm.interop.slices import NAMES, PIECE, TORCH
 from dist_llm.model.table import Row, table
+from dist_llm.sharding import Box
 from dist_llm.strict import strict_json
 from dist_llm.train.durable import Bytes, Disk
 from dist_llm.train.folder import Checkpoint
@@ -49,6 +50,35 @@ class Whole:
         return prod(self.shape) * self.dtype.itemsize
 
 
+class Weights(Protocol):
+    """Weights of which pieces and wholes can be read, and their dtypes."""
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU."""
+
+    def whole(self, name: str) -> Tensor:
+        """A whole weight, on the CPU."""
+
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """The dtype in which a tensor is kept."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported. path: the folder of its tokenizer; beside: files that are carried along; sequence: tokens it was trained to see."""
+
+    path: Path
+    model: ModelConfig
+    weights: Weights
+    beside: Mapping[str, bytes]
+    sequence: int
+
+    @classmethod
+    def of(cls, opened: Checkpoint) -> Subject:
+        """A checkpoint of ours."""
+        return cls(opened.path, opened.config.model, opened.parts, opened.beside, opened.config.data.sequence)
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was made."""
@@ -60,8 +90,8 @@ class Exported:
     files: int
 
 
-def export_checkpoint(
-    opened: Checkpoint,
+def export_model(
+    opened: Subject,
     target: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -73,12 +103,12 @@ def export_checkpoint(
     check: looks at the folder before it gets its name; where it raises there is none. Raises UsageError for a model that no
     family of transformers can express, or a target that is there; CheckpointError for a damaged checkpoint; SpaceError.
     """
-    model = opened.config.model
+    model = opened.model
     values = write_config(model)
     if target.exists():
         raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
     beside = opened.beside
-    wholes = planned(model, dtype_of=lambda name: dtype or opened.parts.dtype("weight", name))
+    wholes = planned(model, dtype_of=lambda name: dtype or opened.weights.dtype("weight", name))
     shards = cut(wholes, shard_size)
     names = [ONE] if len(shards) == 1 else [f"model-{at + 1:05d}-of-{len(shards):05d}.safetensors" for at in range(len(shards))]
     sizes = [sum(one.bytes for one in shard) for shard in shards]
@@ -130,7 +160,7 @@ def cut(wholes: list[Whole], limit: int) -> list[list[Whole]]:
     return [sorted(shard, key=lambda one: -one.dtype.itemsize) for shard in shards]
 
 
-def _chunks(shard: list[Whole], opened: Checkpoint) -> Iterator[Bytes]:
+def _chunks(shard: list[Whole], opened: Subject) -> Iterator[Bytes]:
     """The bytes of one safetensors file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -145,15 +175,15 @@ def _chunks(shard: list[Whole], opened: Checkpoint) -> Iterator[Bytes]:
             yield values.to(one.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _values(one: Whole, opened: Checkpoint) -> Iterator[Tensor]:
+def _values(one: Whole, opened: Subject) -> Iterator[Tensor]:
     """The elements of a tensor in its own order: pieces of our rows, or all of it at once where it lies transposed."""
     if any(place.transposed for _, place in one.rows):
-        yield torch.cat([opened.parts.whole(row.name).to(one.dtype) for row, _ in one.rows]).t()
+        yield torch.cat([opened.weights.whole(row.name).to(one.dtype) for row, _ in one.rows]).t()
         return
     for row, _ in one.rows:
         box = tuple((0, extent) for extent in row.shape)
         for at in range(0, row.numel, PIECE):
-            yield opened.parts.read("weight", row.name, box, at, min(at + PIECE, row.numel))
+            yield opened.weights.read("weight", row.name, box, at, min(at + PIECE, row.numel))
 
 
 def _write(disk: Disk, path: Path, chunks: Iterator[Bytes]) -> None:
@@ -168,11 +198,11 @@ def _write(disk: Disk, path: Path, chunks: Iterator[Bytes]) -> None:
 # --- texts -------------------------------------------------------------------------------------------------------------------
 
 
-def _texts(opened: Checkpoint, values: dict[str, Any], beside: Mapping[str, bytes], *, dtype: str) -> dict[str, bytes]:
+def _texts(opened: Subject, values: dict[str, Any], beside: Mapping[str, bytes], *, dtype: str) -> dict[str, bytes]:
     """name -> content of what lies beside the weights: what was carried along from an import as it was, the rest made here."""
     texts = {name: content for name, content in beside.items() if name != CONFIG}
     tokenizer = load(opened.path)
-    known = _still_true(beside.get(CONFIG), opened.config.model)
+    known = _still_true(beside.get(CONFIG), opened.model)
     if known is not None:
         values = known
     else:
@@ -181,7 +211,7 @@ def _texts(opened: Checkpoint, values: dict[str, Any], beside: Mapping[str, byte
     texts[CONFIG] = _json(values)
     if json.loads(texts["tokenizer_config.json"]).keys() <= {"eos_token"}:  # ours, which says nothing but the end
         about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.end, "eos_token": tokenizer.end}
-        about |= {"clean_up_tokenization_spaces": False, "model_max_length": opened.config.data.sequence}
+        about |= {"clean_up_tokenization_spaces": False, "model_max_length": opened.sequence}
         texts["tokenizer_config.json"] = _json(about)
     if known is None and "generation_config.json" not in texts:
         texts["generation_config.json"] = _json({"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id})

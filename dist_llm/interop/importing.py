@@ -59,7 +59,7 @@ def import_folder(source: Path, run: Path) -> Imported:
     try:
         tokenizer = _tokenizer(folder)
         config = _config(folder, run)
-        _refuse_run(run)
+        refuse_run(run)
         made = [path for path in (run, *run.parents) if not path.exists()]
         try:
             return _write(folder, tokenizer, config, run)
@@ -92,7 +92,7 @@ def _config(folder: HuggingFaceFolder, run: Path) -> Config:
     return Config.model_validate(tree)
 
 
-def _refuse_run(run: Path) -> None:
+def refuse_run(run: Path) -> None:
     """Raises UsageError where a folder already holds something."""
     if run.exists() and (not run.is_dir() or step_folders(run)):
         found, way = step_folders(run)[0].name if run.is_dir() else "a file", "name another one"

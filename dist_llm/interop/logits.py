@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import NumericError, UsageError
+from dist_llm.infer.model import Model, Weights
 from dist_llm.model.table import num_parameters
 from dist_llm.model.transformer import make_context
 from dist_llm.random import key_of, uniform
-from dist_llm.train.sample import Model, Weights
+from dist_llm.sharding import Box
 
 LARGEST_WIDE = 300_000_000  # parameters that are compared in float64: 2.4 GB, twice
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -45,9 +46,9 @@ class Cast:
     def __init__(self, weights: Weights, dtype: torch.dtype | None) -> None:
         self.weights, self.dtype = weights, dtype
 
-    def whole(self, name: str) -> Tensor:
-        """A whole weight, on the CPU."""
-        values = self.weights.whole(name)
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a weight, on the CPU."""
+        values = self.weights.read(kind, name, box, start, stop)
         return values if self.dtype is None else values.to(self.dtype)
 
 

@@ -52,6 +52,10 @@ class Slices:
             runs.append((source.stored.start + ((source.place.first + number) * row + left + a) * source.stored.width, b - a))
         return _read(source, runs)
 
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """The dtype in which a tensor is kept."""
+        return TORCH[self.folder.sources[name].stored.dtype]
+
     def whole(self, name: str) -> Tensor:
         """A whole tensor in our shape."""
         shape = self.folder.sources[name].shape

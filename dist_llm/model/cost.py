@@ -20,7 +20,7 @@ def forward_flops(model: ModelConfig, sequence: int, *, convention: Convention =
     costs = dict.fromkeys(unit_names(model), 0.0)
     for row in table(model):
         if len(row.shape) == 2 and row.unit.startswith("blocks."):
-            costs[row.unit] += 2.0 * row.numel
+            costs[".".join(row.unit.split(".")[:2])] += 2.0 * row.numel
     for layer in range(model.layers):
         pairs = sequence if convention == "full" else _seen(model, layer, sequence)
         costs[f"blocks.{layer}"] += 4.0 * pairs * model.heads * model.head_dim
@@ -37,5 +37,10 @@ def _seen(model: ModelConfig, layer: int, sequence: int) -> float:
 
 
 def step_flops_per_token(model: ModelConfig, sequence: int, *, convention: Convention = "full") -> float:
-    """FLOP of forward and backward of one token: three times the forward; recomputation is not counted (model FLOPs)."""
-    return 3.0 * sum(forward_flops(model, sequence, convention=convention).values())
+    """FLOP of forward and backward of one token: three times the forward; recomputation is not counted (model FLOPs).
+
+    Weights that are not trained have no gradient: their products come twice.
+    """
+    still = sum(2.0 * row.numel for row in table(model) if not row.trained and len(row.shape) == 2 and row.unit.startswith("blocks."))
+    still += 2.0 * model.vocab * model.dim if model.adapter.rank else 0.0
+    return 3.0 * sum(forward_flops(model, sequence, convention=convention).values()) - still

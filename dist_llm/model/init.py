@@ -14,8 +14,10 @@ from dist_llm.sharding import Box
 def initialise(out: Tensor, row: Row, box: Box, *, seed: int, start: int = 0) -> Tensor:
     """Fills the 1-D `out` with elements [start, start + len) of the slice `box` of the row's initial tensor.
 
-    Matrices are N(0, std), norm weights ones (zeros where 1 is added to them), biases zeros.
+    Matrices are N(0, std), norm weights ones (zeros where 1 is added to them), biases and matrices with std 0 zeros.
     """
+    if row.std == 0:
+        return out.zero_()
     if row.std is not None:
         return fill_normal(out, key_of(seed, "init", row.name), std=row.std, shape=row.shape, box=box, start=start)
     return out.fill_(0.0 if row.zeros or row.name.endswith(".bias") else 1.0)

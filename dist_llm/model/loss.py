@@ -62,23 +62,24 @@ def loss_alone(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: 
 
 
 def loss_and_gradients(
-    x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `loss_alone` -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D))."""
+    x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None, *, trained: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `loss_alone` -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D), if it is trained)."""
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide(weight.dtype))  # chunks add up in float32
+    by_x = torch.empty_like(x)
+    by_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if trained else None  # chunks add up in float32
     for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
         taken, slope = _chunk(x[here], weight, labels[here], part, _some(weights, here))
         loss += taken
         slope = slope.to(x.dtype)
         torch.mm(slope, weight, out=by_x[here])
-        if by_weight.dtype == x.dtype:
+        if by_weight is not None and by_weight.dtype == x.dtype:
             by_weight.addmm_(slope.T, x[here])
-        else:
+        elif by_weight is not None:
             by_weight += slope.T @ x[here]
         del slope  # before the next chunk makes its logits
-    return loss, by_x, by_weight.to(weight.dtype)
+    return loss, by_x, None if by_weight is None else by_weight.to(weight.dtype)
 
 
 def _some(weights: Tensor | None, here: slice) -> Tensor | None:

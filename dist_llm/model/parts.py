@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,12 +34,30 @@ class Norm(nn.Module):
         return norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps)
 
 
-class Projection(nn.Module):
-    """A weight (O, D) and perhaps a bias (O,); `roles` decides how they are applied."""
+@dataclass(frozen=True)
+class Adapter:
+    """What is added to a projection: scale B A x, with a (R, D) and b (O, R) (LoRA, arXiv:2106.09685)."""
 
-    def __init__(self, make: Make, name: str) -> None:
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class Projection(nn.Module):
+    """A weight (O, D) and perhaps a bias (O,) and an adapter; `roles` decides how they are applied. scale: of the adapter."""
+
+    def __init__(self, make: Make, name: str, *, scale: float = 0.0) -> None:
         super().__init__()
         self.weight, self.bias = make(f"{name}.weight"), make(f"{name}.bias")
+        self.lora_a = make(f"{name}.lora_a") if scale else None
+        self.lora_b = make(f"{name}.lora_b") if scale else None
+        self.adapter = None if self.lora_a is None or self.lora_b is None else Adapter(self.lora_a, self.lora_b, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., O), in plain linear algebra."""
+        y = F.linear(x, self.weight, self.bias)
+        adapter = self.adapter
+        return y if adapter is None else y + adapter.scale * F.linear(F.linear(x, adapter.a), adapter.b)
 
 
 class Projections:
@@ -51,6 +70,11 @@ class Projections:
     def weights(self) -> list[Tensor]:
         """(O_i, D) of each."""
         return [part.weight for part in self.parts]
+
+    @property
+    def adapters(self) -> list[Adapter | None]:
+        """Of each."""
+        return [part.adapter for part in self.parts]
 
     @property
     def biases(self) -> list[Tensor]:

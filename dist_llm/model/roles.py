@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_llm.model.kernels import activate
 from dist_llm.model.loss import cross_entropy
-from dist_llm.model.parts import Norm, Projections
+from dist_llm.model.parts import Norm, Projection, Projections
 
 
 class Roles:
@@ -32,11 +32,11 @@ class Roles:
     def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
         """(B, S, D) before its norm -> a (B, S, O_i) for each projection."""
         x = norm(x)
-        return [F.linear(x, part.weight, part.bias) for part in projections.parts]
+        return [part(x) for part in projections.parts]
 
-    def row(self, parts: Sequence[Tensor], activation: str, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Parts (B, S, O), made one by the activation ("none": there is one), and weight (D, O) -> (B, S, D)."""
-        return F.linear(activate(parts, kind=activation), weight, bias)
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
+        """Parts (B, S, O), made one by the activation ("none": there is one), and a weight (D, O) -> (B, S, D)."""
+        return projection(activate(parts, kind=activation))
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Tokens (B, S) and weight (V, D) -> (B, S, D)."""

@@ -8,12 +8,13 @@ Legend: L layers, D dim, H heads, K kv_heads, E head_dim, F ffn, V vocab, P max_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import Literal
 
 from dist_llm.config.presets import GATED
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.schema import AdapterConfig, ModelConfig
 
 # How a parameter meets the tensor-parallel axis:
 #   column   output features are split (dim 0)        row      input features are split (dim 1)
@@ -34,6 +35,8 @@ class Row:
     parts: int = 1
     std: float | None = None  # None: ones for norm weights, zeros for biases and where `zeros` says so
     decay: bool = True  # takes weight decay: matrices do, norms and biases do not
+    trained: bool = True  # False: as it came, under an adapter
+    block: int = 0  # elements along dim 1 that share a scale, where it is kept in 4 or 8 bits; all rows of a unit are alike in both
     zeros: bool = False
 
     @property
@@ -47,7 +50,10 @@ def table(model: ModelConfig) -> tuple[Row, ...]:
     rows = _embedding_rows(model)
     for layer in range(model.layers):
         rows += _block_rows(model, layer)
-    return tuple(rows + _head_rows(model))
+    rows += _head_rows(model)
+    if not model.adapter.rank:
+        return tuple(rows)
+    return (*(_as_it_came(row, model.adapter) for row in rows), *adapter_rows(model, model.adapter, rows))
 
 
 def unit_names(model: ModelConfig) -> tuple[str, ...]:
@@ -60,11 +66,49 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(row.numel for row in table(model))
 
 
+def num_trained(model: ModelConfig) -> int:
+    """Parameters that are trained: all, or an adapter's."""
+    return sum(row.numel for row in table(model) if row.trained)
+
+
 def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
     """The parameter units that a walk unit reads: its own and, where weights are tied, the shared one."""
     tied = ("tied",) if model.tied and walk_unit in ("embedding", "head") else ()
     own = walk_unit != "embedding" or not model.tied or model.positions == "learned"
-    return (*tied, walk_unit) if own else tied
+    beside = _units_beside(walk_unit, model.adapter) if walk_unit.startswith("blocks.") else ()
+    return (*tied, walk_unit, *beside) if own else tied
+
+
+def _units_beside(block: str, adapter: AdapterConfig) -> tuple[str, ...]:
+    """The units of a block beside its own: its matrices where they are quantized, and its adapter."""
+    quantized = (f"{block}.quantized",) if adapter.quantize != "none" else ()
+    return (*quantized, f"{block}.adapter") if adapter.rank else ()
+
+
+def _as_it_came(row: Row, adapter: AdapterConfig) -> Row:
+    """A row of a model under an adapter; matrices of blocks in a unit of their own where they are quantized."""
+    if adapter.quantize == "none" or not row.unit.startswith("blocks.") or len(row.shape) != 2:
+        return replace(row, trained=False)
+    return replace(row, trained=False, unit=f"{row.unit}.quantized", block=adapter.block)
+
+
+def adapter_rows(m: ModelConfig, adapter: AdapterConfig, rows: Sequence[Row]) -> list[Row]:
+    """A and B of each target among the rows of a model, block by block.
+
+    A (rank, in) starts with the variance that PEFT gives it, 1 / (3 in), of the whole input whatever part of it a rank has; B (out,
+    rank) with zeros. Of a column target each rank has all of A and its rows of B; of a row target its columns of A and all of B.
+    """
+    found: list[Row] = []
+    for row in rows:
+        *_, target, last = row.name.split(".")
+        if last != "weight" or target not in adapter.targets or row.role not in ("column", "row"):
+            continue
+        (out, into), unit, name = row.shape, f"{row.unit}.adapter", row.name.removesuffix(".weight")
+        whole: dict[Role, tuple[Role, Role]] = {"column": ("inside", "column"), "row": ("row", "inside")}
+        (role_a, role_b), std = whole[row.role], 1 / sqrt(3 * into)
+        found.append(Row(f"{name}.lora_a", (adapter.rank, into), role_a, unit, row.parts if role_a == "row" else 1, std))
+        found.append(Row(f"{name}.lora_b", (out, adapter.rank), role_b, unit, row.parts if role_b == "column" else 1, 0.0))
+    return found
 
 
 def is_windowed(model: ModelConfig, layer: int) -> bool:

@@ -118,7 +118,8 @@ class Attention(nn.Module):
 
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles, *, windowed: bool) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (Projection(make, f"{name}.{part}") for part in "qkvo")
+        scale = model.adapter.scale
+        self.q, self.k, self.v, self.o = (Projection(make, f"{name}.{part}", scale=scale) for part in "qkvo")
         self.qkv = Projections(self.q, self.k, self.v)
         norm: dict[str, Any] = {"kind": "unit_rms" if model.norm == "unit_rms" else "rms", "eps": model.norm_eps}
         self.q_norm = Norm(make, f"{name}.q_norm", **norm) if model.qk_norm else None
@@ -142,7 +143,7 @@ class Attention(nn.Module):
         q, k = self._placed(q, self.q_norm, rotary), self._placed(k, self.k_norm, rotary)
         q, k, v = (self._heads(y).transpose(1, 2) for y in (q, k, v))  # (B, H or K, S, E)
         y = self.attend(q, k, v, mask, self.scale, self.softcap)
-        return self.roles.row([y.transpose(1, 2).flatten(2)], "none", self.o.weight, self.o.bias)
+        return self.roles.row([y.transpose(1, 2).flatten(2)], "none", self.o)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, S, H E) or (B, S, H, E) -> (B, S, H, E)."""
@@ -164,15 +165,16 @@ class Mlp(nn.Module):
 
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
-        self.gate = Projection(make, f"{name}.gate") if model.activation in GATED else None
-        self.up, self.down = Projection(make, f"{name}.up"), Projection(make, f"{name}.down")
+        scale = model.adapter.scale
+        self.gate = Projection(make, f"{name}.gate", scale=scale) if model.activation in GATED else None
+        self.up, self.down = Projection(make, f"{name}.up", scale=scale), Projection(make, f"{name}.down", scale=scale)
         self.wide = Projections(self.up) if self.gate is None else Projections(self.gate, self.up)
         self.activation, self.roles = model.activation, roles
 
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         """(B, S, D), to be normed first -> (B, S, D)."""
         parts = self.roles.columns(x, norm, self.wide)  # (B, S, F) each
-        return self.roles.row(parts, self.activation, self.down.weight, self.down.bias)
+        return self.roles.row(parts, self.activation, self.down)
 
 
 class Embedding(nn.Module):

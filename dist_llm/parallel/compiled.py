@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_llm.mesh import groups_by_key
 from dist_llm.model.kernels import activate
-from dist_llm.model.parts import Norm, Projections
+from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.parallel import tensor
 from dist_llm.parallel.across import across
 from dist_llm.parallel.operation import differentiable, operation
@@ -40,11 +40,11 @@ class CompiledRoles(TensorRoles):
         rule = (norms[0].kind, norms[0].eps, self.split.group.key)
         return list(across([part.contiguous() for part in parts], [norm.weight for norm in norms], *rule))[: len(parts)]
 
-    def row(self, parts: Sequence[Tensor], activation: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
         split = self.split
-        y = row(activate(parts, kind=activation), weight, split.group.key, split.sp, split.fp8)
-        return y if bias is None else y + bias
+        y = row(activate(parts, kind=activation), projection.weight, split.group.key, split.sp, split.fp8)
+        return y if projection.bias is None else y + projection.bias
 
 
 def _split(group: str, sp: bool, fp8: str) -> Split:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,11 +36,14 @@ from dist_llm.model.cost import forward_flops
 from dist_llm.model.fused import fuse
 from dist_llm.model.table import table, unit_names, uses
 from dist_llm.model.transformer import Block, build_unit
+from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.compiled import CompiledRoles
-from dist_llm.parallel.flat import pack
+from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.parallel.pipeline import Stage, Unit
+from dist_llm.parallel.quantized import QuantizedWeights
 from dist_llm.parallel.recompute import run_again
 from dist_llm.parallel.tensor import TensorRoles
+from dist_llm.parallel.weights import FlatWeights
 from dist_llm.parallel.zero import FlatUnit
 from dist_llm.schedule.cut import cut
 from dist_llm.schedule.generate import stages_of
@@ -82,7 +86,7 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     layout, tp = mesh.layout, mesh.at.tp
     fuse(options.compiled and options.device.type == "cuda")
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
-    kind = CompiledRoles if options.compiled else TensorRoles
+    kind = AdaptedRoles if model.adapter.rank else CompiledRoles if options.compiled else TensorRoles
     roles = kind(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing, fp8=options.fp8)
     parts = stage_units(model, layout, options.sequence)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
@@ -104,13 +108,13 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     return stages
 
 
-def _flat_units(model: ModelConfig, mesh: Mesh, walk: Sequence[str], options: Options) -> dict[str, FlatUnit]:
+def _flat_units(model: ModelConfig, mesh: Mesh, walk: Sequence[str], options: Options) -> dict[str, FlatWeights]:
     """A flat unit for each parameter unit that this rank's walk reads, with initial weights.
 
     One after the other: in stage 3 a unit is whole only while it is made.
     """
     layout, dtype, device = mesh.layout, options.dtype, options.device
-    flats: dict[str, FlatUnit] = {}
+    flats: dict[str, FlatWeights] = {}
     for name in walk:
         for unit in uses(model, name):
             if unit in flats:
@@ -120,17 +124,27 @@ def _flat_units(model: ModelConfig, mesh: Mesh, walk: Sequence[str], options: Op
             plan = pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=mesh.at.tp, **split)
             num_uses = sum(unit in uses(model, other) for other in walk)
             shared = unit == "tied" and layout.pp > 1
-            flats[unit] = FlatUnit(plan, mesh, dtype=dtype, device=device, num_uses=num_uses, fixed=options.fixed, shared=shared)
+            given = {"dtype": dtype, "device": device, "num_uses": num_uses, "shared": shared}
+            flats[unit] = _made(plan, mesh, model, options, given)
             flats[unit].initialise(seed=options.seed)
     return flats
 
 
-def _use(model: ModelConfig, unit: str, walk_unit: str, flats: dict[str, FlatUnit]) -> int:
+def _made(plan: FlatPlan, mesh: Mesh, model: ModelConfig, options: Options, given: dict[str, Any]) -> FlatWeights:
+    """The flat unit of a plan: trained, or as it came, in the run's dtype or quantized."""
+    if plan.trained:
+        return FlatUnit(plan, mesh, fixed=options.fixed, **given)
+    if plan.block:
+        return QuantizedWeights(plan, mesh, kind=model.adapter.quantize, **given)
+    return FlatWeights(plan, mesh, **given)
+
+
+def _use(model: ModelConfig, unit: str, walk_unit: str, flats: dict[str, FlatWeights]) -> int:
     """Which use of a flat unit a walk unit makes: 0 for the one that comes first in the model, so last in backward."""
     return 1 if unit == "tied" and walk_unit == "head" and len(flats[unit].parameters) > 1 else 0
 
 
-def _maker(flats: list[tuple[FlatUnit, int]]):
+def _maker(flats: list[tuple[FlatWeights, int]]):
     """Gives a module its parameters: views of the flat buffers, None for names that the model does not have."""
     known = {slot.name: (flat, use) for flat, use in flats for slot in flat.plan.slots}
 

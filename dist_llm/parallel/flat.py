@@ -65,6 +65,16 @@ class FlatPlan:
     padded: int
 
     @property
+    def trained(self) -> bool:
+        """Whether the unit's parameters are trained: all of them or none."""
+        return self.slots[0].row.trained
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale where the unit is quantized, else 0."""
+        return self.slots[0].row.block
+
+    @property
     def shard_size(self) -> int:
         """Elements of one shard."""
         return self.padded // self.shards
@@ -97,12 +107,12 @@ def pack(rows: Iterable[Row], *, unit: str, tp: int, sp: bool, coordinate: int, 
     """
     rows = list(rows)
     slots: list[Slot] = []
-    offset = decayed = 0
+    offset, decayed, align = 0, 0, max(ALIGN, rows[0].block)
     for row in [*(r for r in rows if r.decay), *(r for r in rows if not r.decay)]:
         sharding = shard(row, tp=tp, sp=sp)
         slots.append(Slot(row, sharding, sharding.box(coordinate), offset))
-        offset += -(-slots[-1].numel // ALIGN) * ALIGN
+        offset += -(-slots[-1].numel // align) * align
         decayed = offset if row.decay else decayed
     used = slots[-1].offset + slots[-1].numel
-    block = ALIGN * shards * replicas
+    block = align * shards * replicas
     return FlatPlan(unit, tuple(slots), used, min(decayed, used), shards, -(-offset // block) * block)

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dist_llm import comm, flight
 from dist_llm.mesh import Mesh
 from dist_llm.model.transformer import Context
+from dist_llm.parallel.weights import FlatWeights
 from dist_llm.parallel.zero import FlatUnit
 from dist_llm.schedule.actions import Action, Kind, Span, channel, gives, needs, owners, partner
 
@@ -40,9 +41,14 @@ class Unit:
 
     name: str
     module: nn.Module
-    flats: list[tuple[FlatUnit, int]]
+    flats: list[tuple[FlatWeights, int]]
     recomputed: bool = False
     deferred: bool = False
+
+    @property
+    def trained(self) -> list[tuple[FlatUnit, int]]:
+        """Those of its flat units that gradients are made for."""
+        return [(flat, use) for flat, use in self.flats if isinstance(flat, FlatUnit)]
 
     def start_gather(self) -> None:
         """Begins to fetch the weights (stage 3)."""
@@ -114,13 +120,16 @@ class Stage:
         assert slope is not None
         for at in reversed(range(len(self.units))):
             unit, (x, edge) = self.units[at], (kept[at].x, kept[at].edge)
+            if x is None and not unit.trained:
+                unit.release()
+                break  # the first unit of the model, with nothing to train in it
             if x is not None:
                 unit.finish_gather()
             if at > 1 or (at == 1 and kept[0].x is not None):  # the embedding's backward reads no weights
                 self.units[at - 1].start_gather()
             if edge is None:
                 edge = get_gradient_edge(self._run(unit, x, context, again=True))
-            for flat, use in unit.flats:
+            for flat, use in unit.trained:
                 flat.begin_backward(use)
             torch.autograd.backward((edge,), (slope,))
             kept[at] = Kept(None, None)
@@ -147,7 +156,7 @@ class Stage:
 
     def _after_backward(self, unit: Unit, reduce: bool) -> None:
         """Takes over the gradients; starts their reduction when it is time, and finishes the oldest one under way."""
-        for flat, use in unit.flats:
+        for flat, use in unit.trained:
             flat.end_backward(use)
             if reduce and (not flat.by_step or use == 0):  # step: use 0 comes last in the walk, with all uses done
                 flat.start_reduce(use)

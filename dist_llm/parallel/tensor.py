@@ -31,7 +31,7 @@ from dist_llm import comm
 from dist_llm.mesh import Group
 from dist_llm.model import loss as vocabulary
 from dist_llm.model.kernels import TOKENS, activate, activate_backward, norm, norm_backward
-from dist_llm.model.parts import Norm, Projections
+from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.model.products import Products
 from dist_llm.model.roles import Roles
 from dist_llm.parallel.across import Across
@@ -80,10 +80,10 @@ class TensorRoles(Roles):
         given = (rule, projections.joined, len(weights), self.split, *weights, *projections.biases)
         return list(Column.apply(x, norm.weight, norm.bias, *given))
 
-    def row(self, parts: Sequence[Tensor], activation: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
-        y = Row.apply(activation, self.split, weight, *parts)
-        return y if bias is None else y + bias
+        y = Row.apply(activation, self.split, projection.weight, *parts)
+        return y if projection.bias is None else y + projection.bias
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Enters with all tokens (B, S) and rows [first, first + v) of the table, leaves with (B, S', D)."""
@@ -115,7 +115,7 @@ class TensorRoles(Roles):
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Enters with (B, S', D), leaves with this rank's logits (B, S, v)."""
-        return _gather(x, self.split) @ weight.T
+        return gather(x, self.split) @ weight.T
 
     def outside(self, per_token: Tensor) -> Tensor:
         """Enters with (B, S, ...), leaves with this rank's tokens (B, S', ...)."""
@@ -129,34 +129,38 @@ class TensorRoles(Roles):
 # --- sequence slices -------------------------------------------------------------------------------------------------
 
 
-def _gather(x: Tensor, split: Split) -> Tensor:
+def gather(x: Tensor, split: Split) -> Tensor:
     """Enters with (B, S', D), leaves with (B, S, D)."""
-    return _finish_gather(_start_gather(x, split), split)
+    return finish_gather(start_gather(x, split), split)
 
 
-def _start_gather(x: Tensor, split: Split) -> comm.Pending:
+def start_gather(x: Tensor, split: Split) -> comm.Pending:
+    """Begins what `finish_gather` ends."""
     return comm.start_all_gather(x.transpose(0, 1).contiguous(), split.group) if split.sp else comm.Pending(None, lambda: x)
 
 
-def _finish_gather(pending: comm.Pending, split: Split) -> Tensor:
+def finish_gather(pending: comm.Pending, split: Split) -> Tensor:
+    """Leaves with (B, S, D)."""
     gathered = pending.finish()
     return gathered.transpose(0, 1).contiguous() if split.sp else gathered
 
 
-def _start_reduce(x: Tensor, split: Split) -> comm.Pending:
+def start_reduce(x: Tensor, split: Split) -> comm.Pending:
     """Enters with partial sums (B, S, D); finishing leaves their sum, (B, S', D)."""
     if split.sp:
         return comm.start_reduce_scatter(x.transpose(0, 1).contiguous(), split.group, fixed=_sums_here(x))
     return comm.start_all_reduce(x, split.group)
 
 
-def _finish_reduce(pending: comm.Pending, split: Split) -> Tensor:
+def finish_reduce(pending: comm.Pending, split: Split) -> Tensor:
+    """Leaves with the sum over ranks (B, S', D)."""
     reduced = pending.finish()
     return reduced.transpose(0, 1).contiguous() if split.sp else reduced
 
 
-def _reduce(x: Tensor, split: Split) -> Tensor:
-    return _finish_reduce(_start_reduce(x, split), split)
+def reduce(x: Tensor, split: Split) -> Tensor:
+    """Enters with partial sums (B, S, D), leaves with their sum (B, S', D)."""
+    return finish_reduce(start_reduce(x, split), split)
 
 
 def _sums_here(x: Tensor) -> bool:
@@ -169,7 +173,7 @@ def _sums_here(x: Tensor) -> bool:
 
 def columns_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], split: Split) -> list[Tensor]:
     """x (B, S', D), normed, weights (O_i, D), biases (O_i,) for all or none -> outputs (B, S, O_i)."""
-    whole, products = _gather(x, split).flatten(0, 1), split.products("output")
+    whole, products = gather(x, split).flatten(0, 1), split.products("output")
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
     outputs = [products.forward(whole, weight, bias) for weight, bias in zip(weights, given, strict=True)]
     return [y.unflatten(0, (x.shape[0], -1)) for y in outputs]
@@ -177,14 +181,14 @@ def columns_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
 
 def columns_backward(slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], split: Split) -> tuple[Tensor, list[Tensor]]:
     """Slopes (T, O_i), x (B, S', D), normed, weights (O_i, D) -> (by x (B, S', D), by each weight (O_i, D))."""
-    gathering, products = _start_gather(x, split), split.products("output")
+    gathering, products = start_gather(x, split), split.products("output")
     by_x = products.by_input(slopes[0], weights[0])
     for slope, weight in zip(slopes[1:], weights[1:], strict=True):
         products.by_input(slope, weight, total=by_x)
-    whole = _finish_gather(gathering, split).flatten(0, 1)
-    reducing = _start_reduce(by_x.unflatten(0, (x.shape[0], -1)), split)  # while the weight gradients are computed
+    whole = finish_gather(gathering, split).flatten(0, 1)
+    reducing = start_reduce(by_x.unflatten(0, (x.shape[0], -1)), split)  # while the weight gradients are computed
     by_weights = [products.by_weight(slope, whole) for slope in slopes]
-    return _finish_reduce(reducing, split), by_weights
+    return finish_reduce(reducing, split), by_weights
 
 
 class Column(Function):
@@ -199,9 +203,9 @@ class Column(Function):
         ctx.rule, ctx.joined, ctx.split, ctx.biased = rule, joined, split, bool(biases)
         ctx.save_for_backward(x, gain, shift, *weights)
         if not joined:
-            return tuple(_own(y) for y in columns_forward(rule(x, gain, shift), weights, biases, split))
+            return tuple(own(y) for y in columns_forward(rule(x, gain, shift), weights, biases, split))
         (y,) = columns_forward(rule(x, gain, shift), [beside(weights, 0)], [torch.cat(biases)] if biases else [], split)
-        return tuple(_own(part) for part in y.split_with_sizes([len(weight) for weight in weights], dim=-1))
+        return tuple(own(part) for part in y.split_with_sizes([len(weight) for weight in weights], dim=-1))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
@@ -217,7 +221,7 @@ class Column(Function):
         return *ctx.rule.backward(by_normed, x, gain, shift), *[None] * 4, *by_weights, *by_biases
 
 
-def _own(view: Tensor) -> Tensor:
+def own(view: Tensor) -> Tensor:
     """The same memory, no longer a view to autograd, which lets nobody write into one of several views of a buffer."""
     return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
@@ -252,12 +256,12 @@ def row_forward(parts: Sequence[Tensor], activation: str, weight: Tensor, split:
         for at in range(0, y.shape[0], some):
             here = slice(at, at + some)
             torch.mm(activate([part[here] for part in flat], kind=activation), weight.T, out=y[here])
-    return _reduce(y.unflatten(0, (parts[0].shape[0], -1)), split)
+    return reduce(y.unflatten(0, (parts[0].shape[0], -1)), split)
 
 
 def row_backward(slope: Tensor, x: Tensor, weight: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     """Slope (B, S', D), x (B, S, F), weight (D, F) -> (by x (B, S, F), by weight (D, F))."""
-    whole, products = _gather(slope.contiguous(), split).flatten(0, 1), split.products("input")
+    whole, products = gather(slope.contiguous(), split).flatten(0, 1), split.products("input")
     return products.by_input(whole, weight).view(x.shape), products.by_weight(whole, x.flatten(0, 1))
 
 
@@ -266,7 +270,7 @@ def activated_row_backward(slope: Tensor, parts: Sequence[Tensor], activation: s
 
     Nobody else reads the parts: what a projection has made goes through the activation alone.
     """
-    whole = _gather(slope.contiguous(), split).flatten(0, 1)
+    whole = gather(slope.contiguous(), split).flatten(0, 1)
     flat, products = [part.flatten(0, 1) for part in parts], split.products("input")
     by_weight = torch.zeros_like(weight, dtype=vocabulary.wide(weight.dtype))
     some = _piece(whole, activation, split)
@@ -318,13 +322,13 @@ class Embed(Function):
         ctx.first, ctx.rows, ctx.split = first, weight.shape[0], split
         ctx.save_for_backward(tokens)
         inside, local = _local_rows(tokens, first, weight.shape[0])
-        return _reduce(torch.nn.functional.embedding(local, weight).masked_fill_(~inside[..., None], 0.0), split)
+        return reduce(torch.nn.functional.embedding(local, weight).masked_fill_(~inside[..., None], 0.0), split)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
         """Slope (B, S', D) -> by weight (v, D)."""
         (tokens,) = ctx.saved_tensors
-        whole = _gather(slope.contiguous(), ctx.split)
+        whole = gather(slope.contiguous(), ctx.split)
         inside, local = _local_rows(tokens, ctx.first, ctx.rows)
         return None, torch.ops.aten.embedding_dense_backward(whole * inside[..., None], local, ctx.rows, -1, False), None, None
 
@@ -360,12 +364,13 @@ class VocabularyLoss(Function):
         flat, counts = labels.flatten(), None if weights is None else weights.flatten()
 
         def gathered() -> Tensor:
-            return _gather(rule(x, gain, shift), split).flatten(0, 1)
+            return gather(rule(x, gain, shift), split).flatten(0, 1)
 
         if not slopes:
             return vocabulary.loss_alone(gathered(), weight, flat, part, counts)
-        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, flat, part, counts)  # its input is free now
-        by_normed = _reduce(by_normed.unflatten(0, (x.shape[0], -1)), split)
+        trained = ctx.needs_input_grad[3]
+        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, flat, part, counts, trained=trained)
+        by_normed = reduce(by_normed.unflatten(0, (x.shape[0], -1)), split)
         ctx.save_for_backward(*rule.backward(by_normed, x, gain, shift), by_weight)
         return loss
 

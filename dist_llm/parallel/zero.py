@@ -26,69 +26,47 @@ accumulator per use, added once at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_llm import comm
 from dist_llm.mesh import Mesh
 from dist_llm.model.init import initialise
 from dist_llm.parallel.flat import FlatPlan, Piece, Slot
+from dist_llm.parallel.weights import FlatWeights, flat_view
 
 
-class FlatUnit:
-    """One unit's parameters on this rank, as the residency table says.
+class FlatUnit(FlatWeights):
+    """One trained unit's parameters on this rank, as the residency table says.
 
-    weights (padded,), or nothing between uses in stage 3; shard (padded / N,) this rank's part of it; master (owned,)
-    float32 weights beside bfloat16 ones, else the weights themselves, and in host memory with `offload`. During a step,
-    per use: whole (padded,) gradients not yet reduced, and sums (padded / N,) of reduced ones. `owned` is the range of the
-    buffer that this rank updates: all of it in stage 0, its shard otherwise. N: ranks of `mesh.shard`.
+    master (owned,) float32 weights beside bfloat16 ones, else the weights themselves, and in host memory with `offload`. During a
+    step, per use: whole (padded,) gradients not yet reduced, and sums (padded / N,) of reduced ones. `owned` is the range of the
+    buffer that this rank updates: all of it in stage 0, its shard otherwise.
     """
 
-    def __init__(
-        self, plan: FlatPlan, mesh: Mesh, *, dtype: torch.dtype, device: torch.device, num_uses: int, fixed: bool, shared: bool
-    ) -> None:
-        layout, group = mesh.layout, mesh.shard
-        assert layout.zero or mesh.replica.size == 1, "stage 0 has no shards to replicate"
-        self.plan, self.mesh, self.group, self.replica, self.fixed = plan, mesh, group, mesh.replica, fixed
-        self.stage, self.by_step, self.keep = layout.zero, layout.reduce == "step", layout.unshard == "step"
-        self.offload = layout.offload == "optimizer"
-        self.dtype, self.device = dtype, device
-        self.gradient_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-        self.own = plan.range(group.index)
+    trained = True
+
+    def __init__(self, plan: FlatPlan, mesh: Mesh, *, fixed: bool, **options: Any) -> None:
+        """fixed: gradients are added in rank order. The other options are those of FlatWeights."""
+        super().__init__(plan, mesh, **options)
+        self.fixed, self.by_step = fixed, mesh.layout.reduce == "step"
+        self.offload = mesh.layout.offload == "optimizer"
+        self.gradient_dtype = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
         self.owned = self.own if self.stage else (0, plan.padded)
-        self.weights = torch.zeros(plan.padded, dtype=dtype, device=device)
-        self.sharded = self.stage == 3 and group.size > 1
-        self.shard = self.weights[slice(*self.own)].clone() if self.sharded else self.weights[slice(*self.own)]
-        # .data: in-place writes to the buffer are ours to order, autograd's version counter must not see them.
-        views = {slot.name: _view(self.weights, slot) for slot in plan.slots}
-        self.parameters = [{name: nn.Parameter(view.data) for name, view in views.items()} for _ in range(num_uses)]
         self.whole: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
         self.reducing: dict[int, comm.Pending] = {}
         self.crossing: comm.Pending | None = None  # the sum over replicas, of this rank's part of the shard
-        self.gathering: comm.Pending | None = None
-        self.here = not self.sharded  # are the whole weights in memory
-        self.tied = mesh.tied if shared else None
-        self.counted = mesh.replica.index == 0 and (self.tied is None or self.tied.index == 0)
         self.gradient: Tensor | None = None  # (owned,) between the last backward and the update
         self.seen: Callable[[FlatUnit, Tensor], None] | None = None  # gets this rank's own gradients before they are reduced
 
     # --- build -------------------------------------------------------------------------------------------------------
 
-    def parameter(self, name: str, use: int = 0) -> nn.Parameter:
-        """The module's parameter: a view of the flat weights, one object per use so that gradients stay apart."""
-        return self.parameters[use][name]
-
     def initialise(self, *, seed: int) -> None:
         """Fills what this rank holds with the initial weights, then fixes the residency."""
-        if self.sharded:
-            for piece in self.plan.pieces(self.group.index):
-                initialise(self._run(self.shard, piece), piece.slot.row, piece.slot.box, seed=seed, start=piece.start)
-        else:
-            for slot in self.plan.slots:
-                initialise(self.weights[slot.offset : slot.offset + slot.numel], slot.row, slot.box, seed=seed)
-        self.settle()
+        super().initialise(seed=seed)
 
         def made(slot: Slot, start: int, stop: int) -> Tensor:
             out = torch.empty(stop - start, dtype=self.gradient_dtype, device=self.device)
@@ -104,23 +82,11 @@ class FlatUnit:
         self.owned_weights = mine
         apart = self.offload or self.dtype != self.gradient_dtype
         self.master = mine.to("cpu" if self.offload else self.device, self.gradient_dtype, copy=True) if apart else mine
-        self.end_step()
-
-    def kept(self) -> list[tuple[Slot, int, int]]:
-        """The runs of weights that this rank keeps between steps: (slot, start, stop)."""
-        if self.sharded:
-            return [(piece.slot, piece.start, piece.stop) for piece in self.plan.pieces(self.group.index)]
-        return [(slot, 0, slot.numel) for slot in self.plan.slots]
+        super().settle()
 
     def load(self, read: Callable[[Slot, int, int], Tensor]) -> None:
-        """Takes the weights from `read(slot, start, stop)`, a run of the slot's elements, and fixes the residency."""
-        if self.sharded:
-            for piece in self.plan.pieces(self.group.index):
-                self._run(self.shard, piece).copy_(read(piece.slot, piece.start, piece.stop))
-        else:
-            for slot in self.plan.slots:
-                self.weights[slot.offset : slot.offset + slot.numel].copy_(read(slot, 0, slot.numel))
-        self.settle()
+        """As FlatWeights; master weights have all the digits that `read` gives."""
+        super().load(read)
         self._fill_masters(read)
 
     def _fill_masters(self, read: Callable[[Slot, int, int], Tensor]) -> None:
@@ -128,33 +94,6 @@ class FlatUnit:
         if self.dtype != self.gradient_dtype:
             for piece in self.owned_pieces():
                 self.master[piece.at : piece.at + piece.stop - piece.start].copy_(read(piece.slot, piece.start, piece.stop))
-
-    # --- around a unit -----------------------------------------------------------------------------------------------
-
-    def start_gather(self) -> None:
-        """Stage 3: begins to fetch the whole weights, if they are not here."""
-        if not self.here and self.gathering is None:
-            self.weights.untyped_storage().resize_(self.plan.padded * self.weights.element_size())  # views keep their identity
-            self.gathering = comm.start_all_gather(self.shard, self.group, out=self.weights)
-
-    def finish_gather(self) -> None:
-        """Leaves with the whole weights in memory."""
-        self.start_gather()
-        if self.gathering is not None:
-            self.gathering.finish()
-            self.gathering, self.here = None, True
-
-    def release(self) -> None:
-        """Stage 3: frees the whole weights after a unit's use, unless `unshard=step` keeps them for the step."""
-        if not self.keep:
-            self.end_step()
-
-    def end_step(self) -> None:
-        """Stage 3: frees the whole weights."""
-        assert self.gathering is None, self.plan.unit
-        if self.sharded:
-            self.weights.untyped_storage().resize_(0)
-            self.here = False
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
@@ -165,14 +104,14 @@ class FlatUnit:
             self.whole[use] = torch.zeros(self.plan.padded, dtype=self.gradient_dtype, device=self.device)
         if self.dtype == self.gradient_dtype:
             for slot in self.plan.slots:
-                self.parameters[use][slot.name].grad = _view(self.whole[use], slot)
+                self.parameters[use][slot.name].grad = flat_view(self.whole[use], slot)
 
     def end_backward(self, use: int) -> None:
         """Takes the gradients over into the accumulator (bfloat16 gradients are added in float32)."""
         for slot in self.plan.slots:
             parameter = self.parameters[use][slot.name]
             if self.dtype != self.gradient_dtype and parameter.grad is not None:
-                _view(self.whole[use], slot).add_(parameter.grad)
+                flat_view(self.whole[use], slot).add_(parameter.grad)
             parameter.grad = None
 
     def start_reduce(self, use: int) -> None:
@@ -280,11 +219,6 @@ class FlatUnit:
 
     # --- state -------------------------------------------------------------------------------------------------------
 
-    def pieces(self) -> list[Piece]:
-        """The runs of parameters in this rank's shard that this rank answers for (replicas answer once)."""
-        mine = self.plan.pieces(self.group.index) if self.counted else []
-        return [piece for piece in mine if piece.slot.sharding.owner(self.mesh.at.tp)]
-
     def owned_pieces(self) -> list[Piece]:
         """The runs of parameters in the owned range; `at` is counted inside it."""
         if self.stage:
@@ -297,11 +231,3 @@ class FlatUnit:
 
     def _own_part(self, owned: Tensor) -> Tensor:
         return owned[self.own[0] - self.owned[0] : self.own[1] - self.owned[0]]
-
-    @staticmethod
-    def _run(shard: Tensor, piece: Piece) -> Tensor:
-        return shard[piece.at : piece.at + piece.stop - piece.start]
-
-
-def _view(buffer: Tensor, slot: Slot) -> Tensor:
-    return buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)

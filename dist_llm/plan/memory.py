@@ -42,11 +42,14 @@ def persistent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, int
     found = {"weights": 0, "gradients": 0, "optimizer": 0, "host": 0}
     found[updated] = 4
     if offload:
-        found["host"] += HOST_BUFFERS * wide.gradient * max(plan.shard_size if layout.zero else plan.padded for plan, _ in plans)
+        largest = max((plan.shard_size if layout.zero else plan.padded for plan, _ in shape.trained_plans(pp, tp)), default=0)
+        found["host"] += HOST_BUFFERS * wide.gradient * largest
     for plan, _ in plans:
         sharded = layout.zero == 3 and layout.shard > 1
         owned = plan.shard_size if layout.zero else plan.padded
-        found["weights"] += (plan.shard_size if sharded else plan.padded) * wide.weight
+        found["weights"] += shape.kept_bytes(plan, plan.shard_size if sharded else plan.padded)
+        if not plan.trained:
+            continue
         found["gradients"] += owned * wide.gradient
         masters = wide.gradient if offload or wide.gradient != wide.weight else 0
         found[updated] += owned * (masters + shape.moments * wide.gradient)
@@ -126,9 +129,10 @@ class Walk:
     def _finish(self) -> None:
         """The messages are let go; the reductions come to their ends, then weights and gradients are as between backward and update."""
         self.tally.free("buffers", self.sent * self.stream)
-        for flat in reversed(self.flats.values()):
+        trained = [flat for flat in self.flats.values() if flat.trained]
+        for flat in reversed(trained):
             flat.start_crossing()
-        for flat in self.flats.values():
+        for flat in trained:
             flat.start_finish()
         self.tally.moment()
 
@@ -138,9 +142,11 @@ class Walk:
         """The flat units that a walk unit reads, each with the use it makes of them."""
         return [(self.flats[unit], int(self.both and unit == "tied" and name == "head")) for unit in uses(self.shape.model, name)]
 
-    def _gather(self, name: str) -> None:
+    def _gather(self, name: str, *, ahead: bool = False) -> None:
         for flat, _ in self._flats(name):
-            flat.gather()
+            flat.start_gather()
+            if not ahead:
+                flat.finish_gather()
 
     def _release(self, name: str) -> None:
         for flat, _ in self._flats(name):
@@ -157,7 +163,7 @@ class Walk:
             held = self.units[name]
             self._gather(name)
             if at + 1 < len(names) and (follows or names[at + 1] != "head"):
-                self._gather(names[at + 1])
+                self._gather(names[at + 1], ahead=True)
             self.tally.moment(held.forward)
             self.tally.hold("activations", held.kept + held.out)
             if not (follows and at + KEPT_UNITS >= len(names)):
@@ -174,11 +180,12 @@ class Walk:
             if name != "embedding":
                 self._gather(name)
             if at > 1 or (at == 1 and names[0] != "embedding"):
-                self._gather(names[at - 1])
+                self._gather(names[at - 1], ahead=True)
             self.tally.moment(held.making)
             self.tally.hold("activations", held.made - held.kept)
             for flat, use in self._flats(name):
-                flat.begin_backward(use)
+                if flat.trained:
+                    flat.begin_backward(use)
             self.tally.moment(held.backward - held.made)
             self.tally.free("activations", held.made)
             self.tally.hold("buffers", taken)
@@ -191,6 +198,8 @@ class Walk:
     def _reduce(self, name: str, reducing: list[tuple[Residency, int]]) -> None:
         """Starts a unit's reduction, and collects the one before it; of a tied weight once a step, with its last use."""
         for flat, use in self._flats(name):
+            if not flat.trained:
+                continue
             if self.shape.layout.reduce == "micro_batch" or use == 0:
                 flat.start_reduce(use)
                 reducing.append((flat, use))

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dist_llm.parallel.flat import FlatPlan
 from dist_llm.plan.traffic import Shape
 
+PIECE = 1 << 18  # elements of codes that are made float32 at once (model/quantize.py)
+FLOAT32 = {"nf4": 6, "int8": 4, "none": 0}  # bytes an element there: two codes as an int32, and what they stand for
+
 
 class Tally:
     """Bytes alive now, by part, and the parts of the fullest moment so far."""
@@ -46,12 +49,16 @@ class Residency:
 
     def __init__(self, plan: FlatPlan, shape: Shape, tally: Tally) -> None:
         layout, wide = shape.layout, shape.widths
+        self.trained = plan.trained
+        self.elements, self.float32 = plan.padded, FLOAT32[shape.model.adapter.quantize]
         self.tally, self.stage, self.keep = tally, layout.zero, layout.unshard == "step"
         self.by_step, self.fixed, self.alone = layout.reduce == "step", shape.fixed, layout.shard == 1
-        self.weights = plan.padded * wide.weight
+        self.weights, self.quantized = plan.padded * wide.weight, plan.block > 0
+        self.codes = shape.kept_bytes(plan, plan.padded)
         self.gradient, self.shard = plan.padded * wide.gradient, plan.shard_size * wide.gradient
         self.crossing_parts = self.shard if shape.replicas > 1 and shape.fixed else 0
-        self.here = not (self.stage == 3 and not self.alone)
+        self.sharded = self.stage == 3 and not self.alone
+        self.here, self.coming = not (self.sharded or self.quantized), False
         self.whole: set[int] = set()
         self.sums: set[int] = set()
         self.reducing: set[int] = set()
@@ -59,15 +66,25 @@ class Residency:
         partial = [slot for slot in plan.slots if slot.sharding.partial]
         self.joined = sum(slot.numel for slot in partial) * wide.gradient  # side by side for their sum over tp
 
-    def gather(self) -> None:
-        """The whole weights come."""
-        if not self.here:
+    def start_gather(self) -> None:
+        """The whole weights come, or their codes."""
+        if not self.here and not self.coming and self.sharded:
+            self.tally.hold("buffers", self.codes)
+            self.coming = True
+
+    def finish_gather(self) -> None:
+        """They are there; codes are made weights, a piece in float32 at a time, and go."""
+        if self.here:
+            return
+        if self.quantized:
             self.tally.hold("buffers", self.weights)
-            self.here = True
+            self.tally.moment(min(self.elements, PIECE) * self.float32)
+            self.tally.free("buffers", self.codes if self.sharded else 0)
+        self.here, self.coming = True, False
 
     def release(self) -> None:
-        """They go, unless `unshard=step` keeps them."""
-        if self.stage == 3 and not self.alone and not self.keep and self.here:
+        """They go, unless `unshard=step` keeps what was gathered."""
+        if self.here and (self.quantized or self.sharded) and not (self.sharded and self.keep):
             self.tally.free("buffers", self.weights)
             self.here = False
 

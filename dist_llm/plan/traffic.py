@@ -92,6 +92,16 @@ class Shape:
         """Parameter unit -> (flat plan, uses of it on this rank)."""
         return _flat_plans(self, pp, tp)
 
+    def trained_plans(self, pp: int, tp: int) -> list[tuple[FlatPlan, int]]:
+        """As `flat_plans`, of units that are trained."""
+        return [(plan, num_uses) for plan, num_uses in self.flat_plans(pp, tp).values() if plan.trained]
+
+    def kept_bytes(self, plan: FlatPlan, count: int) -> int:
+        """Bytes of `count` elements of a unit as they are kept: in the run's dtype, or codes and float32 scales."""
+        if not plan.block:
+            return count * self.widths.weight
+        return (count // 2 if self.model.adapter.quantize == "nf4" else count) + count // plan.block * 4
+
     def lists(self) -> list[list[Action]]:
         """The lowered schedule, one list per pipeline rank."""
         return _lists(self)
@@ -146,7 +156,7 @@ def sent_bytes(shape: Shape, *, pp: int = 0, tp: int = 0) -> dict[str, float]:
 def _data(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
     """Gradient reductions, and the weights that ZeRO moves: inside the shard group, and once a step shards between replicas."""
     layout, wide, part = shape.layout, shape.widths, (shape.layout.shard - 1) / shape.layout.shard
-    for plan, num_uses in shape.flat_plans(pp, tp).values():
+    for plan, num_uses in shape.trained_plans(pp, tp):
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         total["dp"] += reductions * part * plan.padded * wide.gradient
         total["dp"] += 2 * (shape.replicas - 1) / shape.replicas * plan.shard_size * wide.gradient
@@ -155,15 +165,15 @@ def _data(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action
         elif layout.zero < 3:
             total["dp"] += part * plan.padded * wide.weight
     if layout.zero == 3 and layout.shard > 1:
-        total["dp"] += part * wide.weight * _gathered(shape, actions, pp, tp)
+        total["dp"] += part * _gathered(shape, actions, pp, tp)
 
 
 def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
-    """Stage 3: elements of flat units gathered in a step."""
-    padded = {unit: plan.padded for unit, (plan, _) in shape.flat_plans(pp, tp).items()}
+    """Stage 3: bytes of flat units gathered in a step."""
+    size = {unit: shape.kept_bytes(plan, plan.padded) for unit, (plan, _) in shape.flat_plans(pp, tp).items()}
     if shape.layout.unshard == "step":
-        return sum(padded.values())
-    elements = 0
+        return sum(size.values())
+    gathered = 0
     compute = [action for action in actions if action.kind in (Kind.F, Kind.B)]
     kept: dict[int, set[str]] = defaultdict(set)
     stages = shape.rank_stages(pp)
@@ -174,11 +184,11 @@ def _gathered(shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> int:
             follows = at + 1 < len(compute) and compute[at + 1] == Action(action.stage, Kind.B, action.micro)
             kept[action.stage] = set(units[-KEPT_UNITS:]) if follows else set()
             walked = [name for name in units if name != "head" or follows]  # the head runs where its backward begins
-            elements += sum(padded[unit] for name in walked for unit in uses(shape.model, name))
+            gathered += sum(size[unit] for name in walked for unit in uses(shape.model, name))
         else:
             again = [name for name in units if name != "embedding" and name not in here]
-            elements += sum(padded[unit] for name in again for unit in uses(shape.model, name))
-    return elements
+            gathered += sum(size[unit] for name in again for unit in uses(shape.model, name))
+    return gathered
 
 
 def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Action], pp: int, tp: int) -> None:
@@ -190,13 +200,14 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
     moved = (t - 1) / t * tokens * shape.model.dim * wide.weight  # one gather or scatter; an all_reduce is two
     scalars = 2 * (t - 1) / t * tokens * wide.statistic * (4 if shape.smoothing else 3)
     again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
-    per_block, per_embedding, per_head = (10 + again, 2, 2) if layout.sp else (8 + again, 2, 2)
+    per_block, per_head = (10 if layout.sp else 8) + again, 2
+    per_embedding = 1 if layout.sp and shape.model.adapter.rank else 2  # no slope is gathered where the table is not trained
     for units in shape.rank_stages(pp).values():
         for name in units:
             each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
             total["tp"] += shape.micro_batches * (each * moved + (scalars if name == "head" else 0))
             total["tp"] += shape.micro_batches * (_scales(shape) + _across(shape) if name.startswith("blocks.") else 0)
-    for plan, num_uses in shape.flat_plans(pp, tp).values():
+    for plan, num_uses in shape.trained_plans(pp, tp):
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         for slot in plan.slots:
             if slot.sharding.partial:
@@ -237,7 +248,7 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
     message = shape.micro * length * shape.model.dim * wide.weight
     total["pp"] += message * sum(action.kind in SENDS for action in actions)
     plans = shape.flat_plans(pp, tp)
-    if layout.pp > 1 and "tied" in plans:
+    if layout.pp > 1 and "tied" in plans and plans["tied"][0].trained:
         total["pp"] += plans["tied"][0].shard_size // shape.replicas * wide.gradient
 
 

@@ -57,9 +57,14 @@ class Tensors:
         return sum(self.tokens * self.weights[f"{name}.weight"][0] for name in names) * self.width
 
     def by_weight(self, *names: str) -> int:
-        """The gradients by these weights, together."""
-        shapes = [self.weights[f"{name}.weight"] for name in names]
-        return sum(rows * columns for rows, columns in shapes) * self.width
+        """The gradients by these weights, together; under an adapter by its matrices."""
+        ends = ("lora_a", "lora_b") if self.model.adapter.rank else ("weight",)
+        found = [self.weights[f"{name}.{end}"] for name in names for end in ends if f"{name}.{end}" in self.weights]
+        return sum(rows * columns for rows, columns in found) * self.width
+
+    def low(self, *names: str) -> int:
+        """(B, S, R) of the adapters on these projections, together."""
+        return sum(self.tokens * self.weights[f"{name}.lora_a"][0] for name in names if f"{name}.lora_a" in self.weights) * self.width
 
     # --- (B, S', D) <-> (B, S, D) --------------------------------------------------------------------------------------
 
@@ -116,6 +121,7 @@ class Block:
         names = ("mlp.gate", "mlp.up") if model.activation in GATED else ("mlp.up",)
         self.mlp, self.by_mlp = t.features(*names), t.by_weight(*names)
         self.by_qkv = t.by_weight("attention.q", "attention.k", "attention.v")
+        self.low_qkv, self.low_mlp = t.low("attention.q", "attention.k", "attention.v"), t.low(*names)
         self.by_o, self.by_down = t.by_weight("attention.o"), t.by_weight("mlp.down")
         heads = self.q // (model.head_dim * t.width)  # B S H
         statistics = heads * t.exact  # log-sum-exp, a number per head and token
@@ -124,7 +130,7 @@ class Block:
         normed = self.q + self.k if model.qk_norm else 0
         self.post = t.stream if model.norm_place != "before" else 0  # what a norm behind a half reads
         self.attention = self.qkv + normed + self.q + statistics + t.mask + self.post  # its output is as large as the queries
-        pieces = min(PIECE, t.tokens) if t.cpu else t.tokens
+        pieces = min(PIECE, t.tokens) if t.cpu and not model.adapter.rank else t.tokens
         self.piece = self.mlp // len(names) * pieces // t.tokens  # (piece, F)
         self.num_pieces = len(names) + 1  # in backward: the slope, the activation, for SwiGLU up's slope
 
@@ -165,9 +171,13 @@ class Block:
         row = max(self.t.whole + self.piece, self._row_forward(self.t.model.mlp_bias))
         return max(self._columns_forward(self.mlp), self.mlp + row)
 
-    def _columns_backward(self, by_weights: int) -> int:
-        """Beside the slopes of the features, which stay: norm again, gather, both products, reduce; then the norm's own."""
+    def _columns_backward(self, by_weights: int, low: int) -> int:
+        """Beside the slopes of the features, which stay: norm again, gather, both products, reduce; then the norm's own.
+
+        low: what an adapter makes of them.
+        """
         t = self.t
+        by_weights += low
         products = t.stream + t.gathering + t.whole + t.reducing + by_weights
         return max(products, by_weights + t.stream + t.norm_backward(t.stream))
 
@@ -179,14 +189,14 @@ class Block:
         slope = self.post or t.dropped  # of the half's output
         inner = full - self.post + slope
         narrow = t.exact != t.width
-        by_down = self.by_down * (1 + t.exact // t.width if narrow else 1)  # added up in float32, then cast
+        by_down = self.by_down * (1 + t.exact // t.width if narrow and not t.model.adapter.rank else 1)  # added up in float32, then cast
         feed_forward = [
             made + 2 * t.dropped,
             made + t.dropped + again,
             full + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
             inner + t.gathering,
             inner + t.gathered + by_down + self.num_pieces * self.piece,
-            full - self.post + (t.dropped if again else 0) + narrow * self.by_down + self._columns_backward(self.by_mlp),
+            full - self.post + (t.dropped if again else 0) + narrow * self.by_down + self._columns_backward(self.by_mlp, self.low_mlp),
         ]
         return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
 
@@ -203,7 +213,7 @@ class Block:
             held + (self.post or t.dropped) + t.gathered + self.q + self.by_o,  # the slope of attention's output
             held + by_o + self.q + self.qkv,  # and those of queries, keys and values
             t.stream + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
-            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv),
+            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv),
         ]
 
 
@@ -211,7 +221,7 @@ def _embedding(t: Tensors) -> Holds:
     """Tokens to vectors: its backward multiplies the slope by 0 where a token's row is elsewhere."""
     learned = t.stream if t.model.positions == "learned" or t.model.embedding_scale else 0
     behind = t.stream if t.model.embedding_scale else t.dropped
-    by_table = t.by_weight("embedding")
+    by_table = 0 if t.model.adapter.rank else t.by_weight("embedding")
     forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing))
     rows = behind + t.gathered + t.whole + by_table
     return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering, rows))
@@ -219,7 +229,7 @@ def _embedding(t: Tensors) -> Holds:
 
 def _head(t: Tensors) -> Holds:
     """Norm, output projection and loss: all of it in backward, which makes loss and gradients in one pass."""
-    by_table = t.by_weight("embedding" if t.model.tied else "head")
+    by_table = 0 if t.model.adapter.rank else t.by_weight("embedding" if t.model.tied else "head")
     exact = by_table // t.width * t.exact
     rows = t.weights["embedding.weight" if t.model.tied else "head.weight"][0]
     narrow = t.exact != t.width

@@ -89,7 +89,7 @@ def write_comparison_page(comparison: dict[str, Any], path: Path, *, title: str 
         "command": _command(comparison.get("command")),
         "environment": [(shown(key), described(value)) for key, value in mapping(comparison.get("environment")).items()],
     }
-    _write(path, template.COMPARISON, context, figures)
+    write_page(path, template.COMPARISON, context, figures)
 
 
 def write_run_page(run_dir: Path, path: Path) -> None:
@@ -103,7 +103,7 @@ def write_run_page(run_dir: Path, path: Path) -> None:
         "samples": _samples(run),
         "config": run.config,
     }
-    _write(path, template.RUN, context, run_figures(run))
+    write_page(path, template.RUN, context, run_figures(run))
 
 
 def comparison_facts(comparison: dict[str, Any]) -> list[tuple[str, str]]:
@@ -199,8 +199,8 @@ def _samples(run: Run) -> list[tuple[str, str, str]]:
     return found
 
 
-def _write(path: Path, content: str, context: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Render and put the page in place in one move, so that a reader never sees half of it."""
+def write_page(path: Path, content: str, context: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Render a template with a context, `title` in it, and put the page in place in one move: a reader never sees half of it."""
     pages = Environment(
         loader=DictLoader({"base": template.BASE, "content": content}),
         autoescape=True,

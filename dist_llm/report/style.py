@@ -105,6 +105,13 @@ pre {
 .sample .step { color: var(--muted); font-size: 13px; }
 .sample .words { white-space: pre-wrap; overflow-wrap: anywhere; }
 .sample b { font-weight: 650; }
+.turns { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; margin: 8px 0 0; }
+.turns span { padding: 1px 0; color: var(--muted); }
+.turns span.trained { color: var(--ink); background: var(--good-soft); box-shadow: inset 0 -2px var(--good); }
+.turns span.more { background: var(--warn-soft); box-shadow: inset 0 -2px var(--warn); }
+.turns span.less { background: var(--hover); box-shadow: inset 0 -2px var(--accent); }
+.turns sub { color: var(--warn); font-size: 10.5px; padding: 0 2px; }
+.turns .break { color: var(--muted); opacity: 0.55; }
 summary { cursor: pointer; font-weight: 600; }
 footer { color: var(--muted); font-size: 12.5px; margin-top: 20px; }
 .js-plotly-plot .plotly text { font-variant-numeric: tabular-nums; }

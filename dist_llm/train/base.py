@@ -30,6 +30,9 @@ class Base:
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
         self.checkpoint: Checkpoint | None = None if self.folder else open_checkpoint(path)
         self.path = path if self.checkpoint is None else self.checkpoint.path
+        if self.model.adapter.rank:
+            what, advice = "the base is an adapter and not a model", "dist-llm merge BASE ADAPTER DIR, and DIR as the base"
+            raise UsageError(what, where=str(self.path), expected="all weights of a model", found="an adapter's alone", next=advice)
 
     @property
     def model(self) -> ModelConfig:
@@ -57,7 +60,7 @@ class Base:
 
     def facts(self) -> Facts:
         """What a config takes from it."""
-        return Facts(str(self.path), self.model.model_dump(), str(self.path / "tokenizer.json"))
+        return Facts(str(self.path), self.model.model_dump(exclude={"adapter"}), str(self.path / "tokenizer.json"))
 
     def require_tokenizer(self, found: str, *, where: str = "data.tokenizer") -> None:
         """Raises UsageError when a run's tokenizer is another: its ids would mean other things."""
@@ -69,7 +72,16 @@ class Base:
     def beside(self, prepared: Prepared) -> Prepared:
         """The data of a run, with the base's identity and the files that are carried along. Raises UsageError for another tokenizer."""
         self.require_tokenizer(prepared.tokenizer.hash)
-        return replace(prepared, base=self.identity, beside=self.folder.beside if self.folder else self._opened.beside)
+        return replace(prepared, base=self.identity, beside=self.beside_files())
+
+    def beside_files(self) -> dict[str, bytes]:
+        """name -> content of the files beside its weights."""
+        return self.folder.beside if self.folder else self._opened.beside
+
+    @property
+    def sequence(self) -> int:
+        """Tokens that it was trained to see, as far as is known."""
+        return self.folder.model.max_positions if self.folder else self._opened.config.data.sequence
 
     def source(self) -> Source:
         """The weights. Every byte that is read of a checkpoint of ours is compared with its hash."""

@@ -54,7 +54,11 @@ def take_base(engine: NativeEngine, base: Base) -> list[int]:
     def take() -> int:
         source = base.source()
         if isinstance(engine, NativeEngine):
-            engine.load_state(ByUnit(source, {row.name: row.unit for row in table(base.model)}).read, count=0)
+            read = ByUnit(source, {row.name: row.unit for row in table(base.model)}).read
+            if engine.frozen:  # what is trained lies beside the base, and starts from its own initial weights
+                engine.load_frozen(read)
+            else:
+                engine.load_state(read, count=0)
         else:
             staged.append(Staged(source, engine.wanted(), fresh=MOMENTS))
         return source.bytes_read

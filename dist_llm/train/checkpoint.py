@@ -185,7 +185,7 @@ class Saver:
             "world": self.mesh.layout.world,
             "layout": asdict(self.mesh.layout),
             "config": config_tree(self.config),
-            "rows": [[row.name, row.shape] for row in table(self.config.model)],
+            "rows": [[row.name, row.shape] for row in table(self.config.model) if row.trained],
             "tokenizer": self.prepared.tokenizer.hash,
             "data": self.prepared.fingerprint,
             "seed": self.config.runtime.seed,

@@ -19,6 +19,7 @@ from dist_llm import comm
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import NumericError
 from dist_llm.mesh import Group
+from dist_llm.parallel.weights import FlatWeights
 from dist_llm.parallel.zero import FlatUnit
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,13 +37,15 @@ class Held:
     """Something that all ranks of a group hold alike; a group of one rank: that this rank alone holds."""
 
     kind: str
-    flat: FlatUnit
+    flat: FlatWeights
     start: int  # of `values` in the unit's buffer
     values: Tensor
     group: Group
 
     def by_name(self) -> dict[str, int]:
         """The checksum of each parameter's part, by `kind name`."""
+        if self.flat.plan.block:  # codes, or scales
+            return {f"{self.kind} {self.flat.plan.unit}": int(checksum(self.values))}
         found = {}
         for slot in self.flat.plan.slots:
             low, high = (min(max(at - self.start, 0), self.values.numel()) for at in (slot.offset, slot.offset + slot.numel))
@@ -54,6 +57,9 @@ class Held:
 def held(engine: NativeEngine) -> Iterator[Held]:
     """Weights and optimizer state of this rank, each with the ranks that hold the same."""
     mesh = engine.mesh
+    for frozen in engine.frozen:
+        for part in frozen.kept_tensors():
+            yield Held("weight", frozen, frozen.own[0], part, mesh.replica if frozen.sharded else mesh.data)
     for flat, moments in zip(engine.flats, engine.moments, strict=True):
         if flat.sharded:
             yield Held("weight", flat, flat.own[0], flat.shard, mesh.replica)

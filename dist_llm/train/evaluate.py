@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_llm import flight
-from dist_llm.data.batches import IGNORED, validation_batches
+from dist_llm.data.batches import IGNORED, Batches, validation_batches
 from dist_llm.data.prepare import Prepared
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.train.trainer import Trainer
@@ -22,8 +22,9 @@ class Validation:
         config, self.trainer = trainer.config, trainer
         self.batches = validation_batches(prepared, config.data, global_batch=config.batch.global_)
         self.count = min(config.track.validate_batches, self.batches.num_batches) if self.batches else 0
-        self.targets = sum(self.batches.targets(number) for number in range(self.count)) if self.batches else 0
-        self.text_bytes = self._text_bytes(prepared) if self.targets and trainer.mesh.rank == 0 else 0.0
+        self.targets = sum(self.batches.weight(number) for number in range(self.count)) if self.batches else 0.0  # their number, or weight
+        counts = self.batches is not None and self.targets and trainer.mesh.rank == 0
+        self.text_bytes = text_bytes(self.batches, self.count, prepared.tokenizer) if counts and self.batches else 0.0
 
     def measure(self) -> dict[str, float | None]:
         """`validation_loss` in nats per target token, `validation_perplexity`, `validation_bits_per_byte`; every rank calls it.
@@ -39,28 +40,32 @@ class Validation:
         for number in range(self.count):
             batches = self.batches.micro_batches(number, **where)
             total += trainer.engine.evaluate([trainer.context(batch, step=0, training=False) for batch in batches])
-        loss = total / self.targets
-        return {
-            "validation_loss": loss,
-            "validation_perplexity": math.exp(loss) if loss < 700 else None,
-            "validation_bits_per_byte": total / math.log(2) / self.text_bytes if self.text_bytes else None,
-        }
+        return {f"validation_{name}": value for name, value in figures(total, self.targets, self.text_bytes).items()}
 
-    def _text_bytes(self, prepared: Prepared) -> float:
-        """Bytes of text that the target tokens stand for; the end of a document costs bits and stands for none.
 
-        Exact for byte-level tokenizers; for others the average of the held-out text.
-        """
-        assert self.batches is not None
-        widths = token_bytes(prepared.tokenizer)
-        if widths is None:
-            manifests = [store.manifest for store in prepared.validation]
-            return self.targets * sum(m.text_bytes for m in manifests) / sum(m.tokens for m in manifests)
-        total, size = 0, self.batches.global_batch
-        for number in range(self.count):
-            (batch,) = self.batches.micro_batches(number, dp_rank=0, dp_size=1, micro=size)
-            total += int(widths[batch.labels[batch.labels != IGNORED]].sum())
-        return float(total)
+def figures(total: float, targets: float, text_bytes: float) -> dict[str, float | None]:
+    """A summed loss in nats -> `loss` per target token (by their weights), `perplexity` and `bits_per_byte`; null where unknown."""
+    loss = total / targets
+    bits = total / math.log(2) / text_bytes if text_bytes else None
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else None, "bits_per_byte": bits}
+
+
+def text_bytes(batches: Batches, count: int, tokenizer: Tokenizer) -> float:
+    """Bytes of text that the target tokens of the first `count` batches stand for, by their weights.
+
+    The end of a document costs bits and stands for none. Exact for byte-level tokenizers; for others the average of the stores.
+    """
+    widths = token_bytes(tokenizer)
+    if widths is None:
+        manifests = [store.manifest for store in batches.stores]
+        targets = sum(batches.weight(number) for number in range(count))
+        return targets * sum(m.text_bytes for m in manifests) / sum(m.tokens for m in manifests)
+    total, size = 0.0, batches.global_batch
+    for number in range(count):
+        (batch,) = batches.micro_batches(number, dp_rank=0, dp_size=1, micro=size)
+        counts = widths[batch.labels.clamp(min=0)] * (batch.labels != IGNORED)
+        total += float((counts if batch.weights is None else counts * batch.weights).sum())
+    return total
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor | None:

@@ -17,7 +17,7 @@ from dist_llm.model.transformer import Context
 from dist_llm.parallel.zero import FlatUnit
 
 MOST = 6  # names or samples in a message
-KINDS = {"weight": "weight", "first_moment": "first moment", "second_moment": "second moment"}
+KINDS = {"weight": "weight", "frozen": "weight", "first_moment": "first moment", "second_moment": "second moment"}
 
 
 def all_finite(totals: Totals) -> bool:
@@ -36,7 +36,7 @@ def finite(values: Tensor) -> bool:
 
 
 def diagnose(
-    engine: NativeEngine, contexts: Sequence[Context], samples: list[int], totals: Totals, *, targets: int, step: int
+    engine: NativeEngine, contexts: Sequence[Context], samples: list[int], totals: Totals, *, targets: float, step: int
 ) -> NumericError:
     """The failure of a step (counted from 1) whose totals are not finite; every rank calls it. samples: ids of this rank's batch."""
     mine: dict[str, Any] = {"state": bad_state(engine.state())[:MOST], "loss": False, "gradients": [], "samples": samples}
@@ -74,7 +74,7 @@ def _lines(rank: int, fact: dict[str, Any]) -> list[str]:
     return lines
 
 
-def replay(engine: NativeEngine, contexts: Sequence[Context], mine: dict[str, Any], *, targets: int) -> Totals:
+def replay(engine: NativeEngine, contexts: Sequence[Context], mine: dict[str, Any], *, targets: float) -> Totals:
     """Computes the step's gradients again; `mine` gets what is not finite on this rank before anything is summed over ranks."""
 
     def look(flat: FlatUnit, buffer: Tensor) -> None:

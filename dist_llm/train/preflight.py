@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_llm.config.schema import Config, ModelConfig, OptimizerConfig
 from dist_llm.errors import SpaceError
-from dist_llm.model.table import num_parameters, table
+from dist_llm.model.table import num_trained, table
 from dist_llm.train.folder import step_folders, writable
 
 HEADS = 512  # bytes that a tensor's run takes in headers and indices, at most
@@ -22,7 +22,7 @@ def checkpoint_bytes(model: ModelConfig, optimizer: OptimizerConfig, *, dtype: s
     """
     kinds = 1 + (2 if optimizer.kind == "adamw" else int(optimizer.momentum > 0))
     width = 8 if dtype == "float64" else 4
-    return kinds * width * num_parameters(model), kinds * len(table(model)) * world * HEADS + model.vocab * TOKENIZER + (1 << 16)
+    return kinds * width * num_trained(model), kinds * len(table(model)) * world * HEADS + model.vocab * TOKENIZER + (1 << 16)
 
 
 def copies_to_come(config: Config, *, held: int) -> int:
@@ -40,7 +40,7 @@ def require_space(run: Path, config: Config, *, dtype: str, world: int) -> None:
     copies, free = copies_to_come(config, held=len(step_folders(run))), shutil.disk_usage(run).free
     need = copies * (tensors + rest)
     if need > free:
-        parts = f"{num_parameters(config.model):,} parameters x {tensors // num_parameters(config.model)} bytes + {rest:,} of the rest"
+        parts = f"{num_trained(config.model):,} parameters x {tensors // num_trained(config.model)} bytes + {rest:,} of the rest"
         raise SpaceError(
             "the disk has no room for the checkpoints of this run",
             where=str(run),

@@ -41,13 +41,15 @@ KINDS = {"gradient": "gradient", "weight": "parameter", "first_moment": "moment"
 class MadeUp:
     """Batches of addressed random tokens with very unequal masks: row r of the global batch keeps 5 to 100 % of its labels.
 
-    vocab: tokens that can occur, fewer than the model's where its vocabulary is padded.
+    vocab: tokens that can occur, fewer than the model's where its vocabulary is padded. weighted: the labels count unequally, as in
+    conversations.
     """
 
     vocab: int
     sequence: int
     global_batch: int
     seed: int
+    weighted: bool = False
 
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """As `Batches.micro_batches`."""
@@ -66,13 +68,21 @@ class MadeUp:
         starts = torch.where(ends, line + 1, 0).roll(1, 1)
         starts[:, 0] = 0
         positions = line - starts.cummax(1).values
-        parts = (text[:, :-1], labels, positions, documents, rows)
+        parts: tuple[torch.Tensor, ...] = (text[:, :-1], labels, positions, documents, rows)
+        if self.weighted:
+            counts = 2.0 * uniform(place[:, 1:], key_of(self.seed, "proof weights", step=step)).double()
+            parts = (*parts, counts * (labels != IGNORED))
         return [MicroBatch(*(part[at : at + micro].contiguous() for part in parts)) for at in range(0, size, micro)]
 
     def targets(self, step: int) -> int:
         """As `Batches.targets`."""
         (whole,) = self.micro_batches(step, dp_rank=0, dp_size=1, micro=self.global_batch)
         return whole.targets
+
+    def weight(self, step: int) -> float:
+        """As `Batches.weight`."""
+        (whole,) = self.micro_batches(step, dp_rank=0, dp_size=1, micro=self.global_batch)
+        return whole.weight
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def _train(config: Config, mesh: Mesh, device: torch.device, dtype: torch.dtype,
     """A run of `steps` steps from the initial weights; its tensors are kept from step number `first` on."""
     engine = make_engine(config, mesh, device=device, dtype=dtype)
     vocab = min(config.model.vocab, config.data.tokenizer.vocab or config.model.vocab)
-    order = MadeUp(vocab, config.data.sequence, config.batch.global_, config.runtime.seed)
+    order = MadeUp(vocab, config.data.sequence, config.batch.global_, config.runtime.seed, config.data.chat.format is not None)
     trainer = Trainer(config, mesh, engine, order)
     comm.ledger.take()
     for step in range(steps):

@@ -17,6 +17,7 @@ from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import training_batches, validation_batches
+from dist_llm.data.packing import PackedBatches
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.errors import NumericError, UsageError
 from dist_llm.mesh import Group, whole_world
@@ -35,7 +36,7 @@ from dist_llm.train.storage import together
 from dist_llm.train.trainer import Trainer
 
 # What the order of samples and the meaning of the state depend on: a resumed run may not change it.
-FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "optimizer.kind")
+FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "data.packing", "data.chat", "optimizer.kind")
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -95,6 +96,9 @@ def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, A
     on_cuda = device.type == "cuda"
     refuse_fp8(config.runtime, device, choose_dtype(config.runtime, device))
     refuse_graph(config.runtime, device, world=local_ranks)
+    if config.model.adapter.rank and config.base is None:
+        advice = "base: a run folder of yours, or a Hugging Face folder"
+        raise UsageError("an adapter has nothing to lie beside", where="model.adapter.rank", expected="a base", found="none", next=advice)
     prepared = prepare_data(config, tell=tell)
     return {
         "backend": backend_name(config.runtime),
@@ -113,7 +117,7 @@ def prepare_data(config: Config, *, tell: Tell) -> Prepared:
     order = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
     order.require_targets(config.schedule.steps)
     validation_batches(prepared, config.data, global_batch=config.batch.global_)
-    for note in prepared.notes:
+    for note in (*prepared.notes, *([order.sentence()] if isinstance(order, PackedBatches) else [])):
         tell({"note": note})
     if config.base is not None:
         base = Base(config.base)
@@ -151,10 +155,10 @@ def train_rank(
     stop.listen()
     trainer = Trainer(settings, mesh, engine, order, stop_asked=stop.asked)
     start = 0
+    if base is not None and (settings.model.adapter.rank or not candidates):
+        start = begin(engine, base, tell=tell)
     if candidates:
         start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell)
-    elif base is not None:
-        start = begin(engine, base, tell=tell)
     if base is not None:
         base.close()
     return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
@@ -194,7 +198,7 @@ def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> N
     """Raises UsageError when the checkpoint is of another model, tokenizer, text or order of samples: each difference is listed."""
     before, differences = found.config, []
     fixed = () if found.imported else FIXED  # before a first step nothing depends on them
-    rows = {row.name: row.shape for row in table(config.model)}
+    rows = {row.name: row.shape for row in table(config.model) if row.trained}
     if rows != found.shapes:
         differences.append(f"model: {_other_tensors(rows, found.shapes)}")
     for key in fixed:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from dist_llm import comm
-from dist_llm.train.trainer import Trainer
+from dist_llm.train.trainer import Trainer, weight_of
 
 WINDOW = 16  # steps that say what is usual; before there are so many, nothing can stand out
 SPREADS = 10.0  # times the median change from one step to the next
@@ -44,18 +44,19 @@ def examine(trainer: Trainer, step: int) -> dict[str, Any]:
     engine, place = trainer.engine, trainer.mesh.at
     batches = trainer.take(step)
     sums = [float(engine.local_loss([trainer.context(batch, step=step, training=False)])) for batch in batches]
-    targets = [batch.targets for batch in batches]
+    targets = [batch.weight for batch in batches]
     ids = [trainer.sample_ids(batch, step) for batch in batches]
     mine = {"dp": place.dp, "sums": sums, "targets": targets, "ids": ids}
     facts = comm.gather_json(mine, trainer.mesh.world, device=engine.device)
     total = sum(sum(fact["sums"]) for fact in facts)
     means = [
-        (loss / max(1, count), fact["dp"], micro, names)
+        (loss / (count or 1.0), fact["dp"], micro, names)
         for fact in facts
         for micro, (loss, count, names) in enumerate(zip(fact["sums"], fact["targets"], fact["ids"], strict=True))
     ]
     worst, data_rank, micro, names = max(means, key=lambda one: one[0])
-    return {"replayed": total / trainer.order.targets(step), "worst": worst, "data_rank": data_rank, "micro_batch": micro, "samples": names}
+    replayed = total / weight_of(trainer.order, step)
+    return {"replayed": replayed, "worst": worst, "data_rank": data_rank, "micro_batch": micro, "samples": names}
 
 
 def sentence(step: int, loss: float, usual: float, found: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from dist_llm import flight
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import MicroBatch, no_targets
@@ -26,10 +28,18 @@ class Order(Protocol):
     def targets(self, step: int) -> int:
         """Target tokens of that whole global batch: every rank knows them without asking the others."""
 
+    # weight(step) -> float: what they count together, in an order where a token may count other than 1
+
+
+def weight_of(order: Order, step: int) -> float:
+    """What the target tokens of a whole global batch count together: the divisor of its loss."""
+    weight: Callable[[int], float] = getattr(order, "weight", order.targets)
+    return float(weight(step))
+
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did: mean loss per target token, global gradient norm before clipping, rate, and token counts."""
+    """What one step did: mean loss per target token (by their weights), global gradient norm before clipping, rate, and token counts."""
 
     step: int
     loss: float
@@ -81,19 +91,19 @@ class Trainer:
         start = time.perf_counter()
         batches = self.take(step)
         waited = time.perf_counter() - start
-        targets = self._count_targets(step)
+        targets, weight = self._count_targets(step)
         if self.stop_asked():
             self.engine.stop.fill_(1.0)
-        self.engine.run(Contexts(self, batches, step), targets=targets)
+        self.engine.run(Contexts(self, batches, step), targets=weight)
         totals = self.engine.finish_gradients()
         self.stopping = self.stopping or totals.stop
         self.skipped = 0 if all_finite(totals) else self.skipped + 1
         if self.skipped > self.config.optimizer.skip_non_finite:
             samples = [number for batch in batches for number in self.sample_ids(batch, step)]
-            raise diagnose(self.engine, Contexts(self, batches, step), samples, totals, targets=targets, step=step + 1)
+            raise diagnose(self.engine, Contexts(self, batches, step), samples, totals, targets=weight, step=step + 1)
         rate = learning_rate(step, self.config.schedule, peak=self.config.optimizer.lr)
         tokens = self.config.batch.global_ * self.config.data.sequence
-        return Step(step, totals.loss / targets, totals.norm, rate, tokens, targets, waited, self.skipped > 0)
+        return Step(step, totals.loss / weight, totals.norm, rate, tokens, targets, waited, self.skipped > 0)
 
     def take(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
@@ -106,20 +116,26 @@ class Trainer:
         ids = getattr(self.order, "sample_ids", lambda step: None)(step)
         return (batch.rows if ids is None else ids[batch.rows]).tolist()
 
-    def _count_targets(self, step: int) -> int:
-        """Target tokens of the whole global batch, known before backward: losses are sums and are divided once."""
-        total = self.order.targets(step)
-        if total == 0:
+    def _count_targets(self, step: int) -> tuple[int, float]:
+        """Target tokens of the whole global batch and their weight, known before backward: losses are sums and are divided once."""
+        total, weight = self.order.targets(step), weight_of(self.order, step)
+        if not total or not weight:
             raise no_targets(step, getattr(self.order, "sample_ids", lambda step: ())(step))
-        return total
+        return total, weight
 
     def context(self, batch: MicroBatch, *, step: int, training: bool) -> Context:
         """A micro-batch on the engine's device, as the model takes it."""
-        data, device = self.config.data, self.engine.device
-        optional: dict[str, Any] = {
-            "positions": batch.positions.to(device) if data.reset_positions else None,
-            "documents": batch.documents.to(device) if data.document_mask else None,
-            "rows": batch.rows.to(device),
-        }
-        addressed: dict[str, Any] = {"seed": self.config.runtime.seed, "step": step, "training": training, "dtype": self.engine.dtype}
-        return make_context(self.config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)
+        return context_of(batch, self.config, device=self.engine.device, dtype=self.engine.dtype, step=step, training=training)
+
+
+def context_of(batch: MicroBatch, config: Config, *, device: torch.device, dtype: torch.dtype, step: int = 0, training: bool) -> Context:
+    """A micro-batch on a device, as the model takes it. step: addresses the dropout masks, in training."""
+    data = config.data
+    optional: dict[str, Any] = {
+        "positions": batch.positions.to(device) if data.reset_positions else None,
+        "documents": batch.documents.to(device) if data.document_mask else None,
+        "rows": batch.rows.to(device),
+        "weights": None if batch.weights is None else batch.weights.to(device),
+    }
+    addressed: dict[str, Any] = {"seed": config.runtime.seed, "step": step, "training": training, "dtype": dtype}
+    return make_context(config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)

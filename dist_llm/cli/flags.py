@@ -1,0 +1,98 @@
+"""Flags that `sample`, `chat` and `eval` share, and what is refused of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dist_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from dist_llm.data.tokenizer import Tokenizer
+    from dist_llm.infer.choose import Choice
+    from dist_llm.use.load import Place
+
+LARGEST_SEED = 2**63 - 1
+
+Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=1, help="Among the likeliest K tokens only.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Among the likeliest that make up P only; above 0, at most 1.")]
+MinP = Annotated[float | None, typer.Option("--min-p", help="Among tokens at least P times as likely as the likeliest; 0 to 1.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: tokens that are there already become less likely.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="The text ends before it; may be given again.")]
+StopToken = Annotated[
+    list[str] | None, typer.Option("--stop-token", metavar="ID|NAME", help="A token that ends the text; may be given again.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="The same seed gives the same text.")]
+Nproc = Annotated[int, typer.Option("--nproc", min=1, max=4096, help="Local ranks that share the model (tensor parallelism).")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on CUDA, else float32), float64, float32 or bfloat16")]
+Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
+
+
+def choice_of(
+    *, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, repetition_penalty: float, seed: int
+) -> Choice:
+    """How tokens are chosen. Raises UsageError that names each flag which is out of its range."""
+    from dist_llm.infer.choose import Choice
+
+    rules: list[tuple[str, float | None, str, bool]] = [
+        ("--temperature", temperature, "a number, 0 or more", temperature >= 0),
+        ("--top-p", top_p, "a number above 0, at most 1", top_p is None or 0 < top_p <= 1),
+        ("--min-p", min_p, "a number from 0 to 1", min_p is None or 0 <= min_p <= 1),
+        ("--repetition-penalty", repetition_penalty, "a number above 0", repetition_penalty > 0),
+    ]
+    wrong = [rule for rule in rules if rule[1] is not None and not (rule[3] and isfinite(rule[1]))]
+    if len(wrong) == 1:
+        flag, value, expected, _ = wrong[0]
+        raise UsageError("a flag is out of its range", where=flag, expected=expected, found=f"{value:g}")
+    if wrong:
+        lines = [f"{flag}: {value:g}, expected {expected}" for flag, value, expected, _ in wrong]
+        raise UsageError(f"{len(wrong)} flags are out of their range", details=lines)
+    return Choice(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+
+
+def place_of(device: str, dtype: str | None) -> Place:
+    """Device and dtype. Raises UsageError for another word."""
+    from dist_llm.use.load import Place
+
+    known: dict[str, tuple[str | None, tuple[str, ...]]] = {
+        "--device": (device, ("auto", "cpu", "cuda")),
+        "--dtype": (dtype, ("auto", "float64", "float32", "bfloat16")),
+    }
+    for flag, (value, words) in known.items():
+        if value is not None and value not in words:
+            raise UsageError("there is no such choice", where=flag, expected=", ".join(words), found=str(value))
+    return Place(device, dtype)
+
+
+def require_text(text: str, *, where: str) -> str:
+    """A text from the command line. Raises UsageError where it is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("the text is not UTF-8", where=where, expected="text", found=f"character {error.start}") from None
+    return text
+
+
+def stop_ids(tokenizer: Tokenizer, given: Sequence[str]) -> tuple[int, ...]:
+    """The ids of stop tokens, given by id or by name. Raises UsageError for one that the tokenizer does not have."""
+    found, ids = [], tokenizer.ids
+    for word in given:
+        number = word.isascii() and word.isdigit() and len(word) < 12
+        token = int(word) if number else tokenizer.inner.token_to_id(require_text(word, where="--stop-token"))
+        if token not in ids:
+            raise UsageError("the tokenizer has no such token", where="--stop-token", expected="an id or a name of it", found=word)
+        found.append(token)
+    return tuple(found)
+
+
+def stop_texts(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings. Raises UsageError for an empty one."""
+    for text in given or ():
+        if not require_text(text, where="--stop"):
+            raise UsageError("a stop string is empty", where="--stop", expected="at least one letter")
+    return tuple(given or ())

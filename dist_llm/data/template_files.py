@@ -1,0 +1,146 @@
+"""The chat templates that come with this package, a model's own, and any file that holds one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dist_llm.data.sandbox import LARGEST_TEMPLATE
+from dist_llm.data.templates import Template
+from dist_llm.errors import UsageError
+
+LARGEST_CONFIG = 16 << 20  # bytes of a tokenizer_config.json
+
+CHATML = """\
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\\n' -}}
+  {%- if message.role == 'assistant' -%}
+    {%- generation -%}{{- message.content + '<|im_end|>' -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- message.content + '<|im_end|>' -}}
+  {%- endif -%}
+  {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+QWEN = (
+    """\
+{%- if messages[0].role != 'system' -%}
+  {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+"""
+    + CHATML
+)
+
+LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' -}}
+  {%- if message.role == 'assistant' -%}
+    {%- generation -%}{{- message.content | trim + '<|eot_id|>' -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- message.content | trim + '<|eot_id|>' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
+"""
+
+PLAIN = """\
+{%- for message in messages -%}
+  {{- {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message.role] + ':\\n' -}}
+  {%- if message.role == 'assistant' -%}
+    {%- generation -%}{{- message.content + eos_token -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- message.content -}}
+  {%- endif -%}
+  {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}
+"""
+
+BUILT_IN = {"chatml": (CHATML, ""), "llama3": (LLAMA3, "<|begin_of_text|>"), "qwen": (QWEN, ""), "plain": (PLAIN, "")}  # text, bos
+
+
+def choose_template(name: str, *, end: str, tokenizer: Path | None = None) -> Template:
+    """As `load_template`; auto: the model's own where there is one beside the tokenizer, else plain."""
+    if name != "auto":
+        return load_template(name, end=end, tokenizer=tokenizer)
+    folder = None if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
+    own = folder is not None and (
+        (folder / "chat_template.jinja").is_file() or "chat_template" in _read_config(folder / "tokenizer_config.json")
+    )
+    return load_template("model" if own else "plain", end=end, tokenizer=tokenizer)
+
+
+def load_template(name: str, *, end: str, tokenizer: Path | None = None) -> Template:
+    """The template of a name: chatml, llama3, qwen, plain; model: what lies beside the tokenizer; or the path of a .jinja file.
+
+    end: the token that ends a document, for templates that write it. tokenizer: the tokenizer.json or its folder. Raises UsageError.
+    """
+    if name in BUILT_IN:
+        text, bos = BUILT_IN[name]
+        return Template(name, text, eos=end, bos=bos, trusted=True)
+    folder = None if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
+    config = _read_config(folder / "tokenizer_config.json") if folder is not None else {}
+    tokens: dict[str, Any] = {"eos": _token(config.get("eos_token")) or end, "bos": _token(config.get("bos_token"))}
+    if name != "model":
+        path = Path(name).expanduser()
+        return Template(name, _read(path), where=str(path), **tokens)
+    if folder is None:
+        expected = "data.tokenizer.kind=file, and its path"
+        raise UsageError("a model's own template lies beside its tokenizer", where="data.chat.template", expected=expected)
+    if (path := folder / "chat_template.jinja").is_file():
+        return Template(name, _read(path), where=str(path), **tokens)
+    where = folder / "tokenizer_config.json"
+    named = _default(config.get("chat_template"))
+    if named is None:
+        expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
+        raise UsageError("there is no chat template beside the tokenizer", where=str(folder), expected=expected, next=WAY)
+    return Template(name, named, where=str(where), **tokens)
+
+
+WAY = "name one: data.chat.template=chatml, llama3, qwen, plain, or the path of a .jinja file"
+
+
+def _read(path: Path) -> str:
+    """The text of a template's file. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError("there is no chat template", where=str(path), expected="chatml, llama3, qwen, plain, model, or a file", next=WAY)
+    try:
+        if path.stat().st_size > 4 * LARGEST_TEMPLATE:
+            raise UsageError("the chat template is too large to be one", where=str(path), expected=f"at most {LARGEST_TEMPLATE} characters")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UsageError("the chat template cannot be read", where=str(path), found=found) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json holds; nothing where it is not there. Raises UsageError where it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError("too large")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError("the tokenizer's configuration cannot be read", where=str(path), found=str(error)[:160]) from error
+    return config
+
+
+def _token(value: Any) -> str:
+    """The name of a token, as a text or an object."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _default(value: Any) -> str | None:
+    """The template called `default`, where there are several."""
+    if isinstance(value, list):
+        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

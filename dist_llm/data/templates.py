@@ -1,0 +1,361 @@
+"""Chat templates: how a conversation becomes tokens, which of them are trained, and where generation begins and ends.
+
+A conversation is a list of messages, `{"role": "system" | "user" | "assistant", "content": text}`, with an optional `weight` of
+a turn's tokens (1 when left out). A template is Jinja, in transformers' dialect; it is rendered in a sandbox (sandbox.py). What
+the assistant says is found by `{% generation %}` marks, or else as the difference between the text up to a turn and with it.
+
+Special tokens belong to the template alone: `<|im_end|>` inside a message is encoded as the letters it is made of. Where a token
+would reach over the edge of a trained turn the text is cut there, so that training sees the tokens that generation gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from dist_llm.data.renderer import Apart, Here, Renderer
+from dist_llm.data.sandbox import TemplateFault, has_generation
+from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.errors import DataError, Failure, UsageError, plain
+
+Message = Mapping[str, Any]
+TrainOn = Literal["assistant", "all", "last"]
+
+MARK = re.compile("\x00([<>])")
+LITERAL = re.compile("\x00([0-9]+);")  # the place of a special token's name in a message
+NAMES = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")  # what looks like a special token in a template
+PROBE = "What is it?", "It is this.", "And that?", "That too."
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, stop) of a text, and the weight of the tokens in it."""
+
+    start: int
+    stop: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as ids with a weight each; spans of ids [start, stop) of the turns that are trained."""
+
+    ids: list[int]
+    weights: list[float]
+    turns: tuple[tuple[int, int], ...]
+
+
+class Template:
+    """A chat template. name: as the config names it; where: its file, for messages. eos, bos: what `eos_token` and `bos_token` are in it.
+
+    special: special tokens that it writes. trusted: it is our own, and is rendered in this process.
+    """
+
+    def __init__(self, name: str, text: str, *, eos: str, bos: str = "", where: str = "", trusted: bool = False) -> None:
+        self.name, self.text, self.eos, self.bos, self.where = name, text, eos, bos, where or name
+        self.special = tuple(dict.fromkeys(token for token in (*NAMES.findall(text), bos, eos) if token))
+        self.marked = has_generation(text)
+        self._renderer: Renderer = Here(text) if trusted else Apart(text)
+        self._ends: dict[str, frozenset[str]] = {}
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of all that its output depends on."""
+        return hashlib.sha256("\x00".join((self.text, self.eos, self.bos)).encode()).hexdigest()
+
+    def fit(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer with the special tokens that this template writes; new ones come after those it has."""
+        return tokenizer.extended(self.special)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; add_generation_prompt: and the beginning of the assistant's next turn.
+
+        Raises UsageError where the template cannot be rendered, DataError where it refuses the conversation.
+        """
+        (text,) = self._render([(messages, add_generation_prompt)], None)
+        return _restored(_unmarked(self._sound(text))[0], ())
+
+    def encode(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant"
+    ) -> tuple[list[int], list[float]]:
+        """(ids, weights) of a conversation: the weight of a token is that of the loss of predicting it, 0 where it is only read.
+
+        train_on: what the assistant says and the tokens that end it, in every turn or the last; or all tokens. Raises
+        UsageError where the template is at fault, DataError where the conversation is.
+        """
+        (found,) = self.encode_batch([messages], tokenizer, train_on=train_on)
+        if isinstance(found, Failure):
+            raise found
+        return found.ids, found.weights
+
+    def encode_batch(
+        self, conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant"
+    ) -> list[Encoded | DataError]:
+        """Each conversation encoded, or what is wrong with it. Raises UsageError where the template is at fault."""
+        return [self._encoded(messages, tokenizer, train_on) for messages in conversations]
+
+    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """The ids after which the assistant's next turn is to be generated. Raises UsageError or DataError."""
+        (marked,) = self._render([(messages, True)], tokenizer)
+        text, spans = _unmarked(self._sound(marked))
+        if not self.marked:
+            try:
+                spans = self._differences(text, messages, tokenizer, _assistants(messages, "assistant"))
+            except UsageError:
+                spans = []  # a template that rewrites earlier turns: they are read as they stand
+        return _tokens(text, spans, tokenizer)[0]
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The tokens that end what the assistant says: of the turn, and of a document. Raises UsageError where the template trains none."""
+        ends = {tokenizer.special[name] for name in self._end_names(tokenizer)}
+        return tuple(sorted(ends | {tokenizer.end_id}))
+
+    def require_end(self, tokenizer: Tokenizer) -> None:
+        """Raises UsageError where the token that ends a turn would never be trained, so that the model would never stop."""
+        self._end_names(tokenizer)
+
+    # --- rendering ---------------------------------------------------------------------------------------------------------
+
+    def _render(self, wanted: Sequence[tuple[Sequence[Message], bool]], tokenizer: Tokenizer | None) -> list[str | TemplateFault]:
+        """Texts with marks, special tokens in messages put out of the way when there is a tokenizer to know them by."""
+        requests = []
+        for messages, generation in wanted:
+            said = [{"role": str(message["role"]), "content": _guarded(str(message["content"]), tokenizer)} for message in messages]
+            requests.append({"messages": said, "add_generation_prompt": generation, "bos_token": self.bos, "eos_token": self.eos})
+        return self._renderer.render(requests)
+
+    def _sound(self, text: str | TemplateFault) -> str:
+        """The text. Raises what a fault means."""
+        if not isinstance(text, TemplateFault):
+            return text
+        if text.kind == "refused":
+            raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text))
+        raise UsageError("the chat template cannot be rendered", where=self.where, found=plain(text), next=OTHERS)
+
+    def _encoded(self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Encoded | DataError:
+        try:
+            (whole,) = self._render([(messages, False)], tokenizer)
+            text, marked = _unmarked(self._sound(whole))
+            spans = self._spans(text, marked, messages, tokenizer, train_on)
+            if train_on != "all":
+                self._require_ends(text, spans, tokenizer)
+        except DataError as fault:
+            return fault
+        ids, places = _tokens(text, spans, tokenizer)
+        weights = [0.0] * len(ids)
+        for (start, stop), span in zip(places, spans, strict=True):
+            weights[start:stop] = [span.weight] * (stop - start)
+        weights[:1] = [0.0] * len(ids[:1])  # nothing comes before it
+        if not any(weights):
+            return DataError("no token of the conversation is trained", expected=NEEDS[train_on])
+        return Encoded(ids, weights, tuple(places))
+
+    # --- what is trained ---------------------------------------------------------------------------------------------------
+
+    def _spans(self, text: str, marked: list[Span], messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
+        """The parts of the text that are trained, those of weight 0 left out."""
+        if train_on == "all":
+            if all(message.get("weight", 1.0) == 1.0 for message in messages):
+                return [Span(0, len(text))]
+            return [span for span in self._turns(text, messages, tokenizer) if span.weight]
+        chosen = _assistants(messages, train_on)
+        if self.marked and marked:
+            spans = _weighted(marked, messages, chosen)
+            if spans is not None:
+                return spans
+            found = f"{len(marked)} marked parts for {len(_assistants(messages, 'assistant'))} turns of the assistant"
+            raise UsageError("the template marks more or fewer parts than there are turns", where=self.where, found=found, next=OTHERS)
+        return self._differences(text, messages, tokenizer, chosen)
+
+    def _differences(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
+        """What each chosen turn adds to the text that asks for it. Raises UsageError where earlier text changes with it."""
+        wanted = [pair for at in chosen for pair in ((messages[:at], True), (messages[: at + 1], False))]
+        rendered = [_unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
+        spans = []
+        for (at, weight), before, after in zip(chosen.items(), rendered[::2], rendered[1::2], strict=True):
+            if not after.startswith(before) or not text.startswith(after):
+                what = "the chat template rewrites earlier turns, so that what it adds for a turn cannot be told"
+                expected = "{% generation %} marks in the template, or a text that only grows with each turn"
+                raise UsageError(what, where=self.where, expected=expected, found=f"turn {at + 1} changes the text before it", next=OTHERS)
+            stop = len(before) + _end_of_turn(after[len(before) :], tokenizer)
+            spans.append(Span(len(before), stop, weight))
+        return spans
+
+    def _turns(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer) -> list[Span]:
+        """What each message adds to the text, with its weight."""
+        wanted = [(messages[: at + 1], False) for at in range(len(messages))]
+        rendered = [_unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
+        spans, before = [], ""
+        for message, after in zip(messages, rendered, strict=True):
+            if not after.startswith(before) or not text.startswith(after):
+                what = "the chat template rewrites earlier turns, so that a weight of a turn has no place"
+                raise UsageError(what, where=self.where, next=OTHERS)
+            spans.append(Span(len(before), len(after), float(message.get("weight", 1.0))))
+            before = after
+        return spans
+
+    def _require_ends(self, text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> None:
+        """Raises DataError where a trained turn does not end as the assistant's turns do."""
+        ends = self._end_names(tokenizer)
+        for number, span in enumerate(spans):
+            if _last_special(text[span.start : span.stop], tokenizer) not in ends:
+                raise DataError("the end of an assistant's turn is not trained", where=self.where, found=f"trained part {number + 1}")
+
+    def _end_names(self, tokenizer: Tokenizer) -> frozenset[str]:
+        """The special tokens with which the assistant's turns end. Raises UsageError where one of them would not be trained."""
+        if tokenizer.hash not in self._ends:
+            self._ends[tokenizer.hash] = self._probed(tokenizer)
+        return self._ends[tokenizer.hash]
+
+    def _probed(self, tokenizer: Tokenizer) -> frozenset[str]:
+        """Two small conversations, of one round and of two, and what ends their turns."""
+        ends = set()
+        for rounds in (1, 2):
+            roles = ("user", "assistant") * rounds
+            messages = [{"role": role, "content": content} for role, content in zip(roles, PROBE, strict=False)]
+            train_on: TrainOn = "assistant" if self.marked or rounds == 1 else "last"  # one that rewrites is told where it matters
+            try:
+                (whole,) = self._render([(messages, False)], tokenizer)
+                text, marked = _unmarked(self._sound(whole))
+                spans = self._spans(text, marked, messages, tokenizer, train_on)
+            except DataError as fault:
+                raise UsageError("the chat template refuses a plain conversation", where=self.where, found=fault.found) from fault
+            if not spans:
+                raise UsageError("the chat template leaves nothing to train", where=self.where, next=OTHERS)
+            for span in spans:
+                name = _last_special(text[span.start : span.stop], tokenizer)
+                if name is None:
+                    what = "the chat template never trains the token that ends a turn, so that the model would not stop"
+                    expected = "a special token at the end of what the assistant says, inside {% generation %} where that is there"
+                    found = repr(_restored(text[span.start : span.stop], ())[-40:])
+                    raise UsageError(what, where=self.where, expected=expected, found=found, next=OTHERS)
+                ends.add(name)
+        return frozenset(ends)
+
+
+OTHERS = "use another: data.chat.template=chatml, llama3, qwen, plain, model or the path of a .jinja file"
+NEEDS = {
+    "assistant": "an assistant's turn with a weight above 0",
+    "last": "a last turn of the assistant with a weight above 0",
+    "all": "at least two tokens, and a weight above 0",
+}
+
+
+def _assistants(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float]:
+    """Places of the assistant's turns that are trained, and their weights; those of weight 0 are left out."""
+    found = {at: float(message.get("weight", 1.0)) for at, message in enumerate(messages) if message["role"] == "assistant"}
+    if train_on == "last":
+        found = dict(list(found.items())[-1:])
+    return {at: weight for at, weight in found.items() if weight}
+
+
+def _weighted(marked: Sequence[Span], messages: Sequence[Message], chosen: Mapping[int, float]) -> list[Span] | None:
+    """The marked parts of the chosen turns with their weights; None where parts and turns cannot be told to belong together."""
+    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(turns) == len(marked):
+        return [replace(span, weight=chosen[at]) for at, span in zip(turns, marked, strict=True) if at in chosen]
+    return list(marked) if len(marked) > len(turns) == len(chosen) and set(chosen.values()) <= {1.0} else None
+
+
+def _unmarked(text: str) -> tuple[str, list[Span]]:
+    """The text without marks, and where they were, empty parts left out. Raises DataError where they do not fit together."""
+    parts, spans, at, size = [], [], 0, 0
+    opened: int | None = None
+    for match in MARK.finditer(text):
+        parts.append(text[at : match.start()])
+        size, at = size + match.start() - at, match.end()
+        if (match[1] == "<") == (opened is not None):
+            raise DataError("the marks of the chat template do not fit together", found="{% generation %} inside another, or cut apart")
+        if opened is None:
+            opened = size
+        else:
+            if size > opened:
+                spans.append(Span(opened, size))
+            opened = None
+    if opened is not None:
+        raise DataError("the marks of the chat template do not fit together", found="{% generation %} without its end")
+    return "".join((*parts, text[at:])), spans
+
+
+def _guarded(content: str, tokenizer: Tokenizer | None) -> str:
+    """A message with a mark in the place of each special token's name. Raises DataError for a NUL."""
+    if "\x00" in content:
+        raise DataError("a message holds a NUL character")
+    if tokenizer is None or not tokenizer.special_pattern.search(content):
+        return content
+    numbers = {name: number for number, name in enumerate(tokenizer.special_names)}
+    return tokenizer.special_pattern.sub(lambda match: f"\x00{numbers[match[0]]};", content)
+
+
+def _restored(text: str, names: Sequence[str]) -> str:
+    """The text with the names of special tokens where their marks are."""
+    return LITERAL.sub(lambda match: names[int(match[1])] if int(match[1]) < len(names) else "", text)
+
+
+def _last_special(text: str, tokenizer: Tokenizer) -> str | None:
+    """The special token with which a text ends, spaces aside."""
+    text = text.rstrip()
+    return next((name for name in tokenizer.special_names if text.endswith(name)), None)
+
+
+def _end_of_turn(text: str, tokenizer: Tokenizer) -> int:
+    """The length of a turn up to its last special token, when only spaces come after; else all of it."""
+    return len(text.rstrip()) if _last_special(text, tokenizer) else len(text)
+
+
+def _tokens(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a rendered text, and the first id and the one after the last of each span; no token reaches over an edge."""
+    if "\x00" not in text and (found := _whole(text, spans, tokenizer)) is not None:
+        return found
+    edges = sorted({0, len(text), *(span.start for span in spans), *(span.stop for span in spans)})
+    ids: list[int] = []
+    starts = {0: 0}
+    for start, stop in zip(edges, edges[1:], strict=False):
+        for part in _pieces(text[start:stop], tokenizer):
+            ids += part
+        starts[stop] = len(ids)
+    return ids, [(starts[span.start], starts[span.stop]) for span in spans]
+
+
+def _whole(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """The ids of a text encoded in one piece; None where a token reaches over an edge, or is another one without what follows."""
+    encoder = tokenizer.commanding
+    encoding = encoder.encode(text, add_special_tokens=False)
+    ids, offsets = encoding.ids, encoding.offsets
+    starts, stops, places = [start for start, _ in offsets], [stop for _, stop in offsets], []
+    for span in spans:
+        first, last = bisect_right(stops, span.start), bisect_left(starts, span.stop)
+        if first >= last or starts[first] < span.start or stops[last - 1] > span.stop:
+            return None
+        if not _stands_alone(text[: span.start], ids[:first], stops, tokenizer):
+            return None
+        places.append((first, last))
+    return ids, places
+
+
+def _stands_alone(text: str, ids: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a beginning of a text gives these ids without what follows. What stands before a special token is tried last."""
+    known = tokenizer.special.values()
+    at = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in known), -1)
+    encoder = tokenizer.commanding
+    if at >= 0 and encoder.encode(text[stops[at] :], add_special_tokens=False).ids == ids[at + 1 :]:
+        return True
+    return encoder.encode(text, add_special_tokens=False).ids == ids
+
+
+def _pieces(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The ids of a part of a text: special tokens by their id, names of them in messages as letters."""
+    if "\x00" not in text:
+        yield tokenizer.commanding.encode(text, add_special_tokens=False).ids
+        return
+    names, at = tokenizer.special_names, 0
+    for match in tokenizer.special_pattern.finditer(text):
+        yield tokenizer.encode(_restored(text[at : match.start()], names))
+        yield [tokenizer.special[match[0]]]
+        at = match.end()
+    yield tokenizer.encode(_restored(text[at:], names))

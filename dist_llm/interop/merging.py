@@ -1,0 +1,189 @@
+"""A base and an adapter become one model: W + alpha / rank B A, on the weights that the adapter was trained on.
+
+Where the base was quantized in training, W is what its codes stand for: merged onto the weights that were never seen, the adapter would
+correct errors that are not there. What comes out is a Hugging Face folder, with a receipt: which base, which adapter, what was
+made, and how far the logits of the merged weights, rounded to their dtype, are from those of base and adapter side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dist_llm.config.schema import AdapterConfig, ModelConfig
+from dist_llm.data.tokenizer import load
+from dist_llm.errors import UsageError
+from dist_llm.infer.model import Model
+from dist_llm.interop.exporting import Subject, Weights, export_model
+from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
+from dist_llm.interop.peft_folder import PeftFolder, is_adapter
+from dist_llm.model.quantize import dequantize, quantize
+from dist_llm.model.table import num_parameters, table
+from dist_llm.sharding import Box
+from dist_llm.train.base import Base
+from dist_llm.train.durable import Disk
+from dist_llm.train.folder import MANIFEST, open_checkpoint
+from dist_llm.train.overlay import require_base
+
+RECEIPT = "merge.json"
+
+
+class Matrices(Protocol):
+    """Whole tensors by global name."""
+
+    def whole(self, name: str) -> Tensor:
+        """A whole matrix, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """An adapter to merge. model: the base's with the adapter; identity: what tells it from others."""
+
+    model: ModelConfig
+    matrices: Matrices
+    identity: str
+    close: Callable[[], object]
+
+
+class Beside:
+    """Base and adapter side by side, as they were trained: the base as its codes stand for it, A and B as they are."""
+
+    def __init__(self, under: Weights, given: Given) -> None:
+        self.under, self.given, self.rows = under, given, {row.name: row for row in table(given.model)}
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a weight, (stop - start,)."""
+        return self.whole(name)[tuple(slice(low, high) for low, high in box)].flatten()[start:stop]
+
+    def whole(self, name: str) -> Tensor:
+        """A whole weight, on the CPU."""
+        row = self.rows[name]
+        if row.trained:
+            return self.given.matrices.whole(name)
+        values = self.under.whole(name)
+        if not row.block:
+            return values
+        rule: dict[str, Any] = {"kind": self.given.model.adapter.quantize, "block": row.block}
+        return dequantize(*quantize(values.flatten(), **rule), torch.empty_like(values.flatten()), **rule).view(values.shape)
+
+
+class Merged:
+    """The merged weights; the last one asked for is kept, because it is asked for in pieces."""
+
+    def __init__(self, beside: Beside) -> None:
+        self.beside, self.scale = beside, beside.given.model.adapter.scale
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+
+    def whole(self, name: str) -> Tensor:
+        """A whole weight in the dtype of the base, its sum taken in float32 at least."""
+        if self._last[0] != name:
+            values, module = self.beside.whole(name), name.removesuffix(".weight")
+            if f"{module}.lora_a" in self.beside.rows:
+                wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+                a, b = (self.beside.whole(f"{module}.{part}").to(wide) for part in ("lora_a", "lora_b"))
+                values = values.to(wide).addmm(b, a, alpha=self.scale).to(values.dtype)
+            self._last = (name, values)
+        return self._last[1]
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a weight, (stop - start,)."""
+        return self.whole(name)[tuple(slice(low, high) for low, high in box)].flatten()[start:stop]
+
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """That of the base."""
+        return self.beside.under.dtype(kind, name)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was merged, and how well. drift: the largest difference of logits, relative to the largest of them."""
+
+    base: str
+    base_identity: str
+    adapter: str
+    adapter_identity: str
+    result: str  # sha256 over the names and hashes of the weights' files
+    drift: float
+    drift_dtype: str
+    dtype: str
+    parameters: int
+    version: int = 1
+
+
+def merge(base_path: Path, adapter_path: Path, target: Path, *, dtype: torch.dtype | None = None, shard_size: int = 5 * 10**9) -> Receipt:
+    """Writes the merged model as the Hugging Face folder `target`, with its receipt merge.json.
+
+    adapter_path: a run or step folder of ours, or PEFT's folder. Raises UsageError where the adapter was trained on another base (F30).
+    """
+    base = Base(base_path)
+    given = open_adapter(adapter_path, base)
+    try:
+        beside = Beside(_readable(base), given)
+        merged = Merged(beside)
+        plain = given.model.model_copy(update={"adapter": AdapterConfig()})
+        subject = Subject(base.path, plain, merged, base.beside_files(), base.sequence)
+        found: list[Receipt] = []
+
+        def check(folder: Path) -> None:
+            drift, wide = _drift(beside, Cast(merged, dtype), plain, base.path)
+            files = sorted(folder.glob("*.safetensors"))
+            result = hashlib.sha256("".join(f"{path.name} {_hash(path)}\n" for path in files).encode()).hexdigest()
+            stored = str(dtype or merged.dtype("weight", "embedding.weight")).removeprefix("torch.")
+            who = (str(base.path), base.identity, str(adapter_path), given.identity)
+            found.append(Receipt(*who, result, drift, wide, stored, num_parameters(plain)))
+            Disk().write(folder / RECEIPT, [json.dumps(asdict(found[0]), indent=2).encode() + b"\n"])
+
+        export_model(subject, target, dtype=dtype, shard_size=shard_size, check=check)
+        return found[0]
+    finally:
+        given.close()
+        base.close()
+
+
+def open_adapter(path: Path, base: Base) -> Given:
+    """An adapter for a base: a checkpoint of ours, or PEFT's folder. Raises UsageError where it was trained on another one."""
+    if is_adapter(path):
+        folder = PeftFolder.open(path, base.model)
+        if folder.base is not None and folder.base != base.identity:
+            expected, found = f"base {folder.base[:16]}", f"{base.identity[:16]}, of {base.path}"
+            raise UsageError("the adapter was trained on another base", where=str(path), expected=expected, found=found)
+        identity = hashlib.sha256(b"".join(_hash(file).encode() for file in sorted(path.glob("adapter_*")))).hexdigest()
+        return Given(folder.model, folder, identity, lambda: None)
+    opened = open_checkpoint(path)
+    if not opened.config.model.adapter.rank:
+        what = "this is a whole model and no adapter"
+        raise UsageError(what, where=str(opened.path), expected="a run with model.adapter.rank above 0, or PEFT's folder")
+    require_base(opened, base)
+    identity = hashlib.sha256((opened.path / MANIFEST).read_bytes()).hexdigest()
+    return Given(opened.config.model, opened.parts, identity, opened.parts.close)
+
+
+def _readable(base: Base) -> Weights:
+    source: Any = base.source()
+    return source
+
+
+def _drift(beside: Beside, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:
+    """The largest difference of logits over drawn prompts, and the dtype in which both were computed."""
+    dtype = torch.float64 if num_parameters(plain) <= 50_000_000 else torch.float32
+    tokens = sorted(token for token in load(tokenizer).ids if token < plain.vocab)
+    prompts = [draw(tokens, number=at, length=length) for at, length in enumerate(LENGTHS) if length <= plain.max_positions]
+    before = Model(beside, beside.given.model, dtype=dtype, device=torch.device("cpu"))
+    expected = [all_logits(before, prompt) for prompt in prompts]
+    after = Model(merged, plain, dtype=dtype, device=torch.device("cpu"))
+    differences = [
+        float((all_logits(after, prompt) - one).abs().max() / one.abs().max()) for prompt, one in zip(prompts, expected, strict=True)
+    ]
+    return max(differences), str(dtype).removeprefix("torch.")
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,120 @@
+"""PEFT's adapter folders, read and written (adapters.py has the names). Every tensor is small: they are read whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.data.publish import publish
+from dist_llm.errors import CheckpointError, UsageError
+from dist_llm.interop.adapters import CONFIG, WEIGHTS, adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.interop.safe_file import SafeFile, unsound
+from dist_llm.interop.slices import TORCH
+from dist_llm.model.table import table
+from dist_llm.strict import first_line, read_bounded, strict_json
+from dist_llm.train.durable import Disk
+from dist_llm.train.storage import storing
+
+RECEIPT = "dist_llm.json"  # beside their files: the identity of the base
+LARGEST = 1 << 20  # bytes of their config
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is one of PEFT's adapters."""
+    return (folder / CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """An opened adapter of PEFT's for a base. model: the base's with this adapter; base: the identity of the base, where it says so."""
+
+    path: Path
+    model: ModelConfig
+    base: str | None
+    tensors: dict[str, Tensor]  # by our names
+
+    @classmethod
+    def open(cls, path: Path, base: ModelConfig) -> PeftFolder:
+        """Raises CheckpointError where a file is not sound or does not fit, UsageError where the adapter does what is not done here."""
+        values = _json(path / CONFIG)
+        adapter = read_adapter_config(values, base, where=str(path / CONFIG))
+        model = base.model_copy(update={"adapter": adapter})
+        known = _json(path / RECEIPT).get("base") if (path / RECEIPT).exists() else None
+        if not (path / WEIGHTS).exists() and any(path.glob("adapter_model.bin")):
+            what, way = "the adapter is pickled, and reading it could run code", "save_pretrained(DIR, safe_serialization=True)"
+            raise UsageError(what, where=str(path), expected=WEIGHTS, found="adapter_model.bin", next=way)
+        file = SafeFile(path / WEIGHTS)
+        try:
+            return cls(path, model, known if isinstance(known, str) else None, _tensors(file, model))
+        finally:
+            file.close()
+
+    def whole(self, name: str) -> Tensor:
+        """A whole matrix, on the CPU."""
+        return self.tensors[name]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A table in a file."""
+    try:
+        values = strict_json(read_bounded(path, LARGEST))
+    except OSError as error:
+        raise CheckpointError("a file cannot be read", where=str(path), found=error.strerror) from None
+    except (ValueError, RecursionError) as error:
+        raise unsound("a file is no JSON", path, found=first_line(error)) from None
+    if not isinstance(values, dict):
+        raise unsound("a file holds no table", path, found=type(values).__name__)
+    return values
+
+
+def _tensors(file: SafeFile, model: ModelConfig) -> dict[str, Tensor]:
+    keys, shapes = adapter_keys(model), {row.name: row.shape for row in table(model)}
+    lacking, more = sorted({*keys.values()} - {*file.tensors}), sorted({*file.tensors} - {*keys.values()})
+    if lacking or more:
+        what = "the adapter lacks matrices" if lacking else "the adapter has matrices that its config does not name"
+        raise unsound(
+            what, file.path, expected=f"{len(keys)} tensors", found=f"{(lacking or more)[0][:120]} and {len(lacking or more) - 1} more"
+        )
+    found = {}
+    for name, key in keys.items():
+        stored = file.tensors[key]
+        if stored.shape != shapes[name] or stored.dtype not in TORCH:
+            seen = f"{stored.dtype} {list(stored.shape)}"
+            raise unsound("a matrix of the adapter does not fit the base", file.path, expected=f"{key} {list(shapes[name])}", found=seen)
+        values = torch.empty(prod(stored.shape), dtype=TORCH[stored.dtype])
+        file.read_into(values.view(torch.uint8).numpy().data, stored.start)
+        if not torch.isfinite(values).all():
+            raise unsound("a matrix of the adapter is not finite", file.path, expected="finite numbers", found=key)
+        found[name] = values.view(stored.shape)
+    return found
+
+
+def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor], *, base: str, identity: str) -> int:
+    """Writes PEFT's folder of an adapter; returns its bytes. base: where PEFT finds the base; identity: what tells it from others.
+
+    Raises UsageError where PEFT has no such adapter, or the target is there.
+    """
+    keys = adapter_keys(model)
+    if target.exists():
+        raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
+    weights = save({keys[name]: tensors[name].contiguous() for name in keys}, metadata={"format": "pt"})
+    tables: dict[str, Any] = {CONFIG: write_adapter_config(model, base=base), RECEIPT: {"version": 1, "base": identity}}
+    texts = {WEIGHTS: weights, **{name: json.dumps(values, indent=2).encode() + b"\n" for name, values in tables.items()}}
+
+    def make(made: Path) -> None:
+        for name, content in texts.items():
+            Disk().write(made / name, [content])
+            Disk().sync(made / name)
+
+    with storing(target):
+        publish(target, make)
+    return len(weights)

@@ -1,0 +1,88 @@
+"""An adapter's checkpoint as a whole model: its own matrices, and everything else out of the base it was trained on.
+
+Where the base was quantized in training it is quantized here too: what an adapter has learned is a correction of those weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from dist_llm.errors import UsageError
+from dist_llm.model.quantize import dequantize, quantize
+from dist_llm.model.table import Row, table
+from dist_llm.sharding import Box
+from dist_llm.train.base import Base
+from dist_llm.train.folder import Checkpoint
+from dist_llm.train.parts import Parts, Source
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Weights of two sources under the names of one table."""
+
+    base: Base
+    under: Source
+    over: Parts
+    rows: dict[str, Row]
+    quantize: str
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read of both."""
+        return self.under.bytes_read + self.over.bytes_read
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU."""
+        row = self.rows[name]
+        if row.trained:
+            return self.over.read(kind, name, box, start, stop)
+        if not row.block:
+            return self.under.read(kind, name, box, start, stop)
+        (top, bottom), (left, right), width = *box, row.shape[1]
+        values = self.under.read(kind, name, ((top, bottom), (0, width)), 0, (bottom - top) * width)  # scales are of whole rows' blocks
+        codes, scales = quantize(values, kind=self.quantize, block=row.block)
+        values = dequantize(codes, scales, values.clone(), kind=self.quantize, block=row.block)
+        return values.view(bottom - top, width)[:, left:right].flatten()[start:stop]
+
+    def whole(self, name: str) -> Tensor:
+        """A whole weight, on the CPU."""
+        shape = self.rows[name].shape
+        return self.read("weight", name, tuple((0, extent) for extent in shape), 0, prod(shape)).view(shape)
+
+    def close(self) -> None:
+        """Lets the files go."""
+        self.base.close()
+        self.over.close()
+
+
+def base_of(opened: Checkpoint) -> Base:
+    """The base of an adapter's checkpoint. Raises UsageError where it is not the one that the adapter was trained on (F30)."""
+    assert opened.config.model.adapter.rank and opened.config.base is not None
+    base = Base(opened.config.base)
+    require_base(opened, base)
+    return base
+
+
+def require_base(opened: Checkpoint, base: Base) -> None:
+    """Raises UsageError where an adapter was trained on another base: on these weights it means nothing."""
+    trained_on = opened.manifest.get("base")
+    if base.identity != trained_on:
+        what, advice = "the adapter was trained on another base", "give it the base that it was trained on"
+        found = f"{base.identity[:16]}, of {base.path}"
+        raise UsageError(what, where=str(opened.path), expected=f"base {str(trained_on)[:16]}", found=found, next=advice)
+
+
+def weights_of(opened: Checkpoint) -> Parts | Overlay:
+    """The weights of a checkpoint's model, of its base too where it is an adapter. Raises UsageError, CheckpointError."""
+    if not opened.config.model.adapter.rank:
+        return opened.parts
+    return overlay(opened, base_of(opened))
+
+
+def overlay(opened: Checkpoint, base: Base) -> Overlay:
+    """The adapter of a checkpoint over a base."""
+    model = opened.config.model
+    return Overlay(base, base.source(), opened.parts, {row.name: row for row in table(model)}, model.adapter.quantize)

@@ -1,0 +1,95 @@
+"""A conversation: its messages, and how they become the tokens that a model goes on with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dist_llm.data.template_files import choose_template as named_template
+from dist_llm.data.template_files import load_template
+from dist_llm.data.templates import Template
+from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.errors import Failure, UsageError
+from dist_llm.train.folder import Checkpoint
+
+
+class TooLong(UsageError):
+    """A message that is longer than what the model can see."""
+
+
+@dataclass
+class Conversation:
+    """Messages so far. window: tokens that the model can see; reserve: of them kept for an answer. dropped: turns that were forgotten."""
+
+    template: Template
+    tokenizer: Tokenizer
+    window: int
+    reserve: int
+    system: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    dropped: int = 0
+
+    def ask(self, text: str) -> list[int]:
+        """Adds what the user says; the ids after which the answer is to come. The oldest turns go where they no longer fit.
+
+        Raises TooLong, DataError or UsageError where the message cannot be asked; the conversation is then as it was.
+        """
+        asked = {"role": "user", "content": text}
+        kept, room = list(self.messages), self.window - self.reserve
+        ids = self._prompt([*kept, asked])
+        while len(ids) > room and kept:
+            del kept[: next((at for at, message in enumerate(kept[1:], 1) if message["role"] == "user"), len(kept))]
+            ids = self._prompt([*kept, asked])
+        if len(ids) > room:
+            found = f"{len(ids)} tokens with the template"
+            raise TooLong("the message is too long", where="the message", expected=f"at most {room} tokens of {self.window}", found=found)
+        self.dropped += sum(message["role"] == "user" for message in self.messages[: len(self.messages) - len(kept)])
+        self.messages = [*kept, asked]
+        return ids
+
+    def answered(self, text: str) -> None:
+        """Adds what the model has said."""
+        self.messages.append({"role": "assistant", "content": text})
+
+    def reset(self) -> None:
+        """Forgets all messages."""
+        self.messages, self.dropped = [], 0
+
+    def save(self, path: Path) -> None:
+        """Writes the conversation as a line of chat data into a new file. Raises OSError, also where the file is there already."""
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": self._with_system(self.messages)}, ensure_ascii=False) + "\n")
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
+
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.template.prompt(self._with_system(messages), self.tokenizer)
+
+
+def choose_template(given: str | None, opened: Checkpoint, tokenizer: Tokenizer) -> Template:
+    """The template of a name or file; else the run's own, or what lies beside the tokenizer, or `plain`.
+
+    Raises UsageError for one that is not there, or writes tokens that the tokenizer does not have.
+    """
+    if given is not None:
+        template = named_template(given, end=tokenizer.end, tokenizer=opened.path)
+        if lacking := _lacking(template, tokenizer):
+            what = "the tokenizer does not have the tokens of the chat template"
+            raise UsageError(what, where=template.where, expected=", ".join(lacking), found=str(opened.path), next="--template plain")
+        template.require_end(tokenizer)
+        return template
+    try:
+        template = named_template(opened.config.data.chat.template, end=tokenizer.end, tokenizer=opened.path)
+        if not _lacking(template, tokenizer):
+            template.require_end(tokenizer)
+            return template
+    except Failure:  # one that is no longer there, or was never used
+        pass
+    return load_template("plain", end=tokenizer.end)
+
+
+def _lacking(template: Template, tokenizer: Tokenizer) -> list[str]:
+    """Special tokens that a template writes and a tokenizer does not have."""
+    return [name for name in template.special if name not in tokenizer.special]

@@ -1,0 +1,140 @@
+"""What evaluation suites ask of a model: log likelihoods of texts, and texts that go on until a string comes.
+
+The conventions are those of lm-evaluation-harness (`lm_eval_adapter.py` makes its subclass of this): blanks at the end of a
+context belong to what follows, an empty context is the end of a document, and a text that is longer than the window is cut into
+windows each of whose tokens is predicted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.infer.choose import Choice
+from dist_llm.infer.model import Model
+from dist_llm.infer.text import Text
+from dist_llm.infer.write import Writer
+
+NEW_TOKENS = 256  # of an answer, where nothing is said
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens to be predicted, after some that are given: at least one."""
+
+    given: list[int]
+    wanted: list[int]
+
+
+class Scorer:
+    """A model with its tokenizer. window: tokens that it can see; batch: texts at once."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, window: int, batch: int = 8) -> None:
+        self.model, self.tokenizer, self.window, self.batch = model, tokenizer, window, batch
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """(context, continuation) of each -> (the log probability of the continuation, whether it is what greedy text would be)."""
+        return self._scored([self._pieces(*self.tokens(context, continuation)) for context, continuation in pairs])
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """The log probability of each whole text, after the end of a document."""
+        pieces = [self._pieces([self.tokenizer.end_id], self.tokenizer.encode(text)) for text in texts]
+        return [value for value, _ in self._scored(pieces)]
+
+    def tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The ids of a context and of what follows it, encoded together."""
+        kept = context.rstrip()
+        context, continuation = kept, context[len(kept) :] + continuation
+        if not context:
+            return [self.tokenizer.end_id], self.tokenizer.encode(continuation)
+        given, whole = self.tokenizer.encode(context), self.tokenizer.encode(context + continuation)
+        return given, whole[len(given) :]
+
+    def until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """(context, settings) of each -> the text that follows, which ends before a string of `until`.
+
+        Settings: until, max_gen_toks, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed; greedy without do_sample
+        or a temperature.
+        """
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for at, (_, settings) in enumerate(requests):
+            groups.setdefault(repr(sorted(settings.items(), key=lambda item: item[0])), []).append(at)
+        for alike in groups.values():
+            for first in range(0, len(alike), self.batch):
+                numbers = alike[first : first + self.batch]
+                texts = self._written([requests[at][0] for at in numbers], requests[numbers[0]][1])
+                for at, text in zip(numbers, texts, strict=True):
+                    answers[at] = text
+        return answers
+
+    def _written(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        stops = settings.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        count, ends = int(settings.get("max_gen_toks", NEW_TOKENS)), {self.tokenizer.end_id}
+        room = max(1, self.window - count)  # of a context, of which the end counts
+        prompts = [(self.tokenizer.encode(context) or [self.tokenizer.end_id])[-room:] for context in contexts]
+        writer = Writer(self.model, prompts, count=count, choice=_choice(settings), window=self.window, ends=ends)
+        texts = [Text(self.tokenizer, stops=stops, silent=ends) for _ in prompts]
+        for tokens in writer:
+            for line, token in tokens.items():
+                texts[line].add(token)
+                if texts[line].stopped is not None:
+                    writer.stop(line)
+        for text in texts:
+            text.finish()
+        return [text.shown for text in texts]
+
+    def _pieces(self, given: list[int], wanted: list[int]) -> list[Piece]:
+        """One piece where all fits into the window with the end of what is given; else several, each as full as it can be."""
+        if len(wanted) <= self.window:
+            return [Piece((given + wanted)[-(self.window + 1) : -len(wanted)] if wanted else given, wanted)]
+        whole, pieces, done = given[-1:] + wanted, [], 0  # token number i is whole[i + 1]
+        while done < len(wanted):
+            stop = min(done + self.window, len(wanted))
+            start = max(0, stop - self.window)
+            pieces.append(Piece(whole[start : done + 1], wanted[done:stop]))
+            done = stop
+        return pieces
+
+    def _scored(self, texts: Sequence[list[Piece]]) -> list[tuple[float, bool]]:
+        """The sum over each text's pieces, and whether all of them are greedy."""
+        flat = [(number, piece) for number, pieces in enumerate(texts) for piece in pieces if piece.wanted]
+        flat.sort(key=lambda item: -len(item[1].given) - len(item[1].wanted))
+        totals, greedy = [0.0] * len(texts), [True] * len(texts)
+        for first in range(0, len(flat), self.batch):
+            group = flat[first : first + self.batch]
+            for (number, _), (value, likeliest) in zip(group, self._predicted([piece for _, piece in group]), strict=True):
+                totals[number] += value
+                greedy[number] &= likeliest
+        return list(zip(totals, greedy, strict=True))
+
+    def _predicted(self, pieces: Sequence[Piece]) -> Iterator[tuple[float, bool]]:
+        """(log probability, greedy or not) of each piece, all in one pass."""
+        size = max(len(piece.given) + len(piece.wanted) - 1 for piece in pieces)
+        tokens, labels = torch.zeros(len(pieces), size, dtype=torch.int64), torch.full((len(pieces), size), -1)
+        for row, piece in enumerate(pieces):
+            line = torch.tensor(piece.given + piece.wanted)
+            tokens[row, : len(line) - 1] = line[:-1]
+            labels[row, len(piece.given) - 1 : len(line) - 1] = line[len(piece.given) :]
+        values, likeliest = self.model.scores(tokens, labels)
+        for row in range(len(pieces)):
+            yield float(values[row].sum()), bool(likeliest[row].all())
+
+
+def _choice(settings: Mapping[str, Any]) -> Choice:
+    """How tokens are chosen, by the names that transformers gives these settings."""
+    temperature = float(settings.get("temperature") or 0.0)
+    if not settings.get("do_sample", temperature > 0):
+        temperature = 0.0
+    elif not temperature:
+        temperature = 1.0
+    names = ("top_k", "top_p", "min_p")
+    rules: dict[str, Any] = {name: settings[name] for name in names if settings.get(name)}
+    return Choice(
+        temperature, **rules, repetition_penalty=float(settings.get("repetition_penalty", 1.0)), seed=int(settings.get("seed", 0))
+    )

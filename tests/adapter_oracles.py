@@ -1,0 +1,99 @@
+"""What the ranks of test_adapters.py do: models of transformers under PEFT's LoRA, beside ours with the same matrices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_llm.config.schema import AdapterConfig, ModelConfig
+from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.model.table import table
+from dist_llm.model.transformer import make_context
+from tests.family_oracles import MODELS, SMALL, nothing_narrowed, our_tensors, parameters_of, plain_of, theirs_of
+from tests.oracles import batch, worst
+
+Say = Callable[..., None]
+ALL = ("q", "k", "v", "o", "gate", "up", "down")
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {  # family -> adapter
+    "llama": ("llama", {"rank": 3, "alpha": 7.0}),
+    "llama, biases": ("llama, biases", {"rank": 4, "alpha": 2.0, "rank_stabilized": True, "targets": ["q", "v", "o", "up"]}),
+    "gpt2": ("gpt2", {"rank": 5, "alpha": 6.0, "targets": ["o", "up", "down"]}),
+    "gpt2, one": ("gpt2", {"rank": 2, "targets": ["down"]}),
+    "olmo2": ("olmo2", {"rank": 2, "targets": ["k", "gate", "down"]}),
+    "gemma3": ("gemma3", {"rank": 2, "alpha": 1.0}),
+    "qwen3": ("qwen3", {"rank": 6, "targets": ["q", "k"]}),
+}
+
+
+def model_of(name: str) -> ModelConfig:
+    """One of the adapted models."""
+    family, adapter = ADAPTED[name]
+    return ModelConfig(**{**SMALL, **MODELS[family], "adapter": adapter})
+
+
+def bare(model: ModelConfig) -> ModelConfig:
+    """The model without its adapter."""
+    return model.model_copy(update={"adapter": AdapterConfig()})
+
+
+def with_peft(model: ModelConfig, folder: Path) -> nn.Module:
+    """The transformers model with PEFT's LoRA as our config says, its matrices random."""
+    from peft import LoraConfig, get_peft_model
+
+    folder.mkdir(exist_ok=True)
+    written = write_adapter_config(model, base="base")
+    (folder / "adapter_config.json").write_text(json.dumps({**written, "inference_mode": False}))
+    made = get_peft_model(theirs_of(bare(model), torch.float64), LoraConfig.from_pretrained(str(folder)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return made.double()
+
+
+def matrices(made: nn.Module, model: ModelConfig, take: Callable[[nn.Parameter], Any]) -> dict[str, Tensor]:
+    """Something of each LoRA matrix of theirs under our names."""
+    theirs = {name.replace(".default.weight", ".weight"): take(parameter) for name, parameter in made.named_parameters()}
+    return {ours: theirs[key] for ours, key in adapter_keys(model).items()}
+
+
+def against_peft(rank: int, world: int, say: Say, folder: str) -> dict[str, dict[str, Any]]:
+    """Of each model: logits, loss, gradients of A and B in float64; which parameters of either have a gradient."""
+    torch.set_num_threads(1)
+    return {name: _differences(model_of(name), Path(folder)) for name in ADAPTED}
+
+
+def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
+    data = {name: tensor for name, tensor in batch(model.vocab).items() if name in ("tokens", "labels")}
+    made = with_peft(model, folder)
+    with nothing_narrowed():
+        logits = made(input_ids=data["tokens"], use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), ignore_index=-100, reduction="sum")
+    loss.backward()
+    base = {name.replace(".base_layer", ""): p.data for name, p in parameters_of(made.get_base_model()).items()}
+    weights = our_tensors(base, bare(model)) | matrices(made, model, lambda parameter: parameter.data)
+    gradients = matrices(made, model, lambda parameter: parameter.grad)
+    plain = plain_of(model, weights, torch.float64)
+    context = make_context(model, **data, dtype=torch.float64)
+    ours, summed = plain.logits(context), plain(context)
+    summed.backward()
+    found = {name: parameter.grad for name, parameter in plain.by_name.items() if parameter.grad is not None}
+    theirs = {name for name, parameter in made.named_parameters() if parameter.grad is not None}
+    return {
+        "logits": worst({"logits": ours}, {"logits": logits})[0],
+        "loss": abs(float(summed.detach() / loss.detach()) - 1),
+        "trained": found.keys() == gradients.keys() == {row.name for row in table(model) if row.trained} and len(theirs) == len(found),
+        "gradient": worst(found, gradients),
+        "read back": read_adapter_config(
+            made.peft_config["default"].to_dict() | {"target_modules": sorted(made.peft_config["default"].target_modules)},
+            bare(model),
+            where="adapter_config.json",
+        ).model_dump(),
+    }

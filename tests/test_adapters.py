@@ -1,0 +1,142 @@
+"""Adapters: LoRA against PEFT over transformers, its names and configs, quantized weights under it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.errors import UsageError
+from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.model.quantize import NF4, code_bytes, dequantize, quantize
+from dist_llm.model.table import table
+from tests.adapter_oracles import ADAPTED, ALL, bare, model_of
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def differences(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All models in one process: PEFT takes seconds to import."""
+    return ranks.run(1, "tests.adapter_oracles:against_peft", str(tmp_path_factory.mktemp("peft")), timeout_seconds=180)[0]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_loss_and_gradients_are_those_of_peft(differences: dict[str, dict[str, Any]], name: str) -> None:
+    """float64, random A and B: logits, loss, every gradient; and nothing else has one."""
+    found = differences[name]
+    assert found["trained"]
+    assert found["logits"] < 1e-10 and found["loss"] < 1e-10 and found["gradient"][0] < 1e-9, found
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_config_of_peft_is_read_back(differences: dict[str, dict[str, Any]], name: str) -> None:
+    adapter = model_of(name).adapter
+    targets = {target for target in adapter.targets if any(f".{target}." in row.name for row in table(model_of(name)) if row.trained)}
+    found = differences[name]["read back"]
+    assert {**found, "targets": set(found["targets"])} == {**adapter.model_dump(), "targets": targets}
+
+
+def test_what_peft_cannot_hold_is_refused() -> None:
+    with pytest.raises(UsageError, match="part of a matrix"):
+        adapter_keys(ModelConfig(family="gpt2", adapter={"rank": 2, "targets": ["q"]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"peft_type": "IA3"}, "no LoRA"),
+        ({"use_dora": True}, "not done here"),
+        ({"rank_pattern": {"q_proj": 3}}, "not done here"),
+        ({"bias": "all"}, "not done here"),
+        ({"lora_dropout": 0.1}, "not done here"),
+        ({"r": 0}, "no rank"),
+        ({"r": True}, "no rank"),
+        ({"lora_alpha": "8"}, "no rank"),
+        ({"target_modules": ["w1"]}, "not known"),
+        ({"target_modules": "^model.*"}, "not known"),
+        ({"target_modules": []}, "not known"),
+    ],
+)
+def test_configs_that_change_the_numbers_are_refused(change: dict[str, Any], says: str) -> None:
+    model = model_of("llama")
+    written = {**write_adapter_config(model, base="x"), **change}
+    with pytest.raises(UsageError) as caught:
+        read_adapter_config(written, bare(model), where="adapter_config.json")
+    assert says in caught.value.what, caught.value
+
+
+def test_all_linear() -> None:
+    model = model_of("llama")
+    written = {**write_adapter_config(model, base="x"), "target_modules": "all-linear"}
+    assert set(read_adapter_config(written, bare(model), where="x").targets) == set(ALL)
+
+
+# --- quantized -----------------------------------------------------------------------------------------------------------
+
+
+def test_nf4_takes_the_nearest_quantile() -> None:
+    """By brute force over the 16 of them; the largest magnitude of a block is kept, zeros are zeros."""
+    values = torch.randn(64 * 30, generator=torch.Generator().manual_seed(1))
+    values[:64] = 0.0
+    codes, scales = quantize(values, kind="nf4", block=64)
+    assert len(codes) == code_bytes(len(values), "nf4") and codes.dtype == torch.uint8 and len(scales) == 30
+    found = dequantize(codes, scales, torch.empty(len(values)), kind="nf4", block=64)
+    rows, table16 = values.view(-1, 64), torch.tensor(NF4)
+    largest = rows.abs().amax(1, keepdim=True)
+    choices = table16 * largest[:, None]  # (30, 1, 16)
+    nearest = (rows[..., None] - choices).abs().min(-1).values
+    assert torch.allclose((found.view(-1, 64) - rows).abs(), nearest, atol=1e-6)
+    assert torch.equal(found.view(-1, 64).abs().amax(1), largest[:, 0]) and not found[:64].any()
+
+
+def test_nf4_is_that_of_bitsandbytes() -> None:
+    """What bitsandbytes 0.50.2 makes of these numbers on a CPU (quantize_4bit, blocks of 64, nf4), kept here."""
+    values = torch.linspace(-3, 5, 64)
+    codes, scales = quantize(values, kind="nf4", block=64)
+    assert codes.tolist() == BITSANDBYTES and scales.tolist() == [5.0]
+
+
+BITSANDBYTES = [
+    34,
+    34,
+    34,
+    51,
+    51,
+    52,
+    68,
+    69,
+    85,
+    86,
+    102,
+    119,
+    119,
+    136,
+    137,
+    153,
+    170,
+    170,
+    187,
+    188,
+    204,
+    204,
+    221,
+    221,
+    222,
+    238,
+    238,
+    238,
+    238,
+    255,
+    255,
+    255,
+]
+
+
+def test_int8_is_within_half_a_step() -> None:
+    values = torch.randn(640, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    codes, scales = quantize(values, kind="int8", block=32)
+    found = dequantize(codes, scales, torch.empty(640, dtype=torch.float64), kind="int8", block=32)
+    steps = scales.repeat_interleave(32) / 127
+    assert ((found - values).abs() <= steps * 0.5001).all()
