@@ -7,6 +7,7 @@ sent, and the line of code. Ranks that wait for each other are explained by layi
 from __future__ import annotations
 
 import mmap
+import os
 import socket
 import struct
 import sys
@@ -158,9 +159,10 @@ def make() -> mmap.mmap:
 
 
 def make_file(path: Path) -> mmap.mmap:
-    """Memory for a record, shared through a file."""
+    """Memory for a record, shared through a file. Raises OSError for a link or a pipe in its place: it is never written through."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb+") as file:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    with open(handle, "wb+", buffering=0) as file:
         file.truncate(SIZE)
         return mmap.mmap(file.fileno(), SIZE)
 

@@ -16,6 +16,7 @@ import os
 import resource
 import selectors
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm import flight, stop
-from dist_llm.errors import Code, Failure, MemoryFailure, PeerError, from_dict
+from dist_llm.errors import Code, Failure, MemoryFailure, PeerError, SpaceError, from_dict
 from dist_llm.watch import Watchdog, place_of
 
 GRACE_SECONDS = 2.0  # between the first failure and the end of the other ranks
@@ -56,6 +57,9 @@ def run_ranks(
     """
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  the first backward imports it (0.9 s): once here, not in every rank
 
+    if log_dir is not None:  # told here: a rank that has no log would tell it to the terminal
+        for rank in range(world):
+            os.close(open_log(log_dir / f"rank-{rank}.log"))
     sys.stdout.flush()
     sys.stderr.flush()
     meeting = os.memfd_create("dist-llm-store")  # every rank has inherited it, and opens it by its number
@@ -85,6 +89,21 @@ def run_ranks(
         for pid, read in children.values():
             _end(pid)
             os.close(read)
+
+
+def open_log(path: Path) -> int:
+    """A file to append to, as a descriptor. Raises SpaceError for a link, a pipe or a device: a log is never written through one."""
+    what, way = "a log of the run cannot be written", f"remove {path}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        found = "a link" if path.is_symlink() else error.strerror or str(error)
+        raise SpaceError(what, where=str(path), expected="a file", found=found, next=way) from None
+    if stat.S_ISREG(os.fstat(log).st_mode):
+        return log
+    os.close(log)
+    raise SpaceError(what, where=str(path), expected="a file", found="a pipe or a device", next=way)
 
 
 @contextlib.contextmanager
@@ -122,8 +141,7 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
     code: int = Code.DONE
     try:
         if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            log = os.open(log_dir / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            log = open_log(log_dir / f"rank-{rank}.log")
             os.dup2(log, 2)
             faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)  # the launcher asks for stacks when ranks hang
         from dist_llm import mesh

@@ -171,7 +171,8 @@ SCHEMA: dict[str, Any] = {
         "activation": choice("swiglu gelu gelu_tanh"), "dropout": BELOW_ONE, "init_std": NUMBER,
     },
     "data": {
-        "source": sources, "mix": None, "tokenizer": {"kind": choice("bpe bytes file"), "vocab": or_null(COUNT), "path": or_null(words)},
+        "source": sources, "mix": None, "tokenizer": {"kind": choice("bpe bytes file ids"), "vocab": or_null(COUNT), "path": or_null(words),
+                                                         "end": or_null(WHOLE)},
         "sequence": whole(2), "packing": choice("concat best_fit none"), "document_mask": switch, "reset_positions": switch,
         "validation": number(lambda value: 0 <= value <= 0.5), "text_key": words, "max_bad_lines": WHOLE, "dir": words,
         "max_tokens": or_null(COUNT), "seed": or_null(SEED),
@@ -429,7 +430,30 @@ def value_rules(given: dict[str, dict[str, Any]]) -> dict[str, bool]:
         "bytes": kind == "bytes" and tokens != 257,
         "bpe": kind == "bpe" and not 257 <= tokens <= MOST_TOKENS,
         "file": kind == "file" and tokenizer.get("path") is None,
+        "ids": kind == "ids" and not (tokens is not None and tokens <= 2**22 and -1 < (tokenizer.get("end") or 0) < tokens),
+        "end": (tokenizer.get("end") is None) == (kind == "ids"),
+        "hub": any(source.startswith("hub:") for source in texts_of(given["data"])) and not hub_names(given["data"]),
     }
+
+
+def texts_of(data: dict[str, Any]) -> list[str]:
+    """The sources that a data section names."""
+    source = data.get("source", "python")
+    return [item["source"] for item in data["mix"]] if data.get("mix") else [source] if isinstance(source, str) else list(source)
+
+
+def hub_names(data: dict[str, Any]) -> bool:
+    """Whether every source that begins as one of the hub is one, by a reader of its parts."""
+    for text in (source for source in texts_of(data) if source.startswith("hub:")):
+        rest, at, revision = text.removeprefix("hub:").partition("@")
+        path, colon, split = rest.partition(":")
+        parts = path.split("/")
+        names = [*parts, *([split] if colon else []), *(revision.split("/") if at else [])]
+        first, others = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"), set(".+-")
+        sound = all(name and name[0] in first and set(name) <= first | others and len(name) <= 96 for name in names)
+        if len(parts) not in (2, 3) or not sound or ".." in text:
+            return False
+    return True
 
 
 MOST_TOKENS = 2**24  # of a bpe

@@ -17,7 +17,7 @@ from dist_llm.config.schema import DataConfig
 from dist_llm.data.batches import IGNORED, PADDING, Batches, MicroBatch, training_batches, validation_batches
 from dist_llm.data.prepare import prepare
 from dist_llm.data.store import StoreWriter, TokenStore
-from dist_llm.errors import DataError, NumericError
+from dist_llm.errors import DataError
 from tests.engine_cases import build, config, layout_of
 
 END = 0
@@ -261,9 +261,31 @@ def test_every_row_of_shortest_documents_has_a_label(tmp_path: Path, sequence: i
 
 
 def test_a_step_without_a_label_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No data of ours has such a step; whatever gives one, the update is not made."""
+    """Whatever gives such a step, the update is not made, and the samples are named."""
     _, _, trainer = build(config(tied=True), vars(layout_of("dp=1")), 0, "float32")
     monkeypatch.setattr(type(trainer.order), "targets", lambda order, step: 0)
     monkeypatch.setattr(trainer.engine, "step", lambda *_, **__: pytest.fail("an update"))
-    with pytest.raises(NumericError, match="without a single target token"):
+    monkeypatch.setattr(type(trainer.order), "sample_ids", lambda order, step: np.arange(step, step + 12), raising=False)
+    with pytest.raises(DataError, match="without a single target token") as caught:
         trainer.step(3)
+    assert caught.value.code == 3 and caught.value.where == "step 4" and caught.value.found == "samples 3, 4, 5, 6, 7, 8, 9, 10 and 4 more"
+
+
+def test_a_step_without_a_label_is_refused_before_the_first(tmp_path: Path) -> None:
+    """Documents of an end token alone, as token files may hold: where a whole step is made of them, the data alone tells it."""
+    documents = [list(range(1, 9))] * 3 + [[]] * 50 + [[5, 6, 7]] * 3
+    store = store_of(tmp_path / "s", documents)
+    for sequence, batch, steps in [(4, 1, 40), (4, 2, 40), (4, 4, 60), (50, 1, 9), (3, 1, 5)]:
+        for mask in (True, False):
+            batches = Batches(store, sequence=sequence, global_batch=batch, seed=1, document_mask=mask)
+            first = next((step for step in range(steps) if batches.targets(step) == 0), None)
+            if first is None:
+                batches.require_targets(steps)
+                continue
+            assert mask
+            with pytest.raises(DataError) as caught:
+                batches.require_targets(steps)
+            assert caught.value.where == f"step {first + 1}" and f"--step {first}" in str(caught.value.next)
+            batches.require_targets(first)
+    batches = Batches(store, sequence=4, global_batch=1, seed=1, document_mask=True)
+    assert any(batches.targets(step) == 0 for step in range(40))

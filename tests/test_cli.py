@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
 from dist_llm.cli import main as cli
 from dist_llm.cli.train import Place, short_overrides, told_by, torchrun_place
@@ -70,8 +72,8 @@ def test_every_verb_is_there(commands: Commands) -> None:
 
 
 def test_a_wrong_word_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "'train'" in refused(capsys, "trian") and "--steps" in refused(capsys, "train", TINY, "--stpes", "3")
-    assert "'build'" in refused(capsys, "data", "buidl", TINY) and "dist-llm data --help" in refused(capsys, "data", "xyz")
+    assert "did you mean train?" in refused(capsys, "trian") and "--steps" in refused(capsys, "train", TINY, "--stpes", "3")
+    assert "did you mean build?" in refused(capsys, "data", "buidl", TINY) and "dist-llm data --help" in refused(capsys, "data", "xyz")
     assert "CONFIG" in refused(capsys, "train") and "--nproc" in refused(capsys, "train", TINY, "--nproc", "zero")
     assert "--nproc" in refused(capsys, "train", TINY, "--nproc", "0")
 
@@ -283,3 +285,131 @@ def test_torchrun(trained: tuple[Path, str], tmp_path: Path) -> None:
         for path in (home / "run", tmp_path / "run")
     ]
     assert losses[0] == losses[1]
+
+
+# --- what is wrong with the words of a command -----------------------------------------------------------------------------
+
+VERBS_WITH_FLAGS = [[name] for name, (_, held, _) in cli.VERBS.items() if held != "app"]
+VERBS_WITH_FLAGS += [["data", "build"], ["data", "preview"], ["data", "export"], ["tokenizer", "train"], ["tokenizer", "report"]]
+
+
+def flags_of(verb: list[str]) -> dict[str, tuple[Any, bool]]:
+    """Each flag of a verb: its type as typer has it, and whether it needs a value."""
+    command = typer.main.get_command(cli.app)
+    with command.make_context("dist-llm", [*verb], resilient_parsing=True) as context:
+        for name in verb:
+            command = command.get_command(context, name)
+    return {one.opts[0]: (one, not getattr(one, "is_flag", False)) for one in command.params if one.opts[0].startswith("--")}
+
+
+@pytest.mark.parametrize("verb", VERBS_WITH_FLAGS, ids=" ".join)
+def test_every_flag_says_what_it_takes(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A value that is no number, a missing value, a value too much, an unknown flag: in our words, with the verb and the flag."""
+    name, tried = " ".join(["dist-llm", *verb]), 0
+    for flag, (_, takes) in flags_of(verb).items():
+        if flag == "--help":
+            continue
+        if not takes:
+            err = refused(capsys, *verb, "x", f"{flag}=3")
+            assert f"error: {flag} takes no value" in err and f"where:    {name}" in err
+            continue
+        err = refused(capsys, *verb, flag)
+        assert f"error: {flag} needs a value" in err and f"next:     {name} --help" in err
+        code = cli.run([*verb, "x", "y", f"{flag}=?x"])
+        err = capsys.readouterr().err
+        if "a value that cannot be taken" in err:
+            assert code == 2 and f"where:    {name} {flag}" in err and "found:    ?x" in err and "number" in err.split("expected:")[1]
+            tried += 1
+        assert not any(word in err for word in ("Input should", "Invalid value", "valid integer", "Traceback")), err
+    err = refused(capsys, *verb, "--no-such-flag")
+    assert "there is no such flag" in err and "--no-such-flag" in err and f"where:    {name}" in err
+
+
+def test_bounds_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected, found in (
+        (("check", "x", "--world", "0"), "at least 1", "0"),
+        (("data", "preview", "x", "--rows", "1.5"), "a whole number", "1.5"),
+        (("tokenizer", "train", "skills", "--out", "x", "--megabytes", "1e99"), "at most 4096", "1e99"),
+        (("train", "x", "--nproc", "\x1b[31m"), "a whole number", "?[31m"),
+    ):
+        err = refused(capsys, *words)
+        assert f"expected: {expected}\n" in err and f"found:    {found}\n" in err and "\x1b" not in err
+
+
+def test_the_command_that_goes_on_is_one(tmp_path: Path, commands: Commands) -> None:
+    """`next` of a run folder in use is the very command, with what was typed."""
+    (tmp_path / "run/checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000003/COMMIT").write_text("x")
+    words = ["train", TINY, "--run-dir", str(tmp_path / "run"), "--steps", "5", "optimizer.lr=0.1"]
+    done = commands.run(*words)
+    assert done.returncode == 2 and f"next:     dist-llm {' '.join(words)} --resume auto\n" in done.stderr
+
+
+def test_tensors_that_differ_are_said_in_words() -> None:
+    from dist_llm.train.run import _other_tensors
+
+    here, there = {"a": (2, 3), "b": (4,)}, {"a": (2, 3), "b": (5,)}
+    assert _other_tensors(here, there) == "b has shape (5,) in the checkpoint, (4,) here"
+    assert _other_tensors(here, {"a": (2, 3)}) == "the checkpoint has no b, of shape (4,) here"
+    assert _other_tensors({"a": (2, 3)}, here) == "the checkpoint has b, which this model has not"
+    assert _other_tensors(here, {"c": (1,)}) == "the checkpoint has no a, of shape (2, 3) here; 2 more tensors differ"
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------------
+
+
+def in_the_place_of(log: Path, kind: str) -> Path:
+    """Something else where a log belongs; the file that must stay as it is."""
+    other = log.parent / "other"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    other.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(log)
+    elif kind == "folder":
+        log.mkdir()
+    else:
+        log.symlink_to({"link": other, "dangling link": log.parent / "nowhere", "link to a device": Path("/dev/full")}[kind])
+    return other
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "link to a device", "pipe", "folder"])
+def test_a_log_is_a_file(tmp_path: Path, kind: str) -> None:
+    from dist_llm import flight
+    from dist_llm.cli.train import keep_traceback
+    from dist_llm.errors import SpaceError
+    from dist_llm.ranks import open_log
+
+    log = tmp_path / "rank-0.log"
+    other = in_the_place_of(log, kind)
+    with pytest.raises(SpaceError) as caught:
+        open_log(log)
+    assert caught.value.code == 7 and caught.value.where == str(log) and caught.value.next == f"remove {log}"
+    keep_traceback(ValueError("x"), log)  # of torchrun's ranks: it goes without
+    with pytest.raises(OSError):
+        flight.make_file(log)
+    assert other.read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("link", 1), ("pipe", 0)])
+def test_a_log_is_never_written_through_a_link(tmp_path: Path, commands: Commands, kind: str, rank: int) -> None:
+    log = tmp_path / "run/logs" / f"rank-{rank}.log"
+    other = in_the_place_of(log, kind)
+    words = ["data.source=skills", "data.max_tokens=20_000", f"data.dir={tmp_path}/data", "runtime.device=cpu", "schedule.warmup=0"]
+    words += ["--steps", "1", "--layout", "dp=2", "--run-dir", str(tmp_path / "run")]
+    done = commands.run("train", TINY, *words)
+    assert done.returncode == 7 and done.stderr.count("error:") == 1, done.stderr
+    assert "a log of the run cannot be written" in done.stderr and str(log) in done.stderr and "Traceback" not in done.stderr
+    assert other.read_text() == "mine"
+
+
+def test_traces_go_through_no_link(tmp_path: Path) -> None:
+    import torch
+
+    from dist_llm.train.profile import Profile
+
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "trace-rank-0.json").symlink_to(tmp_path / "other")
+    profile = Profile((1, 1), folder=tmp_path, rank=0, device=torch.device("cpu"))
+    profile.watching = SimpleNamespace(stop=lambda: None, export_chrome_trace=lambda path: Path(path).write_text("trace"))
+    profile._write()
+    assert (tmp_path / "other").read_text() == "mine" and (tmp_path / "trace-rank-0.json").read_text() == "trace"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -25,6 +27,7 @@ from dist_llm.data.sealed import checked, seal
 from dist_llm.data.store import TokenStore
 from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer
 from dist_llm.errors import DataError
+from tests.commands import Commands
 from tests.test_store import snapshot
 
 ROOT = Path(__file__).parent.parent
@@ -314,3 +317,33 @@ def test_killed_through_the_shell(tmp_path: Path) -> None:
         done = shell(tmp_path / folder)
         assert done.returncode == 0, done.stderr
     assert snapshot(tmp_path / "data") == snapshot(tmp_path / "calm")
+
+
+def test_clean_removes_what_nobody_holds(tmp_path: Path, commands: Commands) -> None:
+    """Interrupted builds go, one that runs and what is complete stay; nothing outside, nothing through a link."""
+    config, home, outside = tmp_path / "run.yaml", tmp_path / "data", tmp_path / "outside"
+    config.write_text(
+        "model: {family: llama, layers: 1, dim: 16, heads: 2}\n"
+        f"data: {{source: skills, tokenizer: {{kind: bytes}}, sequence: 16, max_tokens: 2000, dir: {home}}}\n"
+    )
+    assert commands.run("data", "build", str(config)).returncode == 0
+    complete = snapshot(home)
+    outside.mkdir()
+    (outside / "kept").write_text("mine")
+    for name in ("left-0123456789ab", "held-0123456789ab"):
+        (home / f".{name}.partial" / "made" / "train").mkdir(parents=True)
+        (home / f".{name}.partial" / "made" / "train" / "tokens-00000.bin").write_bytes(bytes(1000))
+    (home / ".left-0123456789ab.partial" / "link").symlink_to(outside)
+    (home / ".gone-0123456789ab.partial").symlink_to(outside)
+    (home / ".other.partial").mkdir()
+    with (home / ".held-0123456789ab.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answer = json.loads(commands.run("data", "clean", str(config), "--json").stdout)
+        assert [Path(path).name for path in answer["removed"]] == [".left-0123456789ab.partial"] and answer["freed_bytes"] > 1000
+        assert [Path(path).name for path in answer["in_use"]] == [".held-0123456789ab.partial"]
+    assert (outside / "kept").read_text() == "mine"
+    assert (home / ".gone-0123456789ab.partial").is_symlink() and (home / ".other.partial").is_dir()
+    done = commands.run("data", "clean", str(config))
+    assert done.returncode == 0 and "removed" in done.stdout and ".held-" in done.stdout
+    assert snapshot(home) == complete
+    assert commands.run("data", "clean", str(config), f"data.dir={tmp_path}/nothing").returncode == 0

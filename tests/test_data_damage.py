@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +17,11 @@ from dist_llm.config.schema import DataConfig
 from dist_llm.data import prepare as preparing
 from dist_llm.data import shards as storing
 from dist_llm.data.build import build_store
+from dist_llm.data.journal import Stores
 from dist_llm.data.prepare import Prepared, prepare
+from dist_llm.data.sealed import check_seal
+from dist_llm.data.store import read_manifest
+from dist_llm.data.tokenizer import bytes_tokenizer
 from dist_llm.errors import DataError, render
 from tests.test_damage import CONTENTS, FILES, flip_each
 
@@ -199,3 +204,31 @@ def test_a_run_ends_before_its_first_step(tmp_path: Path) -> None:
         )
         assert done.stderr.count("error: ") == 1
     assert "step 1" not in trained.stdout and not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "seal.json", "note.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large"])
+def test_what_is_no_file_is_told_at_once(data: Data, tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe in the place of a file would be waited for, a device read without end."""
+    path = tmp_path / "x" / name
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    signal.setitimer(signal.ITIMER_REAL, 20)  # a hang is an error: the signal ends the test
+    try:
+        if name == "note.json":
+            stores = Stores(path.parent, tokenizer=bytes_tokenizer(), terms=1, note=path) if kind != "folder" else None
+            assert stores is None or stores.tokens == 0
+            return
+        with pytest.raises(DataError) as caught:
+            read_manifest(path.parent) if name == "manifest.json" else check_seal(path.parent, key="")
+        assert caught.value.where == str(path) and caught.value.found
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

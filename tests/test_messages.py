@@ -138,6 +138,18 @@ def tokenizer(change: dict[str, Any]) -> Callable[[], object]:
     return make
 
 
+def parquet(column: str, values: list[Any]) -> Callable[[], object]:
+    """x.parquet with one column."""
+
+    def make() -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({column: values}), "x.parquet")
+
+    return make
+
+
 def metrics(run: str, *losses: str) -> None:
     put(f"{run}/metrics.jsonl", "".join(json.dumps({"step": n + 1, "loss_hex": loss}) + "\n" for n, loss in enumerate(losses)))()
 
@@ -148,6 +160,7 @@ def two_runs() -> None:
 
 
 FILE = "data.tokenizer.kind=file data.tokenizer.path=words/tokenizer.json"
+IDS = "data.tokenizer.kind=ids data.tokenizer.vocab=99 data.tokenizer.end=98"
 TEXT = "data.source=text.jsonl data.validation=0"
 WRONG = "modle: 1\nlr: 2\nbatch: {micro: x, size: 3}\nmodel: {layers: 0, dim: '64', hidden_size: 3, tied: 1, family: lama}\n"
 WRONG += "layout: tp=x,tpp=2\n"
@@ -304,6 +317,21 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("tokenizer without an end", f"data build run.yaml {FILE}", make=tokenizer({"added_tokens": []})),
         Case("tokenizer larger than the model", f"check run.yaml {FILE} model.vocab=99", make=tokenizer({})),
         Case("tokenizer of another size", f"data build run.yaml {FILE} data.tokenizer.vocab=99", make=tokenizer({})),
+        Case("ids without numbers", f"check run.yaml {IDS[:23]}"),
+        Case("ids and text", f"data build run.yaml {IDS}"),
+        Case("token files and a new tokenizer", "data build run.yaml data.source=x.bin data.tokenizer.kind=bpe", make=put("x.bin", b"")),
+        Case("token file is cut", f"data build run.yaml data.source=x.bin {IDS}", 3, make=put("x.bin", b"12345")),
+        Case("id that is none", f"data build run.yaml data.source=x.bin {IDS}", 3, make=put("x.bin", bytes(9) + b"a")),
+        Case("no such index", f"data build run.yaml data.source=x.idx {IDS}", 3, make=lambda: (put("x.idx", b"MM")(), put("x.bin", b"")())),
+        Case("index without ids", f"data build run.yaml data.source=x.idx {IDS}", make=put("x.idx", b"MM")),
+        Case("no such format of tokens", "data export run.yaml made --format fairseq"),
+        Case("exported before", "data export run.yaml made", make=lambda: Path("made").mkdir()),
+        Case("table is none", "data build run.yaml data.source=x.parquet", 3, make=put("x.parquet", b"PAR1")),
+        Case("no such column", "data build run.yaml data.source=x.parquet", 3, make=parquet("body", ["a"])),
+        Case("column of numbers", "data build run.yaml data.source=x.parquet data.text_key=n", 3, make=parquet("n", [1])),
+        Case("bad rows", "data build run.yaml data.source=x.parquet data.validation=0", 3, make=parquet("text", ["a", None, "b"])),
+        Case("no name of the hub", "check run.yaml data.source=hub:../x"),
+        Case("hub without a network", "data preview run.yaml data.source=hub:owner/name", 3),
         Case("vocabulary too small for a bpe", "tokenizer train skills --out made --vocab 99"),
         Case("vocabulary too large for a bpe", "check run.yaml data.tokenizer.kind=bpe model.vocab=99999999"),
     ),
@@ -432,11 +460,15 @@ def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return request.param
 
 
-def test_a_message_is_as_it_was_and_its_command_is_one(case: tuple[str, Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_is_as_it_was_and_its_command_is_one(
+    case: tuple[str, Case], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     area, fault = case
     fault.make()
     capsys.readouterr()
-    code = cli.run(shlex.split(fault.words.replace("*", "'*'")))
+    typed = shlex.split(fault.words.replace("*", "'*'"))
+    monkeypatch.setattr("sys.argv", ["dist-llm", *typed])
+    code = cli.run(typed)
     out, err = capsys.readouterr()
     found = normal(err, tmp_path)
     golden(area, fault.name, f"$ dist-llm {fault.words}\nexit {code}\n{found}")
@@ -452,6 +484,8 @@ def mend(fault: Case, words: list[str]) -> None:
     """What the user does first, where the message says so."""
     if "remove" in fault.name or "damaged" in fault.name or "is gone" in fault.name:
         shutil.rmtree("data", ignore_errors=True)
+    if fault.name == "bad rows":
+        lines('{"text": "good"}')()  # the same command is tried with lines
     if words[:1] == ["report"]:
         metrics("run", "0x1p+0")
 

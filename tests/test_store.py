@@ -121,6 +121,15 @@ def test_max_tokens_is_exact(tmp_path: Path, limit: int) -> None:
     assert sum(len(one.ids) + 1 for batch in encode(open_corpus("entropy", seed=1), BYTES, max_tokens=limit) for one in batch) == limit
 
 
+def test_a_document_may_be_an_end_token_alone(tmp_path: Path) -> None:
+    """Token files of others hold such; text never gives one."""
+    writer = StoreWriter(tmp_path / "x", vocab=9, end_id=8)
+    writer.add([[], [1, 2], []], digests=b"", text_bytes=0)
+    writer.close(split="train", source="x", tokenizer="t")
+    store = TokenStore(tmp_path / "x")
+    assert [store.document(number).tolist() for number in range(3)] == [[8], [1, 2, 8], [8]] and store.shortest == 1
+
+
 def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     for vocab, dtype in ((65_536, "uint16"), (65_537, "uint32")):
         writer = StoreWriter(tmp_path / dtype, vocab=vocab, end_id=0)
@@ -128,7 +137,7 @@ def test_wide_vocabularies_take_four_bytes(tmp_path: Path) -> None:
         writer.close(split="train", source="x", tokenizer="t")
         store = TokenStore(tmp_path / dtype)
         assert store.manifest.dtype == dtype and store.document(0).tolist() == [vocab - 1, 1, 0]
-    for wrong in ([[257]], [[-1]], [[3, 256]], [[]]):
+    for wrong in ([[257]], [[-1]], [[3, 256]]):
         with pytest.raises(AssertionError):
             StoreWriter(tmp_path / str(wrong), vocab=257, end_id=256).add(wrong, digests=b"", text_bytes=0)
 

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from dist_llm.cli.network import sources_of
 from dist_llm.config import explain as explained
+from dist_llm.config.hub import MARK
 from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.config.rules import check as check_rules
@@ -129,11 +131,12 @@ def _missing_here(loaded: Loaded) -> list[str]:
     from dist_llm.data.readers import find_files
 
     data, origins = loaded.config.data, loaded.origins
-    sources = [item.source for item in data.mix] if data.mix else [data.source] if isinstance(data.source, str) else [*data.source]
     missing = []
-    for source in sources:
+    for source in sources_of(data):
         try:
-            if source not in CORPORA:
+            if source.startswith(MARK):
+                missing.append(f"{source}: data build and train read it over the network, where it is not in data.dir yet")
+            elif source not in CORPORA:
                 find_files(source)
         except Failure:
             missing.append(f"no text at {source} on this machine (data.{'mix' if data.mix else 'source'}: {origins['data.source']})")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dist_llm import faults
+from dist_llm.cli.data_files import clean, export
+from dist_llm.cli.network import allow_hub
 from dist_llm.config.load import load_config
 from dist_llm.errors import UsageError, plain
 from dist_llm.train.base import read_base
@@ -39,6 +41,7 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
 
     config = load_config(config_path, overrides or [], base=read_base).config
     faults.arm(os.environ.get("DIST_LLM_FAULT"))  # tests alone set it
+    allow_hub(config.data, lambda text: print(plain(text), file=sys.stderr))
     started = time.monotonic()
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress, max_bad_lines=max_bad_lines, verify=True)
@@ -52,7 +55,8 @@ def build(config_path: ConfigPath, overrides: Overrides = None, max_bad_lines: B
     verb, vocab = "built" if prepared.built else "found again", prepared.tokenizer.vocab_size
     typer.echo(f"{verb} in {summary['seconds']:.1f} s; tokenizer of {vocab:,} tokens")
     for store in summary["stores"]:
-        words = f"{store['tokens']:>13,} tokens  {store['documents']:>9,} documents  {store['bytes_per_token']:.2f} bytes per token"
+        words = f"{store['tokens']:>13,} tokens  {store['documents']:>9,} documents"
+        words += f"  {store['bytes_per_token']:.2f} bytes per token" if store["bytes_per_token"] is not None else ""
         typer.echo(f"  {store['split']:<10} {words}  {plain(store['folder'])}")
         if longer := store["longer_than_sequence"]:
             fate = "they go on in the next" if prepared.template is None else f"data.chat.too_long is {config.data.chat.too_long}"
@@ -108,6 +112,10 @@ def preview(
         _print_row(row)
 
 
+app.command()(export)
+app.command()(clean)
+
+
 def summarise(prepared: Prepared, *, sequence: int, seconds: float) -> dict[str, Any]:
     """What was built, as data. sequence: tokens of one; documents that are longer are counted, they are cut and go on in the next."""
     stores = [
@@ -118,7 +126,7 @@ def summarise(prepared: Prepared, *, sequence: int, seconds: float) -> dict[str,
             "tokens": len(store),
             "documents": store.manifest.documents,
             "longer_than_sequence": store.longer_than(sequence),
-            "bytes_per_token": store.manifest.text_bytes / max(1, len(store)),
+            "bytes_per_token": store.manifest.text_bytes / max(1, len(store)) if store.manifest.text_bytes else None,
             "sha256": [shard.sha256 for shard in store.manifest.shards],
         }
         for store in (*prepared.train, *prepared.validation)

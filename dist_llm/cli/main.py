@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from dist_llm import __version__, stop
-from dist_llm.errors import Code, Failure, UsageError, render
+from dist_llm.cli.misuse import misuse
+from dist_llm.errors import Code, Failure, render
 
 VERBS = {  # name -> (module, what it holds, one line of help)
     "train": ("train", "train", "Train a model from a config."),
@@ -117,9 +118,15 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         if error.__class__.__name__ == "NoArgsIsHelpError":
             print(error.format_message())
             return Code.USAGE
-        return _end(_usage(error), arguments, debug=debug)
+        return _end(misuse(error, _verb(arguments)), arguments, debug=debug)
     except Exception as error:
         return _end(bug(error), arguments, debug=debug)
+
+
+def _verb(arguments: list[str]) -> str:
+    """The verb that a command line names, with the one below it where it has some."""
+    words = arguments[: 2 if arguments and VERBS.get(arguments[0], ("", "", ""))[1] == "app" else 1]
+    return " ".join(words) if words and words[0] in VERBS else ""
 
 
 def end_on_termination() -> None:
@@ -146,14 +153,6 @@ def bug(error: Exception) -> Failure:
     failure = Failure("a bug in dist-llm, or a fault it does not know", found=found, details=[f"the traceback is in {path}"])
     failure.__cause__ = error
     return failure
-
-
-def _usage(error: Any) -> UsageError:
-    """What click found wrong with the words of the command; it names the nearest ones."""
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context is not None else "dist-llm"
-    lines = error.format_message().split("\n")
-    return UsageError(lines[0], where=where, details=lines[1:], next=f"{where} --help")
 
 
 def _end(failure: Failure, arguments: list[str], *, debug: bool) -> int:

@@ -17,6 +17,7 @@ import typer
 
 from dist_llm import faults, flight
 from dist_llm.cli.loopback import stay_on_loopback
+from dist_llm.cli.network import allow_hub
 from dist_llm.config import explain
 from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, config_tree, load_config
@@ -185,7 +186,7 @@ def _train_here(run: Run, restarts: int) -> None:
         from dist_llm.train.storage import RunFolder
 
         folder = RunFolder(run.path)
-        found = candidates(run.path, run.resume)
+        found = candidates(run.path, run.resume, go_on=go_on(sys.argv[1:]))
         folder.write_config(run.loaded.config)
         _conclude(run, _run_local(run, found, console, restarts), console)
 
@@ -241,16 +242,24 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     config, first = run.loaded.config, place.rank == 0
     if first:
         _introduce(run, console)
+    else:
+        allow_hub(config.data, lambda text: None)
     from dist_llm import mesh
     from dist_llm.train import run as training
     from dist_llm.train.storage import RunFolder
 
     folder = RunFolder(run.path) if first else None
     again = "auto" if place.meeting.attempt and saved_steps(run.path) else run.resume
-    candidates = training.candidates(run.path, again)  # every rank finds the same
+    command = f"torchrun as before with {go_on(sys.argv[1:])}"
+    candidates = training.candidates(run.path, again, go_on=command)  # every rank finds the same
     if folder is not None:
         folder.write_config(config)
-    flight.start(flight.make_file(run.path / "logs" / f"rank-{place.rank}.flight"), rank=place.rank, pid=os.getpid())
+    record = run.path / "logs" / f"rank-{place.rank}.flight"
+    try:
+        flight.start(flight.make_file(record), rank=place.rank, pid=os.getpid())
+    except OSError as error:
+        found, way = error.strerror or str(error), f"remove {record}"
+        raise SpaceError("the record of a rank cannot be written", where=str(record), expected="a file", found=found, next=way) from None
     watchdog: Watchdog | None = None
 
     def tell(message: dict[str, Any]) -> None:
@@ -280,9 +289,10 @@ def told_by(failure: Failure, *, rank: int, local_rank: int, teller: int = 0) ->
 
 def keep_traceback(error: BaseException, log: Path) -> None:
     """Appends a traceback to a log of the run, if it can be written."""
-    with contextlib.suppress(OSError):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
+    from dist_llm.ranks import open_log
+
+    with contextlib.suppress(OSError, SpaceError):
+        with open(open_log(log), "a") as file:
             file.write("".join(traceback.format_exception(error)))
 
 
@@ -293,6 +303,7 @@ def _introduce(run: Run, console: Console) -> None:
     for line in explain.equations(config, run.layout):
         console.line(line)
     console.line(f"layout {run.layout}; run folder {plain(config.save.dir)}")
+    allow_hub(config.data, lambda text: console.line(plain(text)))
 
 
 def _conclude(run: Run, result: dict[str, Any], console: Console | None) -> None:

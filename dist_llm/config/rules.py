@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import isqrt, log2
 
+from dist_llm.config import hub
 from dist_llm.config.layout import Layout, canonical, concrete, resolve
-from dist_llm.config.schema import BYTES, LARGEST_BPE, Config
+from dist_llm.config.schema import BYTES, LARGEST_BPE, LARGEST_IDS, Config
 from dist_llm.errors import UsageError
 
 MAX_WORLD = 1_000_000
@@ -246,7 +247,11 @@ def _numbers(config: Config, layout: Layout) -> Iterator[Problem]:
 
 
 def _text(config: Config, layout: Layout) -> Iterator[Problem]:
-    tokenizer, vocab = config.data.tokenizer, config.model.vocab
+    tokenizer, vocab, data = config.data.tokenizer, config.model.vocab, config.data
+    named = [item.source for item in data.mix] if data.mix else [data.source] if isinstance(data.source, str) else data.source
+    for source in named:
+        if source.startswith(hub.MARK) and hub.parse(source) is None:
+            yield Problem("data.mix" if data.mix else "data.source", f"{source!r} names no data set of the hub, expected {hub.FORM}")
     if tokenizer.vocab is not None and tokenizer.vocab > vocab:
         yield Problem("model.vocab", f"the tokenizer has {tokenizer.vocab} tokens, the model {vocab}")
     if tokenizer.kind == "bytes" and tokenizer.vocab != BYTES:
@@ -258,6 +263,23 @@ def _text(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("data.tokenizer.vocab", f"a bpe of at most {LARGEST_BPE} tokens can be learned, found {tokenizer.vocab}")
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield Problem("data.tokenizer.path", "kind file needs the path of a tokenizer.json")
+    if tokenizer.kind == "ids":
+        yield from _ids(tokenizer.vocab, tokenizer.end)
+    elif tokenizer.end is not None:
+        yield Problem("data.tokenizer.end", f"goes with kind ids alone, the kind is {tokenizer.kind}")
+
+
+def _ids(vocab: int | None, end: int | None) -> Iterator[Problem]:
+    """What numbers without a text need."""
+    if vocab is None:
+        yield Problem("data.tokenizer.vocab", "kind ids needs the number of ids, such as 50257")
+    elif vocab > LARGEST_IDS:
+        yield Problem("data.tokenizer.vocab", f"kind ids has at most {LARGEST_IDS} ids, found {vocab}")
+    if end is None:
+        text = "kind ids needs the id that ends a document, such as 50256; where the files have none, one id more than they use"
+        yield Problem("data.tokenizer.end", text)
+    elif vocab is not None and end >= vocab:
+        yield Problem("data.tokenizer.end", f"{end} is not below data.tokenizer.vocab {vocab}")
 
 
 def _chat(config: Config, layout: Layout) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ Offload = Literal["none", "optimizer", "all"]
 BYTES = 257  # tokens of the bytes tokenizer, and the fewest of a bpe: every byte, and the end of a document
 LARGEST = 2**40  # a bound on every count, so that no product of a few of them grows without end
 LARGEST_BPE = 2**24  # tokens that can be learned: the trainer makes room for all of them before it starts
+LARGEST_IDS = 2**22  # numbers without a text: each gets a name
 
 
 def _on_off(value: Any) -> Any:
@@ -147,11 +148,15 @@ class ModelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """The tokenizer. bpe is trained on the run's own text to `vocab` tokens; file reads a tokenizer.json at `path`."""
+    """The tokenizer. bpe is trained on the run's own text to `vocab` tokens; file reads a tokenizer.json at `path`.
 
-    kind: Literal["bpe", "bytes", "file"] = "bpe"
-    vocab: Count | None = None  # when left out: bytes 257; bpe the model's in a Config, else 2048; file None, what the file has
+    ids is for token files whose tokenizer is not at hand: `vocab` numbers, one of which ends a document.
+    """
+
+    kind: Literal["bpe", "bytes", "file", "ids"] = "bpe"
+    vocab: Count | None = None  # when left out: bytes 257; bpe the model's in a Config, else 2048; file and ids None
     path: Text | None = None
+    end: Whole | None = None  # ids: the number that ends a document
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,7 @@ another one in every epoch of that source, which of its samples it is. So the wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,24 @@ class Batches:
                 total -= int((np.searchsorted(ends, start + self.sequence, "right") - np.searchsorted(ends, start, "right")).sum())
         return total
 
+    def require_targets(self, steps: int) -> None:
+        """Raises DataError where one of the steps to come has nothing to learn from; looks at each where that can be at all."""
+        if not self.document_mask:
+            return
+        labels = []
+        for store, count in zip(self.stores, self.counts.tolist(), strict=True):
+            ends = store.document_starts[1:]
+            edges = np.arange(count + 1) * self.sequence
+            masked = np.diff(np.searchsorted(ends, edges, "right")) if store.shortest == 1 else np.zeros(count, np.int64)
+            labels.append(self.sequence - masked)  # a document of an end token alone gives none
+        each = np.concatenate(labels)
+        if each.min() > 0:
+            return
+        for step in range(steps):
+            ids = self.sample_ids(step)
+            if not each[ids.numpy()].any():
+                raise no_targets(step, ids)
+
     def weight(self, step: int) -> float:
         """What the target tokens of the whole global batch count together: their number, where each counts 1."""
         return float(self.targets(step))
@@ -240,6 +258,15 @@ def _order(stores: Sequence[TokenStore], data: DataConfig, **settings: Any) -> B
     from dist_llm.data.packing import PackedBatches  # it is made of the class above
 
     return PackedBatches(stores, sequence=data.sequence, best_fit=data.packing == "best_fit", too_long=data.chat.too_long, **settings)
+
+
+def no_targets(step: int, samples: Iterable[int]) -> DataError:
+    """The failure of a step (from 0) in which no label counts; it is told before anything was changed by it."""
+    ids = [int(number) for number in samples]
+    found = f"samples {', '.join(map(str, ids[:8]))}" + (f" and {len(ids) - 8} more" if len(ids) > 8 else "") if ids else None
+    what, expected = "a batch without a single target token", "at least one label to learn from"
+    way = f"dist-llm data preview CONFIG --step {step} shows it"
+    return DataError(what, where=f"step {step + 1}", expected=expected, found=found, next=way)
 
 
 def _document_start(ends: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ def build_store(
         threshold = stores.lowest if again else 0.0
     if validation and not threshold:
         notes.append(f"{corpus.name} is one document, or one many times: nothing is held out for validation")
-    return notes
+    return [*notes, *(f"{corpus.name}: {note}" for note in corpus.found())]
 
 
 def encode(
@@ -85,8 +85,8 @@ def encode(
     are read past, not encoded.
     """
     endless = corpus.endless and max_tokens is None
-    source = limited(corpus.documents(), GENERATED) if endless else corpus.documents()
     encoder: Encoder = TextEncoder(by) if isinstance(by, Tokenizer) else by
+    source = limited(corpus.documents(), GENERATED) if endless else corpus.read(encoder.tokenizer)
     added, kept_tokens = 0 if encoder.weighted else 1, tokens  # added: the end token that a store gives each document
 
     def tell(place: float) -> None:
@@ -157,7 +157,7 @@ def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
     held = 0
     for document in documents:
         group.append(document)
-        held += len(document.text)
+        held += len(document.text) if document.ids is None else len(document.ids)
         if held >= ENCODED_AT_ONCE:
             yield group
             group, held = [], 0

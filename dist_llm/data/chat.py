@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_llm.data.readers import MAX_LINE, Take, is_json, parse_object, printable, type_name, unpack, wrong_text
+from dist_llm.data.readers import MAX_LINE, Take, is_json, is_table, parse_object, printable, type_name, unpack, wrong_text
 from dist_llm.data.templates import TrainOn
 from dist_llm.data.weights import LARGEST
 from dist_llm.errors import DataError, UsageError
@@ -68,13 +68,23 @@ def shapes_of(record: dict[str, Any]) -> list[Format]:
     return found if len(found) < 2 else [name for name in found if name != "text"]
 
 
+def require_objects(files: Sequence[Path]) -> None:
+    """Raises UsageError for a file that holds no objects."""
+    for path in files:
+        if not is_json(path) and not is_table(path):
+            expected = "files ending in .jsonl, .ndjson or .json, also with .gz or .zst, or in .parquet, .arrow or .feather"
+            raise UsageError("conversations are read from JSON lines or tables", where=str(path), expected=expected)
+
+
 def find_format(files: Sequence[Path]) -> Format:
-    """The shape of the first object in the files. Raises DataError where it is not clear, UsageError for a file of another kind."""
+    """The shape of the first object in the files. Raises DataError where it is not clear."""
     for path in files:
-        if not is_json(path):
-            expected = "files ending in .jsonl, .ndjson or .json, also with .gz or .zst"
-            raise UsageError("conversations are read from JSON lines", where=str(path), expected=expected)
-    for path in files:
+        if is_table(path):
+            from dist_llm.data.parquet import read_rows, without_nulls
+
+            if (first := next(read_rows(path), None)) is not None:
+                return _only_shape(without_nulls(first.values), first.place)
+            continue
         with path.open("rb") as raw:
             stream = unpack(raw, path)
             for number in range(1, LOOKED_AT + 1):

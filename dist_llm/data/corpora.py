@@ -1,4 +1,4 @@
-"""Where text comes from: `python`, `skills`, `entropy`, or the user's own files, behind one small type."""
+"""Where text comes from: `python`, `skills`, `entropy`, the user's own files, or the hub, behind one small type."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from dist_llm.config.hub import MARK
 from dist_llm.data import chat, python_corpus, skills
 from dist_llm.data.chat import Reading
 from dist_llm.data.entropy import MarkovSource
-from dist_llm.data.readers import BadLines, Document, Take, find_files, read_files, size_of
+from dist_llm.data.readers import BadLines, Document, Take, find_files, is_table, read_files, size_of
+from dist_llm.data.token_files import TokenFiles, is_tokens
 from dist_llm.errors import DataError, UsageError
 
+if TYPE_CHECKING:
+    from dist_llm.data.tokenizer import Tokenizer
+
+PACKED = {".gz": 4, ".zst": 4, ".parquet": 3}  # about how many bytes of text a byte of such a file holds
 GENERATED = 4_000_000  # bytes of text that a generator gives where no limit is set
 
 
@@ -24,6 +32,8 @@ class Corpus:
     size: bytes of text expected, for progress and sampling. identity: what the text depends on, without reading it:
     equal identities mean equal text. endless: a generator, to be cut by the caller. notes: what a user should know.
     place: the path or glob of files. shape: of the objects, where they are conversations: documents are as data/chat.py spells them.
+    tokens: how documents that come as ids of a tokenizer are read; `documents` fails then. found: what the last reading has met
+    that a user should know.
     """
 
     name: str
@@ -35,45 +45,75 @@ class Corpus:
     notes: tuple[str, ...] = ()
     place: str = ""
     shape: str = ""
+    tokens: Callable[[Tokenizer], Iterator[Document]] | None = None
+    found: Callable[[], list[str]] = list
+
+    def read(self, tokenizer: Tokenizer) -> Iterator[Document]:
+        """Every document, as text or as the tokenizer's ids."""
+        return self.documents() if self.tokens is None else self.tokens(tokenizer)
 
 
 def open_corpus(
-    source: str | tuple[str, ...], *, seed: int, text_key: str = "text", bad: BadLines | None = None, reading: Reading | None = None
+    source: str | tuple[str, ...],
+    *,
+    seed: int,
+    text_key: str = "text",
+    bad: BadLines | None = None,
+    reading: Reading | None = None,
+    home: Path | None = None,
 ) -> Corpus:
-    """The corpus that a config names: `python`, `skills`, `entropy`, a path, a glob, or several of these one after the other.
+    """The corpus that a config names: `python`, `skills`, `entropy`, a path, a glob, a data set of the hub, or several of these one
+    after the other.
 
     reading: its documents are conversations. Raises UsageError for a source that does not exist, DataError for one without
-    text. Bad lines are counted in `bad`.
+    text. Bad lines are counted in `bad`. home: the folder that keeps which commit of a data set of the hub is read.
     """
     bad = BadLines() if bad is None else bad
     names = (source,) if isinstance(source, str) else source
     parts = [
-        _open_one(name, seed=seed, text_key=text_key, bad=bad) if reading is None else _open_chat(name, seed=seed, bad=bad, reading=reading)
+        _open_one(name, seed=seed, text_key=text_key, bad=bad, home=home)
+        if reading is None
+        else _open_chat(name, seed=seed, bad=bad, reading=reading, home=home)
         for name in names
     ]
     return parts[0] if len(parts) == 1 else _chain(parts)
 
 
-def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines) -> Corpus:
+def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines, home: Path | None) -> Corpus:
     if source == "python":
         return _python()
     if source == "skills":
         return Corpus("skills", ("skills", seed), lambda: _skills(seed), GENERATED, endless=True, shuffled=True)
     if source == "entropy":
         return Corpus("entropy", ("entropy", seed), lambda: _entropy(seed), GENERATED, endless=True, shuffled=True)
-    return _files(source, text_key=text_key, bad=bad)
+    if source.startswith(MARK):
+        return _hub(source, text_key=text_key, bad=bad, home=home)
+    files = find_files(source)
+    if any(map(is_tokens, files)):
+        return _token_files(source, files)
+    return _files(source, files, text_key=text_key, bad=bad)
 
 
-def _open_chat(source: str, *, seed: int, bad: BadLines, reading: Reading) -> Corpus:
+def _open_chat(source: str, *, seed: int, bad: BadLines, reading: Reading, home: Path | None) -> Corpus:
     """A source of conversations."""
     if source == "skills":
         identity = ("skills", "chat", seed)
         return Corpus("skills", identity, lambda: _skill_chats(seed), GENERATED, endless=True, shuffled=True, shape="messages")
     if source in ("python", "entropy"):
-        raise UsageError("this source holds no conversations", where=f"data.source: {source}", expected="skills, or JSON lines")
-    shape = reading.shape if reading.shape != "auto" else chat.find_format(find_files(source))
+        expected = "skills, JSON lines, tables, or a data set of the hub"
+        raise UsageError("this source holds no conversations", where=f"data.source: {source}", expected=expected)
+    if source.startswith(MARK):
+        if reading.shape == "auto":
+            what, expected = "the shape of conversations on the hub is to be named", "one of " + ", ".join(chat.KEYS)
+            raise UsageError(what, where="data.chat.format", expected=expected, found="auto")
+        take = chat.taker(reading.shape, train_on=reading.train_on)
+        corpus = _hub(source, text_key="text", bad=bad, home=home, take=take)
+        return replace(corpus, identity=("chat", reading.shape, reading.train_on, corpus.identity), shape=reading.shape)
+    files = find_files(source)
+    chat.require_objects(files)
+    shape = reading.shape if reading.shape != "auto" else chat.find_format(files)
     take = chat.taker(shape, train_on=reading.train_on)
-    corpus = _files(source, text_key="text", bad=bad, take=take)
+    corpus = _files(source, files, text_key="text", bad=bad, take=take)
     found = f"{source} holds conversations of the shape {shape}" + (", as its first object says" if reading.shape == "auto" else "")
     return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, notes=(*corpus.notes, found))
 
@@ -88,13 +128,52 @@ def _python() -> Corpus:
     return Corpus("python", identity, lambda: python_corpus.documents(items), size, shuffled=True, notes=notes)
 
 
-def _files(source: str, *, text_key: str, bad: BadLines, take: Take | None = None) -> Corpus:
+def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines, take: Take | None = None) -> Corpus:
     """Local files. Their identity is path, size and time of change: reading gigabytes to learn that nothing changed would cost minutes."""
-    files = find_files(source)
-    identity = ("files", text_key, *((str(path.resolve()), size_of(path), path.stat().st_mtime_ns) for path in files))
-    size = sum(size_of(path) * (4 if path.suffix in (".gz", ".zst") else 1) for path in files)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-").lower()[:32]
-    return Corpus(name or "text", identity, lambda: read_files(files, text_key=text_key, bad=bad, take=take), size, place=source)
+    identity = ("files", text_key, *_states(files))
+    bad.rows |= any(map(is_table, files))
+    size = sum(size_of(path) * PACKED.get(path.suffix, 1) for path in files)
+    read = partial(read_files, files, text_key=text_key, bad=bad, take=take)
+    return Corpus(_name(source) or "text", identity, read, size, place=source)
+
+
+def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None, take: Take | None = None) -> Corpus:
+    """A data set of the hub at one commit, which is its identity. Its size is not known: a sample of it is its beginning."""
+    from dist_llm.data import hub
+
+    reference, commit = hub.resolve(source, home=home)
+    bad.rows = True
+    identity = ("hub", reference.repo, reference.config, reference.split, commit, text_key)
+    name = _name(f"{reference.repo.replace('/', '-')}-{commit[:8]}")
+    note = f"{reference} was read at commit {commit}"
+    read = partial(hub.documents, reference, commit, text_key=text_key, bad=bad, take=take)
+    return Corpus(name, identity, read, 1, shuffled=True, notes=(note,), place=source)
+
+
+def _token_files(source: str, files: list[Path]) -> Corpus:
+    """Token files of other tools. Raises UsageError where other files are among them."""
+    if others := [path for path in files if not is_tokens(path)]:
+        what, expected = "token files and text cannot come from one path", "files of ids alone (.bin, .idx), or none"
+        raise UsageError(what, where=f"data.source: {source}", expected=expected, found=str(others[0]), next="name both: data.source=[A,B]")
+    held = TokenFiles(files)
+    identity = ("tokens", *_states(held.files))
+
+    def no_text() -> Iterator[Document]:
+        what, expected = "the files hold ids and no text", "text: a token file is read with the tokenizer that has made it"
+        raise UsageError(what, where=f"data.source: {source}", expected=expected, next="data.tokenizer.kind=file data.tokenizer.path=DIR")
+
+    size = sum(map(size_of, held.files))
+    return Corpus(_name(source) or "tokens", identity, no_text, size, place=source, tokens=held.documents, found=held.notes)
+
+
+def _states(files: list[Path]) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of each file."""
+    return ((str(path.resolve()), size_of(path), path.stat().st_mtime_ns) for path in files)
+
+
+def _name(source: str) -> str:
+    """A short name for what a path or glob names, fit for a folder."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-").lower()[:32]
 
 
 def _skills(seed: int) -> Iterator[Document]:
@@ -131,15 +210,21 @@ def _chain(parts: list[Corpus]) -> Corpus:
     """Several corpora one after the other; generators give their default amount."""
     total = sum(part.size for part in parts)
 
-    def documents() -> Iterator[Document]:
+    def read(tokenizer: Tokenizer | None) -> Iterator[Document]:
         before = 0
         for part in parts:
-            for document in limited(part.documents(), part.size) if part.endless else part.documents():
-                yield Document(document.text, document.name, (before + document.place * part.size) / total, document.key)
+            source = part.documents() if tokenizer is None else part.read(tokenizer)
+            for document in limited(source, part.size) if part.endless else source:
+                yield replace(document, place=(before + document.place * part.size) / total)
             before += part.size
+
+    def found() -> list[str]:
+        return [note for part in parts for note in part.found()]
 
     notes = tuple(note for part in parts for note in part.notes)
     name = "-".join(dict.fromkeys(part.name for part in parts))[:48]
     place = ", ".join(part.place or part.name for part in parts)
     shape = ", ".join(dict.fromkeys(part.shape for part in parts if part.shape))
-    return Corpus(name, tuple(part.identity for part in parts), documents, total, notes=notes, place=place, shape=shape)
+    tokens, identity = read if any(part.tokens for part in parts) else None, tuple(part.identity for part in parts)
+    more: dict[str, Any] = {"notes": notes, "place": place, "shape": shape, "tokens": tokens, "found": found}
+    return Corpus(name, identity, lambda: read(None), total, **more)

@@ -18,12 +18,12 @@ from dist_llm.errors import DataError
 
 @dataclass(frozen=True)
 class Ids:
-    """A document as ids (not empty), its digest, its place for the split in [0, 1), its bytes of text.
+    """A document as ids, its digest, its place for the split in [0, 1), its bytes of text.
 
     weights: of each id in the loss, in a conversation; None: of a text, whose end token the store adds.
     """
 
-    ids: list[int]
+    ids: Sequence[int] | np.ndarray
     digest: bytes
     fraction: float
     text_bytes: int
@@ -42,7 +42,7 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Texts as they are; the last one is cut where the limit is reached."""
+    """Texts as they are, and documents that come as ids; the last one is cut where the limit is reached."""
 
     weighted: bool = False
     identity: tuple[object, ...] = ()
@@ -54,10 +54,14 @@ class TextEncoder:
         """Each document; None for one without text, or after the limit."""
         found: list[Ids | None] = []
         tokens = 0
-        for document, ids in zip(documents, self.tokenizer.encode_batch([document.text for document in documents]), strict=True):
+        texts = iter(self.tokenizer.encode_batch([document.text for document in documents if document.ids is None]))
+        for document in documents:
+            ids: Sequence[int] | np.ndarray = next(texts) if document.ids is None else document.ids
             kept = ids if limit is None else ids[: max(0, limit - tokens - 1)]
-            tokens += len(kept) + 1 if kept else 0
-            found.append(Ids(kept, *identify(document), len(document.text.encode())) if kept else None)
+            ended = document.ids is not None and not len(ids) and (limit is None or tokens < limit)
+            some = len(kept) > 0 or ended  # an end token alone, where others have written one
+            tokens += len(kept) + 1 if some else 0
+            found.append(Ids(kept, *identify(document), len(document.text.encode())) if some else None)
         return found
 
 
@@ -108,8 +112,11 @@ class ChatEncoder:
 
 
 def identify(document: Document) -> tuple[bytes, float]:
-    """16 bytes that stand for the text, and where in [0, 1) the document falls for the split."""
-    digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+    """16 bytes that stand for the text or the ids, and where in [0, 1) the document falls for the split."""
+    content = document.text.encode() if document.ids is None else document.ids.astype("<u4").tobytes()
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    if document.key is None and document.ids is not None:
+        return digest, int.from_bytes(digest[:6], "big") / 2**48
     return digest, place_of(document.text if document.key is None else document.key)
 
 

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_llm import faults
-from dist_llm.data.sealed import checked, spell, sync_folder, with_checksum, write_durably
+from dist_llm.data.sealed import checked, read_small, spell, sync_folder, with_checksum, write_durably
 from dist_llm.data.store import SHARD_TOKENS, StoreWriter
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError
@@ -58,7 +60,7 @@ class Stores:
     def add(
         self,
         split: str,
-        batch: Sequence[Sequence[int]],
+        batch: Sequence[Sequence[int] | np.ndarray],
         *,
         digests: bytes,
         text_bytes: int,
@@ -112,9 +114,10 @@ class Stores:
 
     def _read_note(self) -> dict[str, Any] | None:
         try:
-            body = checked(self.note.read_bytes()) if self.note else None
+            raw = read_small(self.note) if self.note else None
         except OSError:
             return None
+        body = None if raw is None else checked(raw)
         return body if body is not None and body.get("terms") == self.terms else None
 
     def _writer(self, split: str, kept: dict[str, Any] | None = None) -> StoreWriter:

@@ -138,6 +138,9 @@ class PackedBatches(Batches):
         """Trained tokens of the whole global batch: from the index alone."""
         return int(self._sums(step)[1])
 
+    def require_targets(self, steps: int) -> None:
+        """Nothing: what has no trained token is in no sequence."""
+
     def weight(self, step: int) -> float:
         """What they count together: the same number on every rank."""
         return float(self._sums(step)[0])

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -30,7 +30,7 @@ from dist_llm.data.sealed import check_seal, read_file, seal, write_durably
 from dist_llm.data.store import MANIFEST, TokenStore
 from dist_llm.data.template_files import choose_template
 from dist_llm.data.templates import Template
-from dist_llm.data.tokenizer import END, Tokenizer, bytes_tokenizer, load, train_bpe
+from dist_llm.data.tokenizer import END, Tokenizer, bytes_tokenizer, ids_tokenizer, load, train_bpe
 from dist_llm.errors import SpaceError, UsageError
 
 if TYPE_CHECKING:
@@ -115,8 +115,9 @@ def prepare(
     seed = seed if data.seed is None else data.seed
     sources = [(item.source, item.weight) for item in data.mix] if data.mix else [(data.source, 1.0)]
     weights = whole_weights([weight for _, weight in sources])
-    corpora = [open_corpus(source, seed=seed, text_key=data.text_key, bad=work.bad, reading=reading) for source, _ in sources]
+    how: dict[str, Any] = {"seed": seed, "text_key": data.text_key, "bad": work.bad, "reading": reading, "home": work.folder}
     try:
+        corpora = [open_corpus(source, **how) for source, _ in sources]
         tokenizer = _tokenizer(data, corpora, weights, work)
         homes = []
         for number, (corpus, weight) in enumerate(zip(corpora, weights, strict=True)):
@@ -165,17 +166,36 @@ def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[in
 def _plain_tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[int], work: _Work) -> Tokenizer:
     """The tokenizer before a template adds to it."""
     wanted = data.tokenizer
+    _require_fit(wanted.kind, corpora)
     if wanted.kind == "bpe":
         budget = TRAINED_ON if data.max_tokens is None else min(TRAINED_ON, BYTES_PER_TOKEN * data.max_tokens)
         budgets = [max(1, budget * weight // sum(weights)) for weight in weights]
         return _trained(wanted.vocab or DEFAULT_VOCAB, corpora, budgets, work)
     if wanted.kind == "file" and wanted.path is None:
         raise UsageError("a tokenizer of kind file needs its path", where="data.tokenizer.path")
+    if wanted.kind == "ids":
+        if wanted.vocab is None or wanted.end is None or wanted.end >= wanted.vocab:
+            found = f"vocab {wanted.vocab}, end {wanted.end}"
+            expected = "the number of ids, and the one of them that ends a document"
+            raise UsageError("a tokenizer of kind ids needs two numbers", where="data.tokenizer", expected=expected, found=found)
+        return ids_tokenizer(wanted.vocab, end=wanted.end)
     tokenizer = load(Path(str(wanted.path)).expanduser()) if wanted.kind == "file" else bytes_tokenizer()
     if wanted.vocab not in (None, tokenizer.vocab_size):
         what, expected = "the tokenizer has another vocabulary than the config says", str(tokenizer.vocab_size)
         raise UsageError(what, where="data.tokenizer.vocab", expected=expected, found=str(wanted.vocab), next="leave it out")
     return tokenizer
+
+
+def _require_fit(kind: str, corpora: Sequence[Corpus]) -> None:
+    """Raises UsageError where ids are to be given a new tokenizer, or text one that knows none."""
+    for corpus in corpora:
+        if kind == "bpe" and corpus.tokens is not None:
+            what, expected = "token files come with the tokenizer that has made them", "kind file, or ids where it is not at hand"
+            way = "data.tokenizer.kind=file data.tokenizer.path=DIR; or kind=ids, vocab=N and end=ID"
+            raise UsageError(what, where="data.tokenizer.kind", expected=expected, found=f"bpe, for {corpus.place}", next=way)
+        if kind == "ids" and corpus.tokens is None:
+            what, expected = "a tokenizer of kind ids knows no text", "kind bpe, bytes or file for text"
+            raise UsageError(what, where="data.tokenizer.kind", expected=expected, found=f"ids, for {corpus.place or corpus.name}")
 
 
 def _trained(vocab: int, corpora: Sequence[Corpus], budgets: Sequence[int], work: _Work) -> Tokenizer:
@@ -227,7 +247,8 @@ def _store(
     files = check_seal(home, key=key)
     if not built and SKIPPED in files:
         count = len(json.loads(read_file(home / SKIPPED, home=home)))
-        work.notes.append(f"{count} bad line{'' if count == 1 else 's'} of {corpus.name} were skipped when it was built: {home / SKIPPED}")
+        what = f"{count} bad {work.bad.word}{'' if count == 1 else 's'} of {corpus.name}"
+        work.notes.append(f"{what} were skipped when it was built: {home / SKIPPED}")
     work.built |= built
     return home, {name.removesuffix(f"/{MANIFEST}") for name in files if name.endswith(f"/{MANIFEST}")}
 
@@ -245,5 +266,5 @@ def _key(identity: object) -> str:
 def _skipped(bad: BadLines) -> list[str]:
     """What was left out of the text, in words."""
     blank = sum(bad.blank.values())
-    notes = [f"{blank} line{'' if blank == 1 else 's'} without text were left out"] if blank else []
-    return [f"{bad.count} bad lines were skipped", *bad.told, *notes] if bad.count else notes
+    notes = [f"{blank} {bad.word}{'' if blank == 1 else 's'} without text were left out"] if blank else []
+    return [f"{bad.count} bad {bad.word}s were skipped", *bad.told, *notes] if bad.count else notes

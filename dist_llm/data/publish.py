@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from dist_llm import faults
 from dist_llm.data.sealed import sync_folder
 
+WORKSHOP = re.compile(r"\.[A-Za-z0-9-]+-[0-9a-f]{12}\.partial")  # of the folders that prepare.py makes
 LOCK = "lock"
 MADE = "made"
 NOTE = "note.json"  # beside made/: how far `make` has come, when it can go on from there
@@ -39,6 +41,31 @@ def publish(home: Path, make: Callable[[Path], object], *, waiting: Callable[[],
             if held:
                 _clear(workshop)
     return made
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """The workshops in a folder, by name: of builds that run, and of those that were interrupted."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if WORKSHOP.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
+
+
+def discard(workshop: Path) -> bool:
+    """Removes a workshop unless a living process holds its lock; returns whether it did."""
+    try:
+        handle = os.open(workshop / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_still(workshop / LOCK, handle):
+            return False
+        _clear(workshop)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
 
 
 def _make(home: Path, workshop: Path, make: Callable[[Path], object]) -> None:
@@ -90,7 +117,7 @@ def _clear(workshop: Path) -> None:
     """Remove a workshop that is held, its lock last: the next one starts in an empty folder."""
     for path in workshop.iterdir():
         if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (workshop / LOCK).unlink()
     with contextlib.suppress(OSError):  # the next one may have come already
         workshop.rmdir()

@@ -1,4 +1,4 @@
-"""Documents out of local files: plain text and JSON lines, also compressed, from files, folders and globs.
+"""Documents out of local files: plain text and JSON lines, also compressed, and tables (parquet.py), from files, folders and globs.
 
 Everything streams: memory is bounded by one passage or one line, whatever the size of the file. JSON lines are read
 strictly, because a line that is half understood trains a model on something else than what its owner sees: every
@@ -19,19 +19,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import zstandard
 
 from dist_llm.errors import DataError, UsageError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html", ".xml")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 PACKED_SUFFIXES = (".gz", ".zst")
 MAX_LINE = 8 << 20  # bytes of one JSON line
 MAX_DEPTH = 64  # brackets open at once in one JSON line
 MAX_TOLD = 20  # faulty lines told at once
 PASSAGE = 32 << 10  # characters after which a long text is cut at the next empty line; at twice this, at any line
+LINES_EXPECTED = "UTF-8 JSON objects with a string under the text key, one a line"
+ROWS_EXPECTED = "a string in the text column of every row"
 BLANK = b" \t\r\n"  # what JSON allows between its words
 SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a document
 
@@ -40,13 +46,15 @@ SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a documen
 class Document:
     """One text, where it came from, and how far through its source it lies (0 to 1, for progress).
 
-    key: what decides between training and validation; the text itself where None.
+    key: what decides between training and validation; the text itself where None. ids: of a document that comes as tokens,
+    without its end token; it has no text.
     """
 
     text: str
     name: str
     place: float = 0.0
     key: str | None = None
+    ids: np.ndarray | None = None
 
 
 @dataclass
@@ -54,15 +62,21 @@ class BadLines:
     """The lines that could not be read: how many are allowed, where they were, and the first few in words.
 
     A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it. blank: for each
-    file, how many lines without text there are.
+    file, how many lines without text there are. rows: whether they are called rows, as those of a table are.
     """
 
     allowed: int = 0
-    expected: str = "UTF-8 JSON objects with a string under the text key, one a line"
+    expected: str = LINES_EXPECTED
     places: set[str] = field(default_factory=set)
     met: set[str] = field(default_factory=set)
     told: list[str] = field(default_factory=list)
     blank: dict[str, int] = field(default_factory=dict)
+    rows: bool = False
+
+    @property
+    def word(self) -> str:
+        """`line`, or what it is called where the text comes from."""
+        return "row" if self.rows else "line"
 
     @property
     def count(self) -> int:
@@ -85,12 +99,12 @@ class BadLines:
         """Raises DataError when more lines than allowed are bad. more: there may be others that were not read yet."""
         if self.count <= self.allowed:
             return
-        lines = f"{'at least ' if more else ''}{self.count} line{'' if self.count == 1 else 's'}"
+        lines = f"{'at least ' if more else ''}{self.count} {self.word}{'' if self.count == 1 else 's'}"
         wanted = 50 * self.count if more else self.count
         raise DataError(
             f"{lines} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
             where=self.told[0].split(": ", 1)[0],
-            expected=self.expected,
+            expected=ROWS_EXPECTED if self.rows and self.expected == LINES_EXPECTED else self.expected,
             details=self.told,
             next=f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
         )
@@ -108,11 +122,12 @@ def find_files(source: str) -> list[Path]:
         found = sorted(p for p in path.rglob("*") if _is_readable(p.relative_to(path)) and p.is_file())
         if not found:
             known = " ".join((*JSON_SUFFIXES, *TEXT_SUFFIXES))
-            raise DataError("the folder holds no text", where=str(path), expected=f"files ending in {known}, also with .gz or .zst")
+            expected = f"files ending in {known}, also with .gz or .zst, or in {' '.join(TABLE_SUFFIXES)}"
+            raise DataError("the folder holds no text", where=str(path), expected=expected)
         return found
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)):
         return found
-    expected = "python, skills, entropy, or a file, folder or glob"
+    expected = "python, skills, entropy, hub:owner/name, or a file, folder or glob"
     way = "data.source=PATH after the config, or --data PATH with train and compare"
     raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected, next=way)
 
@@ -125,10 +140,24 @@ def read_files(files: list[Path], *, text_key: str, bad: BadLines, take: Take | 
     sizes = [size_of(path) for path in files]
     total, done = max(1, sum(sizes)), 0
     for path, size in zip(files, sizes, strict=True):
-        for document, taken in read_file(path, text_key=text_key, bad=bad, take=take):
+        for document, taken in _reader(path)(path, text_key=text_key, bad=bad, take=take):
             place = (done + min(taken, size)) / total
             yield Document(document.text, document.name, place)
         done += size
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name says rows of a table."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def _reader(path: Path) -> Callable[..., Iterator[tuple[Document, int]]]:
+    """What reads a file: by its name, a table or lines."""
+    if not is_table(path):
+        return read_file
+    from dist_llm.data.parquet import read_table
+
+    return read_table
 
 
 def read_file(path: Path, *, text_key: str, bad: BadLines, take: Take | None = None) -> Iterator[tuple[Document, int]]:
@@ -355,7 +384,7 @@ def _kind(path: Path) -> str:
 def _is_readable(path: Path) -> bool:
     """Whether a file found in a folder is text of a known kind; hidden files and folders are not."""
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and _kind(path) in (*JSON_SUFFIXES, *TEXT_SUFFIXES)
+    return not hidden and (is_table(path) or _kind(path) in (*JSON_SUFFIXES, *TEXT_SUFFIXES))
 
 
 def type_name(value: object) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,20 @@ def compare_size(path: Path, *, size: int, home: Path) -> None:
 def read_file(path: Path, *, home: Path) -> bytes:
     """The bytes of a file that must be there. Raises DataError."""
     try:
-        return path.read_bytes()
+        content = read_small(path)
     except OSError as error:
         raise damaged("a file of the data cannot be read", path, home=home, found=error.strerror) from error
+    if content is None:
+        raise damaged("a file of the data cannot be read", path, home=home, expected="a regular file", found="something else, or too large")
+    return content
+
+
+def read_small(path: Path, *, most: int = 64 << 20) -> bytes | None:
+    """The bytes of a regular file of at most `most` bytes; None for anything else: a pipe or a device is not waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        state = os.fstat(handle)
+        return file.read(most) if stat.S_ISREG(state.st_mode) and state.st_size <= most else None
 
 
 def damaged(what: str, path: Path, *, home: Path, expected: str | None = None, found: str | None = None) -> DataError:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dist_llm import faults
-from dist_llm.data.sealed import BUILD, MANIFEST, checked, compare_size, damaged, with_checksum, write_durably
+from dist_llm.data.sealed import BUILD, MANIFEST, checked, compare_size, damaged, read_small, with_checksum, write_durably
 from dist_llm.data.shards import HashedFile, Shard, ShardReader, ShardWriter, mapped
 from dist_llm.data.shards import verify as verify_file
 from dist_llm.data.weights import WeightReader, Weights, WeightWriter, kept_names, read_weights
@@ -100,14 +100,22 @@ class StoreWriter:
             self._index.write(np.zeros(1, "<u8"))
 
     def add(
-        self, batch: Sequence[Sequence[int]], *, digests: bytes, text_bytes: int, weights: Sequence[Sequence[float]] | None = None
+        self,
+        batch: Sequence[Sequence[int] | np.ndarray],
+        *,
+        digests: bytes,
+        text_bytes: int,
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        """Append documents, none of them empty; to one without weights the end token is added. digests: what the fingerprint is made of."""
+        """Append documents; to one without weights the end token is added, one with weights is not empty. digests: for the fingerprint."""
         assert (weights is None) == (self._weights is None)
-        tail = [self.end_id] if weights is None else []
-        ends = np.cumsum([len(ids) + len(tail) for ids in batch], dtype=np.int64)
-        tokens = np.array([token for ids in batch for token in (*ids, *tail)], dtype=np.int64)
-        assert all(map(len, batch)) and np.all((tokens >= 0) & (tokens < self.vocab)), "a token outside the vocabulary"
+        tail = 1 if weights is None else 0
+        ends = np.cumsum([len(ids) + tail for ids in batch], dtype=np.int64)
+        tokens = np.full(int(ends[-1]) if len(ends) else 0, self.end_id, dtype=np.int64)
+        for ids, end in zip(batch, ends.tolist(), strict=True):
+            tokens[end - tail - len(ids) : end - tail] = ids
+        assert np.all((tokens >= 0) & (tokens < self.vocab)), "a token outside the vocabulary"
+        assert tail or all(map(len, batch)), "an empty conversation"
         if weights is None or self._weights is None:
             assert np.array_equal(np.flatnonzero(tokens == self.end_id) + 1, ends), "the end token inside a document"
         else:
@@ -207,14 +215,23 @@ class TokenStore:
         """How many documents have more than so many tokens, their end token included."""
         return int((np.diff(self.document_starts) > tokens).sum())
 
+    @property
+    def shortest(self) -> int:
+        """The tokens of the shortest document, its end token included; 0 where there is none."""
+        return int(np.diff(self.document_starts).min(initial=len(self)))
+
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store. Raises DataError when it is missing, damaged, or newer than this program."""
     path = folder / MANIFEST
     try:
-        body = checked(path.read_bytes())
+        raw = read_small(path)
     except OSError as error:
         raise DataError("there is no token store here", where=str(path), found=error.strerror, next=BUILD) from error
+    if raw is None:
+        found = "something else, or too large for one"
+        raise DataError("there is no token store here", where=str(path), expected="a file", found=found, next=BUILD)
+    body = checked(raw)
     if body is None:
         raise damaged("the manifest of the token store is damaged", path, home=folder.parent)
     if body.pop("version", None) != VERSION:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a trained byte-level BPE, any tokenizer.json, or plain bytes, all behind one class.
+"""Text to token ids and back: a trained byte-level BPE, any tokenizer.json, plain bytes, or bare ids, all behind one class.
 
 Every tokenizer here is one of the `tokenizers` library, bytes too, so that each can be saved as a tokenizer.json that
 others read. Text never yields the end token: `<|endoftext|>` inside a document is encoded as the letters it is made of.
@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dist_llm.data.sealed import write_durably
 from dist_llm.errors import CheckpointError, DataError, UsageError, plain
@@ -155,6 +155,15 @@ def bytes_tokenizer() -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([END])
     return Tokenizer(inner)
+
+
+def ids_tokenizer(vocab: int, *, end: int) -> Tokenizer:
+    """`vocab` numbers whose text is not known: id 17 is written `<17>`, and anything else is no text. end: the id that ends a document."""
+    assert 0 <= end < vocab, (end, vocab)
+    inner = tokenizers.Tokenizer(models.WordLevel(vocab={f"<{number}>": number for number in range(vocab)}, unk_token=f"<{end}>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("<[0-9]+>"), behavior="removed", invert=True)
+    inner.decoder = decoders.Fuse()
+    return Tokenizer(inner, end=f"<{end}>")
 
 
 def train_bpe(texts: Iterable[str], *, vocab: int, special: Sequence[str] = ()) -> Tokenizer:

@@ -53,10 +53,16 @@ class Profile:
         self.watching.stop()
         with storing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.watching.export_chrome_trace(str(self.folder / f"trace-rank-{self.rank}.json"))
+            self.watching.export_chrome_trace(str(self._fresh(f"trace-rank-{self.rank}.json")))
             if self.on_cuda:
                 page = memory_page(torch.cuda.memory._snapshot(), title=f"Memory of rank {self.rank}")
-                (self.folder / f"memory-rank-{self.rank}.html").write_text(page, encoding="utf-8")
+                self._fresh(f"memory-rank-{self.rank}.html").write_text(page, encoding="utf-8")
         if self.on_cuda:
             torch.cuda.memory._record_memory_history(enabled=None)
         self.watching = None
+
+    def _fresh(self, name: str) -> Path:
+        """A path in the folder with nothing there: a link in its place would be written through."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        return path

@@ -41,11 +41,12 @@ FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "data.pac
 Tell = Callable[[dict[str, Any]], None]
 
 
-def candidates(run: Path, resume: str | None) -> list[Path]:
+def candidates(run: Path, resume: str | None, *, go_on: str = "dist-llm train CONFIG --resume auto") -> list[Path]:
     """The checkpoints that a run in folder `run` may start from, best first; none for a new run.
 
-    resume: `auto` (the folder's own, newest first), or a step or run folder. Raises UsageError when a new run would mix
-    with an old one, CheckpointError when a resume was asked for and there is nothing.
+    resume: `auto` (the folder's own, newest first), or a step or run folder. go_on: the command that goes on with the run that
+    is there. Raises UsageError when a new run would mix with an old one, CheckpointError when a resume was asked for and there
+    is nothing.
     """
     own = step_folders(run)
     if resume == "auto":
@@ -53,8 +54,7 @@ def candidates(run: Path, resume: str | None) -> list[Path]:
     given = [newest(Path(resume))] if resume is not None else []
     if own and not (given and given[0].resolve().parent == (run / "checkpoints").resolve()):
         found = f"{len(own)} checkpoints, the newest {own[0].name}" if len(own) > 1 else own[0].name
-        go_on = "--resume auto goes on with it; --run-dir DIR starts another"
-        what, expected = "the run folder already holds a run", "a folder without checkpoints"
+        what, expected = "the run folder already holds a run", "a folder without checkpoints (--run-dir DIR), or --resume auto to go on"
         raise UsageError(what, where=str(run), expected=expected, found=found, next=go_on)
     return given
 
@@ -115,6 +115,7 @@ def prepare_data(config: Config, *, tell: Tell) -> Prepared:
     prepared = prepare(config.data, seed=config.runtime.seed, progress=lambda message, fraction: tell({"progress": [message, fraction]}))
     prepared.require_vocab(config.model.vocab)
     order = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
+    order.require_targets(config.schedule.steps)
     validation_batches(prepared, config.data, global_batch=config.batch.global_)
     for note in (*prepared.notes, *([order.sentence()] if isinstance(order, PackedBatches) else [])):
         tell({"note": note})
@@ -199,8 +200,7 @@ def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> N
     fixed = () if found.imported else FIXED  # before a first step nothing depends on them
     rows = {row.name: row.shape for row in table(config.model) if row.trained}
     if rows != found.shapes:
-        name = next(name for name in (*rows, *found.shapes) if rows.get(name) != found.shapes.get(name))
-        differences.append(f"model: {name} has shape {found.shapes.get(name)} in the checkpoint, {rows.get(name)} here")
+        differences.append(f"model: {_other_tensors(rows, found.shapes)}")
     for key in fixed:
         section, name = key.split(".")
         old, new = (config_tree(one)[section][name] for one in (before, config))
@@ -216,6 +216,18 @@ def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> N
     if differences:
         again = "give the run's own config and data, or start another run with --run-dir"
         raise UsageError("the checkpoint is of another run", where=str(found.path), details=differences, next=again)
+
+
+def _other_tensors(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, ...]]) -> str:
+    """The first tensor in which a model and a checkpoint differ, and how many more there are."""
+    name, *more = [name for name in dict.fromkeys((*here, *there)) if here.get(name) != there.get(name)]
+    if name not in there:
+        text = f"the checkpoint has no {name}, of shape {here[name]} here"
+    elif name not in here:
+        text = f"the checkpoint has {name}, which this model has not"
+    else:
+        text = f"{name} has shape {there[name]} in the checkpoint, {here[name]} here"
+    return text + (f"; {len(more)} more tensor{'' if len(more) == 1 else 's'} differ{'s' if len(more) == 1 else ''}" if more else "")
 
 
 def require_equal(world: Group, device: torch.device, *, config: dict, layout: dict, data: str, base: str | None = None) -> None:

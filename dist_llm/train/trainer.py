@@ -11,9 +11,8 @@ import torch
 
 from dist_llm import flight
 from dist_llm.config.schema import Config
-from dist_llm.data.batches import MicroBatch
+from dist_llm.data.batches import MicroBatch, no_targets
 from dist_llm.engines.native import NativeEngine
-from dist_llm.errors import NumericError
 from dist_llm.mesh import Mesh
 from dist_llm.model.transformer import Context, make_context
 from dist_llm.train.learning_rate import learning_rate
@@ -121,8 +120,7 @@ class Trainer:
         """Target tokens of the whole global batch and their weight, known before backward: losses are sums and are divided once."""
         total, weight = self.order.targets(step), weight_of(self.order, step)
         if not total or not weight:
-            what, expected = "a batch without a single target token", "at least one label to learn from"
-            raise NumericError(what, where=f"step {step + 1}", expected=expected)
+            raise no_targets(step, getattr(self.order, "sample_ids", lambda step: ())(step))
         return total, weight
 
     def context(self, batch: MicroBatch, *, step: int, training: bool) -> Context:
