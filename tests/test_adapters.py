@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.errors import UsageError
+from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.interop.peft_folder import RECEIPT, PeftFolder, write_adapter
 from dist_llm.model.quantize import NF4, code_bytes, dequantize, quantize
 from dist_llm.model.table import table
 from tests.adapter_oracles import ADAPTED, ALL, bare, model_of
+from tests.family_oracles import SMALL
 from tests.ranks import Ranks
 
 
@@ -71,6 +74,54 @@ def test_all_linear() -> None:
     model = model_of("llama")
     written = {**write_adapter_config(model, base="x"), "target_modules": "all-linear"}
     assert set(read_adapter_config(written, bare(model), where="x").targets) == set(ALL)
+
+
+# --- PEFT's folders --------------------------------------------------------------------------------------------------------
+
+
+def small_adapter(folder: Path) -> ModelConfig:
+    """An adapter of two small matrices in PEFT's form; returns its model."""
+    model = ModelConfig(**{**SMALL, "family": "llama", "layers": 1, "adapter": {"rank": 1, "targets": ["k"]}})
+    tensors = {row.name: torch.full(row.shape, 0.5) for row in table(model) if row.trained}
+    write_adapter(folder, model, tensors, base="base", identity="b" * 64)
+    return model
+
+
+def test_any_changed_byte_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    """F11: every byte of each of its files, two values each; a file cut, longer, or gone."""
+    folder = tmp_path / "adapter"
+    model = bare(small_adapter(folder))
+    assert PeftFolder.open(folder, model).base == "b" * 64
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        spoiled = [content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :] for at in range(len(content)) for bit in (1, 0x80)]
+        for other in (*spoiled, content[:-1], content + b"x", b""):
+            path.write_bytes(other)
+            with pytest.raises((CheckpointError, UsageError)):
+                PeftFolder.open(folder, model)
+        path.unlink()
+        if path.name != RECEIPT:
+            with pytest.raises((CheckpointError, UsageError)):
+                PeftFolder.open(folder, model)
+        path.write_bytes(content)
+    assert PeftFolder.open(folder, model).base == "b" * 64
+
+
+def test_a_folder_without_a_receipt_is_peft_s_own(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    model = bare(small_adapter(folder))
+    (folder / RECEIPT).unlink()
+    opened = PeftFolder.open(folder, model)
+    assert opened.base is None and float(opened.whole("blocks.0.attention.k.lora_a").sum()) == 0.5 * SMALL["dim"]
+
+
+def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    model = bare(small_adapter(folder))
+    (folder / RECEIPT).unlink()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UsageError, match="pickled"):
+        PeftFolder.open(folder, model)
 
 
 # --- quantized -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dist_llm.strict import first_line, read_bounded, strict_json
 from dist_llm.train.durable import Disk
 from dist_llm.train.storage import storing
 
-RECEIPT = "dist_llm.json"  # beside their files: the identity of the base
+RECEIPT = "dist_llm.json"  # beside their files: the identity of the base, the hashes of these files, and its own
 LARGEST = 1 << 20  # bytes of their config
 
 
@@ -45,22 +46,49 @@ class PeftFolder:
     @classmethod
     def open(cls, path: Path, base: ModelConfig) -> PeftFolder:
         """Raises CheckpointError where a file is not sound or does not fit, UsageError where the adapter does what is not done here."""
+        known = _base_of(path)
         values = _json(path / CONFIG)
         adapter = read_adapter_config(values, base, where=str(path / CONFIG))
         model = base.model_copy(update={"adapter": adapter})
-        known = _json(path / RECEIPT).get("base") if (path / RECEIPT).exists() else None
         if not (path / WEIGHTS).exists() and any(path.glob("adapter_model.bin")):
             what, way = "the adapter is pickled, and reading it could run code", "save_pretrained(DIR, safe_serialization=True)"
             raise UsageError(what, where=str(path), expected=WEIGHTS, found="adapter_model.bin", next=way)
         file = SafeFile(path / WEIGHTS)
         try:
-            return cls(path, model, known if isinstance(known, str) else None, _tensors(file, model))
+            return cls(path, model, known, _tensors(file, model))
         finally:
             file.close()
 
     def whole(self, name: str) -> Tensor:
         """A whole matrix, on the CPU."""
         return self.tensors[name]
+
+
+def _base_of(folder: Path) -> str | None:
+    """The base that the receipt names; None without one, as others write adapters. Raises CheckpointError where a byte has changed."""
+    path = folder / RECEIPT
+    if not path.exists():
+        return None
+    receipt = _json(path)
+    if path.read_bytes() != _receipt(receipt.get("base"), receipt.get("files")):
+        raise unsound("the adapter's receipt is damaged", path, expected="its own hash in it")
+    for name, expected in receipt["files"].items():
+        if name not in (CONFIG, WEIGHTS):
+            raise unsound("the adapter's receipt is damaged", path, expected=f"{CONFIG} and {WEIGHTS}", found=str(name)[:80])
+        try:
+            with (folder / name).open("rb") as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise unsound("a file of the adapter cannot be read", folder / name, found=error.strerror) from None
+        if found != expected:
+            raise unsound("a file of the adapter is damaged", folder / name, expected=f"sha256 {expected}", found=f"sha256 {found}")
+    return receipt["base"]
+
+
+def _receipt(base: object, files: object) -> bytes:
+    body = {"version": 1, "base": base, "files": files}
+    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": own}, indent=2).encode() + b"\n"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -107,8 +135,9 @@ def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor
     if target.exists():
         raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
     weights = save({keys[name]: tensors[name].contiguous() for name in keys}, metadata={"format": "pt"})
-    tables: dict[str, Any] = {CONFIG: write_adapter_config(model, base=base), RECEIPT: {"version": 1, "base": identity}}
-    texts = {WEIGHTS: weights, **{name: json.dumps(values, indent=2).encode() + b"\n" for name, values in tables.items()}}
+    texts = {WEIGHTS: weights, CONFIG: json.dumps(write_adapter_config(model, base=base), indent=2).encode() + b"\n"}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
+    texts[RECEIPT] = _receipt(identity, hashes)
 
     def make(made: Path) -> None:
         for name, content in texts.items():
