@@ -220,7 +220,7 @@ def weighted_proof(rank: int, world: int, say: Say, job: dict[str, Any], layout:
     def weighted(*given: Any, **options: Any) -> Context:
         length = given[1].shape[1]
         place = options["rows"][:, None] * length + torch.arange(length)
-        return make(*given, **options, weights=2 * uniform(place, key_of(3, "weights")).float())
+        return make(*given, **{**options, "weights": 2 * uniform(place, key_of(3, "weights")).float()})
 
     trainer_module.make_context = weighted
     return proof_rank(rank, world, say, job, layout, folder)

@@ -231,7 +231,7 @@ def unsaved(rank: int, world: int, say: Callable, given: dict[str, Any], layout:
         assert place is not None
         place[0] = float("inf")
     files = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"}
-    prepared: Any = SimpleNamespace(tokenizer=SimpleNamespace(files=files, hash="0" * 64), fingerprint="0" * 64)
+    prepared: Any = SimpleNamespace(tokenizer=SimpleNamespace(kept=files, hash="0" * 64), fingerprint="0" * 64, base=None, beside={})
     saver = Saver(Path(folder), engine, config=settings, prepared=prepared)
     try:
         saver.start(1)

@@ -399,9 +399,13 @@ def large(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
 
 
 def test_memory_is_bounded_by_a_tensor_and_ranks_read_their_part(large: Path) -> None:
-    """Import and export of 210 MB grow by less than four times the largest tensor; a rank reads at most 1.1 times what it holds."""
-    command = [sys.executable, "-c", MEASURED, str(large)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Import and export of 210 MB grow by less than four times the largest tensor; a rank reads at most 1.1 times what it holds.
+
+    Large blocks are given back to the system at once (the threshold of malloc stays where it is): what glibc keeps of freed ones for
+    later, some 100 MB here, comes and goes with the order of allocations.
+    """
+    command, alone = [sys.executable, "-c", MEASURED, str(large)], {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, **alone})
     assert done.returncode == 0, done.stderr
     grown = [int(word) for word in done.stdout.split()]
     assert max(grown) < 4 * LARGEST_TENSOR, grown

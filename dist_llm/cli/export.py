@@ -36,7 +36,7 @@ def export(
     import torch
 
     from dist_llm.data.tokenizer import load
-    from dist_llm.interop.exporting import Subject, export_model
+    from dist_llm.interop.exporting import export_checkpoint
     from dist_llm.interop.logits import Cast, compare_logits
     from dist_llm.train.folder import open_checkpoint
 
@@ -53,7 +53,7 @@ def export(
         found.append(compare_logits(folder, Cast(opened.parts, cast), model, tokens=tokens))
 
     options: dict[str, Any] = {"dtype": cast, "shard_size": limit} | ({"check": check} if verify else {})
-    made = export_model(Subject.of(opened), target.expanduser(), **options)
+    made = export_checkpoint(opened, target.expanduser(), **options)
     opened.parts.close()
     if as_json:
         about: dict[str, Any] = {"family": made.family, "parameters": made.parameters, "bytes": made.bytes, "files": made.files}

@@ -90,6 +90,11 @@ class Exported:
     files: int
 
 
+def export_checkpoint(opened: Checkpoint, target: Path, **options: Any) -> Exported:
+    """`export_model` of a checkpoint of ours."""
+    return export_model(Subject.of(opened), target, **options)
+
+
 def export_model(
     opened: Subject,
     target: Path,
