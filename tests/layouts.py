@@ -238,6 +238,21 @@ NAMED += [
     ("gemma3", "tp=2,pp=2,schedule=gpipe"),
 ]
 
+# Of those the ones that run behind `long`: what they alone show is little beside the others.
+LATER: set[tuple[str, str]] = {
+    ("one kv head", "tp=8"),
+    ("olmo2", "tp=8,sp=off"),
+    *(("olmo2", text) for text in ("tp=2,sp=off", "tp=2,recompute=full", "tp=4,recompute=selective", "tp=2,pp=2", "dp=2,tp=2,zero=3")),
+    *(("gemma2", text) for text in ("dp=2,zero=2", "tp=4,sp=off", "dp=2,tp=2,pp=2,zero=1")),
+    *(("gemma3", text) for text in ("tp=2", "dp=2,zero=1", "pp=2,schedule=interleaved")),
+    *(("mistral", text) for text in ("dp=2,zero=3", "pp=2,schedule=gpipe")),
+    *(("lora", text) for text in ("dp=2", "dp=2,zero=1", "dp=2,zero=2", "tp=2,pp=2,sp=off")),
+    *(("lora on some", text) for text in ("dp=2,tp=2,zero=2,recompute=selective", "pp=4,schedule=1f1b")),
+    *(("nf4", text) for text in ("dp=2", "dp=2,zero=2", "dp=2,tp=2,zero=3,unshard=step")),
+    *(("int8", text) for text in ("tp=4,sp=off", "dp=4,zero=3,shard=2")),
+    *(("weighted", text) for text in ("dp=2,zero=1", "dp=2,zero=2", "tp=2,sp=off")),
+}
+
 
 def config_of(model: str) -> Config:
     """The config of one of the models."""

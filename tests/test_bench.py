@@ -291,6 +291,7 @@ print(json.dumps(measure(row, Limits(rounds=2), lambda text: None)))
 """
 
 
+@pytest.mark.long
 def test_memory_and_bytes_of_a_rival_are_what_they_must_be() -> None:
     """FSDP2 empties its storages and keeps a half of weights and moments; gloo's reduce_scatter sends twice its payload."""
     row = run_python("-c", STAGE_3)

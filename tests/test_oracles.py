@@ -115,6 +115,7 @@ def test_ddp_and_fsdp2_train_as_we_do(ranks: Ranks, tmp_path: Path, model: dict[
         assert verdict.equal, (text, verdict)
 
 
+@pytest.mark.long
 def test_hybrid_sharding_of_fsdp2(ranks: Ranks, tmp_path: Path) -> None:
     """Four ranks: shards over neighbours, replicas across; its weights gathered again in backward, or kept."""
     texts = ["dp=4,zero=3,shard=2", "dp=4,zero=3,shard=2,engine=fsdp2", "dp=4,zero=2,shard=2,engine=fsdp2"]
@@ -187,6 +188,7 @@ def test_deepspeed_trains_as_we_do(ranks: Ranks, tmp_path: Path) -> None:
             assert difference < bounds[kind], (text, kind, difference, bounds[kind])
 
 
+@pytest.mark.long
 def test_deepspeed_clips_as_the_config_says(ranks: Ranks, tmp_path: Path) -> None:
     """With clip 0 it does not, although it clips at 1.0 where nothing is said. Gradients and SGD show the factor, AdamW hides it."""
     rules = [{"kind": "adamw", "lr": 3e-3, "weight_decay": 0.0, "clip": 0.0}, {"kind": "sgd", "lr": 0.1, "weight_decay": 0.0, "clip": 0.0}]
