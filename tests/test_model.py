@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_llm.config.presets import FAMILIES, PRESETS
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.model.cost import forward_flops, step_flops_per_token
 from dist_llm.model.init import initialise
 from dist_llm.model.kernels import rotated
@@ -409,6 +409,11 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
         plain.loss(here)
     assert counter.get_total_flops() == 2 * 12 * sum(forward_flops(model, 12).values())
     assert step_flops_per_token(model, 12) == 3 * sum(forward_flops(model, 12).values())
+    adapted = model.model_copy(update={"adapter": AdapterConfig(rank=4)})
+    lora = sum(2 * row.numel for row in table(adapted) if row.trained)
+    still = forward_flops(model, 12)  # the products of weights that stay come twice, attention three times, A and B three times
+    attention = 4.0 * 12 * model.heads * model.head_dim * model.layers
+    assert step_flops_per_token(adapted, 12) == 2 * (sum(still.values()) - attention) + 3 * (attention + lora)
     causal, full = (step_flops_per_token(model, 12, convention=name) for name in ("causal", "full"))
     assert full - causal == 3 * model.layers * 2 * 12 * model.heads * model.head_dim
 

@@ -16,7 +16,7 @@ from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.config.rules import check as check_rules
 from dist_llm.errors import Failure, SpaceError, UsageError, plain
-from dist_llm.model.table import num_parameters
+from dist_llm.model.table import num_parameters, num_trained
 from dist_llm.plan.memory import PARTS
 from dist_llm.plan.predict import predicted, shape_of, timeline
 from dist_llm.report.units import show_bytes
@@ -49,7 +49,8 @@ def check(
         return
     typer.echo(f"{plain(loaded.path)} can run on {ranks} {'rank' if ranks == 1 else 'ranks'} as {concrete}")
     equations = explained.equations(loaded.config, concrete)
-    for line in [explained.model_line(loaded.config, parameters), *equations, *_predictions(loaded, concrete)]:
+    model = explained.model_line(loaded.config, parameters, num_trained(loaded.config.model))
+    for line in [model, *equations, *_predictions(loaded, concrete)]:
         typer.echo(f"  {line}")
     for line in _missing_here(loaded):
         typer.echo(f"  note: {plain(line)}")

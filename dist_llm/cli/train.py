@@ -24,7 +24,7 @@ from dist_llm.config.load import Loaded, config_tree, load_config
 from dist_llm.config.rules import check as check_rules
 from dist_llm.errors import MAX_COMMAND, CheckpointError, Code, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
 from dist_llm.meeting import Meeting
-from dist_llm.model.table import num_parameters
+from dist_llm.model.table import num_parameters, num_trained
 from dist_llm.report.units import show_bytes
 from dist_llm.train.base import read_base
 from dist_llm.train.console import Console
@@ -299,7 +299,7 @@ def keep_traceback(error: BaseException, log: Path) -> None:
 def _introduce(run: Run, console: Console) -> None:
     """What is about to run, in numbers."""
     config = run.loaded.config
-    console.line(explain.model_line(config, num_parameters(config.model)))
+    console.line(explain.model_line(config, num_parameters(config.model), num_trained(config.model)))
     for line in explain.equations(config, run.layout):
         console.line(line)
     console.line(f"layout {run.layout}; run folder {plain(config.save.dir)}")

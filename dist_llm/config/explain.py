@@ -32,11 +32,12 @@ def equations(config: Config, layout: Layout) -> list[str]:
     ]
 
 
-def model_line(config: Config, parameters: int) -> str:
+def model_line(config: Config, parameters: int, trained: int) -> str:
     """`llama: 1,442,048 parameters; 4 layers, dim 128, 4 heads over 2 kv heads of 32, ffn 344, vocab 2048`."""
     m = config.model
     shape = f"{m.layers} layers, dim {m.dim}, {m.heads} heads over {m.kv_heads} kv heads of {m.head_dim}, ffn {m.ffn}, vocab {m.vocab}"
-    return f"{m.preset or m.family}: {parameters:,} parameters; {shape}{', tied' if m.tied else ''}"
+    some = f", {trained:,} of them trained" if trained < parameters else ""
+    return f"{m.preset or m.family}: {parameters:,} parameters{some}; {shape}{', tied' if m.tied else ''}"
 
 
 def as_data(loaded: Loaded, layout: Layout, *, parameters: int, explain: bool) -> dict[str, Any]:

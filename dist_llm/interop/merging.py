@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +24,15 @@ from dist_llm.infer.model import Model
 from dist_llm.interop.exporting import Subject, Weights, export_model
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.interop.peft_folder import PeftFolder, is_adapter
-from dist_llm.model.quantize import dequantize, quantize
-from dist_llm.model.table import num_parameters, table
+from dist_llm.model.table import num_parameters
 from dist_llm.sharding import Box
 from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
 from dist_llm.train.folder import MANIFEST, open_checkpoint
-from dist_llm.train.overlay import require_base
+from dist_llm.train.overlay import Overlay, overlay, require_base
+from dist_llm.train.parts import Parts
 
 RECEIPT = "merge.json"
-
-
-class Matrices(Protocol):
-    """Whole tensors by global name."""
-
-    def whole(self, name: str) -> Tensor:
-        """A whole matrix, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -47,38 +40,16 @@ class Given:
     """An adapter to merge. model: the base's with the adapter; identity: what tells it from others."""
 
     model: ModelConfig
-    matrices: Matrices
+    matrices: Parts | PeftFolder
     identity: str
     close: Callable[[], object]
-
-
-class Beside:
-    """Base and adapter side by side, as they were trained: the base as its codes stand for it, A and B as they are."""
-
-    def __init__(self, under: Weights, given: Given) -> None:
-        self.under, self.given, self.rows = under, given, {row.name: row for row in table(given.model)}
-
-    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a box of a weight, (stop - start,)."""
-        return self.whole(name)[tuple(slice(low, high) for low, high in box)].flatten()[start:stop]
-
-    def whole(self, name: str) -> Tensor:
-        """A whole weight, on the CPU."""
-        row = self.rows[name]
-        if row.trained:
-            return self.given.matrices.whole(name)
-        values = self.under.whole(name)
-        if not row.block:
-            return values
-        rule: dict[str, Any] = {"kind": self.given.model.adapter.quantize, "block": row.block}
-        return dequantize(*quantize(values.flatten(), **rule), torch.empty_like(values.flatten()), **rule).view(values.shape)
 
 
 class Merged:
     """The merged weights; the last one asked for is kept, because it is asked for in pieces."""
 
-    def __init__(self, beside: Beside) -> None:
-        self.beside, self.scale = beside, beside.given.model.adapter.scale
+    def __init__(self, beside: Overlay, under: Weights, scale: float) -> None:
+        self.beside, self.under, self.scale = beside, under, scale
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def whole(self, name: str) -> Tensor:
@@ -98,7 +69,7 @@ class Merged:
 
     def dtype(self, kind: str, name: str) -> torch.dtype:
         """That of the base."""
-        return self.beside.under.dtype(kind, name)
+        return self.under.dtype(kind, name)
 
 
 @dataclass(frozen=True)
@@ -125,14 +96,15 @@ def merge(base_path: Path, adapter_path: Path, target: Path, *, dtype: torch.dty
     base = Base(base_path)
     given = open_adapter(adapter_path, base)
     try:
-        beside = Beside(_readable(base), given)
-        merged = Merged(beside)
+        under: Any = base.source()
+        beside = overlay(base, given.model, over=given.matrices)
+        merged = Merged(beside, under, given.model.adapter.scale)
         plain = given.model.model_copy(update={"adapter": AdapterConfig()})
         subject = Subject(base.path, plain, merged, base.beside_files(), base.sequence)
         found: list[Receipt] = []
 
         def check(folder: Path) -> None:
-            drift, wide = _drift(beside, Cast(merged, dtype), plain, base.path)
+            drift, wide = _drift(beside, given.model, Cast(merged, dtype), plain, base.path)
             files = sorted(folder.glob("*.safetensors"))
             result = hashlib.sha256("".join(f"{path.name} {_hash(path)}\n" for path in files).encode()).hexdigest()
             stored = str(dtype or merged.dtype("weight", "embedding.weight")).removeprefix("torch.")
@@ -165,17 +137,12 @@ def open_adapter(path: Path, base: Base) -> Given:
     return Given(opened.config.model, opened.parts, identity, opened.parts.close)
 
 
-def _readable(base: Base) -> Weights:
-    source: Any = base.source()
-    return source
-
-
-def _drift(beside: Beside, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:
+def _drift(beside: Overlay, model: ModelConfig, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:
     """The largest difference of logits over drawn prompts, and the dtype in which both were computed."""
     dtype = torch.float64 if num_parameters(plain) <= 50_000_000 else torch.float32
     tokens = sorted(token for token in load(tokenizer).ids if token < plain.vocab)
     prompts = [draw(tokens, number=at, length=length) for at, length in enumerate(LENGTHS) if length <= plain.max_positions]
-    before = Model(beside, beside.given.model, dtype=dtype, device=torch.device("cpu"))
+    before = Model(beside, model, dtype=dtype, device=torch.device("cpu"))
     expected = [all_logits(before, prompt) for prompt in prompts]
     after = Model(merged, plain, dtype=dtype, device=torch.device("cpu"))
     differences = [

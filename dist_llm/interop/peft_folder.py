@@ -21,6 +21,7 @@ from dist_llm.interop.adapters import CONFIG, WEIGHTS, adapter_keys, read_adapte
 from dist_llm.interop.safe_file import SafeFile, unsound
 from dist_llm.interop.slices import TORCH
 from dist_llm.model.table import table
+from dist_llm.sharding import Box
 from dist_llm.strict import first_line, read_bounded, strict_json
 from dist_llm.train.durable import Disk
 from dist_llm.train.storage import storing
@@ -59,9 +60,16 @@ class PeftFolder:
         finally:
             file.close()
 
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a matrix, (stop - start,) on the CPU."""
+        return self.whole(name)[tuple(slice(low, high) for low, high in box)].flatten()[start:stop]
+
     def whole(self, name: str) -> Tensor:
         """A whole matrix, on the CPU."""
         return self.tensors[name]
+
+    def close(self) -> None:
+        """Nothing is open: all of it was read."""
 
 
 def _base_of(folder: Path) -> str | None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 from torch import Tensor
 
+from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import UsageError
 from dist_llm.model.quantize import dequantize, quantize
 from dist_llm.model.table import Row, table
@@ -19,20 +21,25 @@ from dist_llm.train.folder import Checkpoint
 from dist_llm.train.parts import Parts, Source
 
 
+class Over(Protocol):
+    """The matrices of an adapter."""
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU."""
+
+    def close(self) -> None:
+        """Lets the files go."""
+
+
 @dataclass(frozen=True)
 class Overlay:
     """Weights of two sources under the names of one table."""
 
     base: Base
     under: Source
-    over: Parts
+    over: Over
     rows: dict[str, Row]
     quantize: str
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read of both."""
-        return self.under.bytes_read + self.over.bytes_read
 
     def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a box of a global tensor, (stop - start,) on the CPU."""
@@ -79,10 +86,9 @@ def weights_of(opened: Checkpoint) -> Parts | Overlay:
     """The weights of a checkpoint's model, of its base too where it is an adapter. Raises UsageError, CheckpointError."""
     if not opened.config.model.adapter.rank:
         return opened.parts
-    return overlay(opened, base_of(opened))
+    return overlay(base_of(opened), opened.config.model, over=opened.parts)
 
 
-def overlay(opened: Checkpoint, base: Base) -> Overlay:
-    """The adapter of a checkpoint over a base."""
-    model = opened.config.model
-    return Overlay(base, base.source(), opened.parts, {row.name: row for row in table(model)}, model.adapter.quantize)
+def overlay(base: Base, model: ModelConfig, *, over: Over) -> Overlay:
+    """An adapter over its base. model: the base's with the adapter."""
+    return Overlay(base, base.source(), over, {row.name: row for row in table(model)}, model.adapter.quantize)
