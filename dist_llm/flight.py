@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from zlib import crc32
 
 PHASES = ("start", "data", "forward", "backward", "reduce", "update", "validate", "sample", "save", "end")
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "barrier")
@@ -24,14 +25,16 @@ DTYPES = ("float32", "bfloat16", "float64", "float16", "int64", "int32", "uint8"
 BEGUN, WAITED_FOR, DONE = range(3)
 _SENT, _RECEIVED = KINDS.index("send"), KINDS.index("recv")
 
+READS = 100  # tries to find a whole head, while its process writes both in turn
 RING = 512  # collectives that are remembered
 STEPS = 32  # steps whose own work is remembered
 TEXTS, TEXT = 256, 96  # places for names of groups and lines of code; the last one is for those that find none
 NO_PLACE = "..."
-MAGIC = b"dllmfly1"
-_HEAD = struct.Struct("<8sIIqdqqqHB")  # magic, rank, pid, step, changed at, collectives begun, awaited, steps done, texts, phase
+_HEAD = struct.Struct("<QIIqdqqqB")  # number, rank, pid, step, changed at, collectives begun, awaited, steps done, phase
+_SUM = struct.Struct("<I")  # of the head, after it
+_SLOT = 80  # the head is written here and there in turn, so one of the two is always whole, even where a rank is stopped in the middle
 _ENTRY = struct.Struct("<QQIHHBBBB4I")  # number, place in its group, step, group, site, kind, dtype, state, num dims, dims
-_SECONDS = 128
+_SECONDS = 2 * _SLOT
 _RING_AT = _SECONDS + 8 * STEPS
 _TEXTS_AT = _RING_AT + RING * _ENTRY.size
 SIZE = _TEXTS_AT + TEXTS * TEXT
@@ -43,7 +46,7 @@ class Flight:
 
     def __init__(self, buffer: Any, *, rank: int, pid: int) -> None:
         self.buffer, self.rank, self.pid = buffer, rank, pid
-        self.step, self.phase, self.begun, self.awaited, self.steps = 0, 0, 0, -1, 0
+        self.step, self.phase, self.begun, self.awaited, self.steps, self.written = 0, 0, 0, -1, 0, 0
         self.waited, self.step_began = 0.0, time.monotonic()
         self._texts: dict[Any, int] = {}
         self._counts: dict[int, int] = {}
@@ -51,8 +54,11 @@ class Flight:
         self._write()
 
     def _write(self) -> None:
-        head = (MAGIC, self.rank, self.pid, self.step, time.monotonic(), self.begun, self.awaited, self.steps, len(self._texts), self.phase)
-        _HEAD.pack_into(self.buffer, 0, *head)
+        self.written += 1
+        place = (self.written, self.rank, self.pid, self.step, time.monotonic())
+        head = _HEAD.pack(*place, self.begun, self.awaited, self.steps, self.phase)
+        at = self.written % 2 * _SLOT
+        self.buffer[at : at + _HEAD.size + _SUM.size] = head + _SUM.pack(crc32(head))
 
     def enter(self, phase: str) -> None:
         """What the rank does from now on."""
@@ -218,11 +224,23 @@ class Snapshot:
     seconds: list[float]  # own work of the last steps
 
 
+def _head(buffer: Any) -> tuple | None:
+    """The newest head that is whole: the process may be writing one. None before the first."""
+    for _ in range(READS):
+        raw = bytes(buffer[: 2 * _SLOT])
+        slots = [raw[at : at + _HEAD.size + _SUM.size] for at in (0, _SLOT)]
+        whole = [slot[: _HEAD.size] for slot in slots if _SUM.unpack_from(slot, _HEAD.size)[0] == crc32(slot[: _HEAD.size])]
+        if whole:  # never one of zeros alone: their sum is not zero
+            return max(map(_HEAD.unpack, whole))
+    return None
+
+
 def read(buffer: Any, *, calls: bool = True) -> Snapshot | None:
     """The record in a shared memory; None before its process has begun it. calls: the collectives too."""
-    magic, rank, pid, step, changed_at, begun, awaited, steps, texts, phase = _HEAD.unpack_from(buffer, 0)
-    if magic != MAGIC:
+    head = _head(buffer)
+    if head is None:
         return None
+    _, rank, pid, step, changed_at, begun, awaited, steps, phase = head
     found = [_call(buffer, number) for number in range(max(0, begun - RING + 8), begun)] if calls else []
     seconds = [struct.unpack_from("<d", buffer, _SECONDS + 8 * (at % STEPS))[0] for at in range(max(0, steps - STEPS), steps)]
     good = [call for call in found if call is not None]
@@ -232,7 +250,8 @@ def read(buffer: Any, *, calls: bool = True) -> Snapshot | None:
 
 def signatures(buffer: Any) -> dict[tuple[str, int], tuple]:
     """What was sent, by group and place, of all remembered collectives: the quick half of a comparison between ranks."""
-    begun, names, found = _HEAD.unpack_from(buffer, 0)[5], dict[int, str](), dict[tuple[str, int], tuple]()
+    head, names, found = _head(buffer), dict[int, str](), dict[tuple[str, int], tuple]()
+    begun = 0 if head is None else head[5]
     ring = _ENTRY.iter_unpack(bytes(buffer[_RING_AT:_TEXTS_AT]))
     for at, (held, place, _, group, _, kind, dtype, _, *shape) in enumerate(ring):
         if begun - RING + 8 <= held < begun and held % RING == at:

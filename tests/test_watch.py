@@ -51,6 +51,40 @@ def test_a_record_is_read_as_it_was_written() -> None:
     assert seen is not None and seen.awaited is None and seen.calls[-1].state == flight.DONE
 
 
+def test_a_record_that_is_being_written_is_never_half_read() -> None:
+    """A head of which half was there once read as "silent since the machine was started", and ended a sound run."""
+    buffer, began = flight.make(), time.monotonic()
+    record = Flight(buffer, rank=0, pid=os.getpid())
+    record.begin_step(1)
+    writer = os.fork()
+    if writer == 0:
+        while True:
+            record.enter("save")
+    try:
+        for _ in range(20_000):
+            seen = flight.read(buffer)
+            assert seen is not None and (seen.step, seen.rank) == (1, 0) and began < seen.changed_at <= time.monotonic()
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+
+
+def test_a_rank_that_stops_in_the_middle_of_a_word_is_read_by_the_one_before() -> None:
+    buffer, record = recorded(rank=2)
+    record.begin_step(5)
+    before = flight.read(buffer)
+    newest = record.written % 2 * flight._SLOT
+    record.enter("reduce")
+    other = record.written % 2 * flight._SLOT
+    assert other != newest
+    for size in range(flight._HEAD.size):
+        spoiled = bytearray(buffer[other : other + flight._SLOT])
+        buffer[other : other + size] = bytes(size)
+        seen = flight.read(buffer)
+        assert size == 0 or seen == before, size
+        buffer[other : other + flight._SLOT] = bytes(spoiled)
+
+
 def test_the_ring_keeps_the_last_calls_and_places_go_on() -> None:
     buffer, record = recorded()
     for _ in range(3 * flight.RING):
