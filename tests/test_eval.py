@@ -24,7 +24,7 @@ from dist_llm.infer.write import follow
 from dist_llm.train.folder import open_checkpoint
 from dist_llm.use import evaluate as evaluation
 from dist_llm.use.evaluate import answer
-from dist_llm.use.exam import Asked, asked, marks, questions, wilson
+from dist_llm.infer.exam import Asked, asked, marks, questions, wilson
 from dist_llm.use.lm_eval_adapter import lm_eval_class, lm_eval_model
 from dist_llm.use.load import load_here, open_sound
 from dist_llm.use.score import Scorer
