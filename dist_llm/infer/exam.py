@@ -108,9 +108,17 @@ def grouped(tests: Iterable[Asked], size: int) -> list[list[Asked]]:
 def answered(
     model: Model, tokenizer: Tokenizer, group: Sequence[Asked], *, template: Template | None, window: int
 ) -> list[tuple[str, bool]]:
-    """(task, right or not) of the greedy answer to each question of a group, with room for a little more than the right one."""
+    """(task, right or not) of the greedy answer to each question of a group. window: tokens that the model can see."""
     ends = set(template.stop_ids(tokenizer)) if template is not None else {tokenizer.end_id}
     stops = () if template is not None else ("\n",)
+    texts = answer(model, tokenizer, group, window=window, ends=ends, stops=stops)
+    return [(one.pair.skill, skills.check(one.pair.prompt, text)) for one, text in zip(group, texts, strict=True)]
+
+
+def answer(
+    model: Model, tokenizer: Tokenizer, group: Sequence[Asked], *, window: int, ends: set[int], stops: tuple[str, ...]
+) -> list[str]:
+    """The greedy answers to some questions, written at once; room for a little more than the right one."""
     count = max(one.length for one in group) + 4
     writer = Writer(model, [one.ids for one in group], count=count, choice=Choice(temperature=0.0), window=window, ends=ends)
     texts = [Text(tokenizer, stops=stops, silent=ends) for _ in group]
@@ -121,7 +129,7 @@ def answered(
                 writer.stop(line)
     for text in texts:
         text.finish()
-    return [(one.pair.skill, skills.check(one.pair.prompt, text.shown)) for one, text in zip(group, texts, strict=True)]
+    return [text.shown for text in texts]
 
 
 def marks(results: Sequence[tuple[str, bool]], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
