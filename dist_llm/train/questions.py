@@ -35,5 +35,7 @@ class Questions:
         pairs = questions(config, prepared, tasks=self.tasks, each=config.track.questions, seed=config.runtime.seed)
         template = prepared.template if config.data.chat.format is not None else None
         groups = grouped(asked(pairs, prepared.tokenizer, template), AT_ONCE)
-        how = {"template": template, "window": config.data.sequence}
-        return marks([one for group in groups for one in answered(model, prepared.tokenizer, group, **how)], self.tasks)
+        found: list[tuple[str, bool]] = []
+        for group in groups:
+            found += answered(model, prepared.tokenizer, group, template=template, window=config.data.sequence)
+        return marks(found, self.tasks)
