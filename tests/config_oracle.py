@@ -149,6 +149,15 @@ def betas(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(BELOW_ONE, value))
 
 
+def tasks(value: Any) -> bool:
+    names = choice("copy reverse sort order brackets add subtract largest count upper last series")
+    return isinstance(value, list) and bool(value) and all(map(names, value))
+
+
+def from_to(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(whole(1, 64), value)) and value[0] <= value[1]
+
+
 COUNT, WHOLE, SEED = whole(1), whole(0), whole(0, 2**63 - 1)
 NUMBER, POSITIVE = number(lambda value: value >= 0), number(lambda value: value > 0)
 SHARE, BELOW_ONE = number(lambda value: 0 <= value <= 1), number(lambda value: 0 <= value < 1)
@@ -180,6 +189,7 @@ SCHEMA: dict[str, Any] = {
             "format": or_null(choice("auto alpaca sharegpt messages prompt_completion text")), "template": words,
             "train_on": choice("assistant all last"), "too_long": choice("refuse drop truncate"),
         },
+        "skills": {"tasks": or_null(tasks), "length": or_null(from_to), "apart": switch},
     },
     "batch": {"global": COUNT, "micro": COUNT},
     "optimizer": {
@@ -203,7 +213,8 @@ SCHEMA: dict[str, Any] = {
         "peak_tflops": or_null(POSITIVE), "threads": or_null(whole(1, 4096)), "offload_dir": or_null(words),
     },
     "save": {"every": WHOLE, "keep": WHOLE, "async": switch, "dir": words},
-    "track": {"tensorboard": switch, "wandb": switch, "sample_every": WHOLE, "validate_every": WHOLE, "validate_batches": COUNT},
+    "track": {"tensorboard": switch, "wandb": switch, "sample_every": WHOLE, "validate_every": WHOLE, "validate_batches": COUNT,
+              "questions": whole(0, 10_000)},
 }  # fmt: skip
 
 
@@ -333,7 +344,7 @@ def rules(given: dict[str, dict[str, Any]], world: int) -> dict[str, bool]:
     sp = tp > 1 and layout.get("sp") is not False
     sequence = given["data"].get("sequence", 256)
     small, large = sorted((model["kv_heads"], tp))
-    broken = chat_rules(given["data"]) | {
+    broken = chat_rules(given["data"], given["track"]) | {
         "world": dp * rest != world or world > MOST_RANKS,
         "not yet": cp > 1 or ep > 1 or schedule not in ("gpipe", "1f1b", "interleaved"),
         "ep": data % ep > 0,
@@ -377,14 +388,17 @@ def engine_rules(given: dict[str, dict[str, Any]], at: dict[str, Any]) -> dict[s
     }
 
 
-def chat_rules(data: dict[str, Any]) -> dict[str, bool]:
+def chat_rules(data: dict[str, Any], track: dict[str, Any]) -> dict[str, bool]:
     chat = data.get("chat", {})
     on = chat.get("format", "auto" if chat else None) is not None
     packing = data.get("packing", "best_fit" if on else "concat")
     apart = {data.get("document_mask", True), data.get("reset_positions", True)} == {True}
     named = [item["source"] for item in data["mix"]] if data.get("mix") else data.get("source", "python")
     flat = [named] if isinstance(named, str) else named
+    pairs = data.get("skills", {})
+    drawn = pairs.get("tasks") is not None or pairs.get("length") is not None or pairs.get("apart", False)
     return {
+        "skills": (drawn or track.get("questions", 0) > 0) and "skills" not in flat,
         "packing": on == (packing == "concat"),
         "apart": on and packing == "best_fit" and not apart,
         "conversations": on and bool({"python", "entropy"} & set(flat)),

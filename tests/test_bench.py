@@ -268,13 +268,20 @@ def run_python(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_a_quick_run_of_the_verb() -> None:
-    """A row that trains and one that does not, measured and told as JSON alone."""
-    found = run_python("-m", "dist_llm", "bench", "pipeline:1F1B", "data:read", "--quick", "--rounds", "2", "--json")
-    (pipeline,), (data,) = (result["rows"] for result in found["results"])
+@pytest.mark.long
+def test_a_quick_run_of_a_row_that_trains() -> None:
+    """Measured and told as JSON alone."""
+    found = run_python("-m", "dist_llm", "bench", "pipeline:1F1B", "--quick", "--rounds", "2", "--json")
+    ((pipeline,),) = (result["rows"] for result in found["results"])
     (rival,) = pipeline["rivals"]
     assert pipeline["rounds"] == 2 and rival["error"] is None and rival["figure"] is None and pipeline["peak"] is None
     assert rival["time"]["coverage"] == 0.5 and all(len(one["peak_bytes"]) == 2 for one in (pipeline["ours"], rival))
+
+
+def test_a_quick_run_of_the_verb() -> None:
+    """A row that does not train, measured and told as JSON alone."""
+    found = run_python("-m", "dist_llm", "bench", "data:read", "--quick", "--rounds", "2", "--json")
+    ((data,),) = (result["rows"] for result in found["results"])
     simple, *datasets = data["rivals"]
     assert simple["losses"] == data["ours"]["losses"] and simple["losses"][0] > 0
     for one in datasets:

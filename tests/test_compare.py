@@ -76,6 +76,7 @@ def test_peak_memory_is_as_predicted(finished) -> None:
         assert max(row["peak_memory_bytes"]) == pytest.approx(row["predicted"]["memory_bytes"]["total"], rel=0.03), row["given"]
 
 
+@pytest.mark.long
 def test_offloading_is_proved_for_deepspeed_and_ours(tmp_path: Path) -> None:
     """DeepSpeed against float32's own rounding, ours against 1e-10; what lies in host memory is a part of its own."""
     texts = ["dp=2,zero=2,offload=optimizer,engine=deepspeed", "dp=2,zero=2,offload=optimizer"]

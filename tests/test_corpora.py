@@ -10,6 +10,7 @@ import math
 import string
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_llm.config.schema import SkillsConfig, SkillTask
 from dist_llm.data import python_corpus, readers, skills
 from dist_llm.data.build import sample
 from dist_llm.data.corpora import limited, open_corpus
@@ -312,7 +314,7 @@ def another_reckoning(skill: str, argument: str) -> str:
     words = argument.split(" ")
     answers = {
         "copy": lambda: argument,
-        "reverse": lambda: "".join(reversed(argument)),
+        "reverse": lambda: " ".join(reversed(words)) if len(words) > 1 else "".join(reversed(argument)),
         "upper": lambda: "".join(chr(ord(letter) - 32) if letter.isalpha() else letter for letter in argument),
         "add": lambda: str(int(words[0]) + int(words[2])),
         "subtract": lambda: str(int(words[0]) - int(words[2])),
@@ -326,16 +328,45 @@ def another_reckoning(skill: str, argument: str) -> str:
     return answers[skill]()
 
 
-def test_skills_are_right_by_another_reckoning() -> None:
+MIXTURES = (
+    skills.ALL,
+    skills.Mixture(apart=True),
+    skills.Mixture(("copy", "reverse", "brackets", "sort", "order", "upper"), (1, 6), apart=True),
+    skills.Mixture(("brackets", "reverse", "largest", "count"), (60, 64)),
+)
+
+
+def test_mixtures_hold_the_tasks_and_lengths_that_are_asked_for() -> None:
+    section = SkillsConfig(tasks=("add", "copy"), length=(2, 3), apart=True)
+    assert skills.mixture_of(section) == skills.Mixture(("add", "copy"), (2, 3), True) and skills.mixture_of(SkillsConfig()) == skills.ALL
+    assert set(get_args(SkillTask)) == {skill.name for skill in skills.SKILLS}
+    assert {skills.pair(1, index, MIXTURES[2]).skill for index in range(300)} == set(MIXTURES[2].tasks)
+    lengths = Counter[int]()
+    for index in range(2000):
+        one = skills.pair(1, index, MIXTURES[2])
+        parts = one.prompt.split(": ", 1)[1].split(" ")
+        assert one.skill == "order" or all(len(part) == 1 for part in parts), one
+        if one.skill != "brackets":  # to those one more may be added, so that there is something to close
+            lengths[len(parts)] += 1
+    assert set(lengths) == {1, 2, 3, 4, 5, 6} and min(lengths.values()) > 100
+    longest = [skills.pair(3, index, MIXTURES[3]).prompt for index in range(200)]
+    assert all(len(set(prompt)) > 4 for prompt in longest), "there are bits enough for each of their letters"
+    assert open_corpus("skills", seed=1, mixture=MIXTURES[1]).identity != open_corpus("skills", seed=1).identity
+
+
+@pytest.mark.parametrize("mixture", MIXTURES, ids=str)
+def test_skills_are_right_by_another_reckoning(mixture: skills.Mixture) -> None:
     for index in range(600):
-        pair = skills.pair(11, index)
+        pair = skills.pair(11, index, mixture)
+        assert skills.check(pair.prompt, pair.answer)
         argument = pair.prompt.split(": ", 1)[1]
         if pair.skill == "brackets":
-            whole = argument + pair.answer
+            whole = (argument + pair.answer).replace(" ", "")
             while any(both in whole for both in ("()", "[]", "{}", "<>")):
                 for both in ("()", "[]", "{}", "<>"):
                     whole = whole.replace(both, "")
             assert whole == "" and pair.answer
+            assert not mixture.apart or all(len(part) == 1 for part in pair.answer.split(" "))
         else:
             assert pair.answer == another_reckoning(pair.skill, argument), pair
 

@@ -19,12 +19,12 @@ from dist_llm.data import skills
 from dist_llm.data.prepare import prepare
 from dist_llm.data.tokenizer import bytes_tokenizer
 from dist_llm.errors import UsageError
+from dist_llm.infer import exam
 from dist_llm.infer.choose import Choice
+from dist_llm.infer.exam import Asked, answer, asked, marks, questions, wilson
 from dist_llm.infer.write import follow
 from dist_llm.train.folder import open_checkpoint
 from dist_llm.use import evaluate as evaluation
-from dist_llm.use.evaluate import answer
-from dist_llm.use.exam import Asked, asked, marks, questions, wilson
 from dist_llm.use.lm_eval_adapter import lm_eval_class, lm_eval_model
 from dist_llm.use.load import load_here, open_sound
 from dist_llm.use.score import Scorer
@@ -143,7 +143,7 @@ def test_right_answers_count(run: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     def know(model: Any, tokenizer: Any, group: list[Asked], **_: Any) -> list[str]:
         return [f" {one.pair.answer}" if one.pair.skill != "add" else "no idea" for one in group]
 
-    monkeypatch.setattr(evaluation, "answer", know)
+    monkeypatch.setattr(exam, "answer", know)
     assert cli.run(["eval", str(run), "--no-text", "--skills", "7", "--tasks", "copy,add,reverse"]) == 0
     shown = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split() for line in shown if line and line.split()[0] in ("copy", "add", "reverse", "all")}

@@ -44,6 +44,7 @@ BASES = (
     "runtime: {fp8: rowwise, dtype: bfloat16, device: cuda}\nmodel: {dim: 128, heads: 4, ffn: 512}\nlayout: {tp: 2}\n",
     "data: {source: skills, packing: best_fit, chat: {format: auto, template: chatml, train_on: last, too_long: drop},\n"
     "  tokenizer: {kind: file, path: a}}\n",
+    "data: {source: skills, skills: {tasks: [copy, add], length: [2, 5], apart: true}}\ntrack: {questions: 4}\n",
     "data: {source: [skills, a.jsonl], document_mask: true, chat: {template: model}, packing: none}\n",
 )  # fmt: skip
 SCALARS = (
@@ -52,6 +53,7 @@ SCALARS = (
     *("-.inf", ".nan", "1e", "0.0", "-0.0", "1099511627776", "1099511627777", "9223372036854775807", "9223372036854775808"),
     *("9" * 40, "9" * 41, "9" * 101, "'2'", '"2"', "two", "1e-4x", "2001-01-01", "12:30:45", "!!int 3", "!!python/object:os.system x"),
     *("&a 3", "*a", "[]", "{}", "[1, 2]", "[0.9, 0.95]", "{a: 1}", "[[[[[[[[[[[[[1]]]]]]]]]]]]]", "'a\tb'", '"a\\tb"'),
+    *("[9, 8]", "[1, 65]", "[copy, copy]", "[copy, walk]"),
     *('"\\u202e"', '"\\e[2J"'),
     *('"\\ud83d\\ude00"', '"\\ud83d"', "😀", "é", "\u00a0", "a\u200bb", "|\n   text", "python", "skills", "a: b", "- x", "#x"),
     *("bytes", "bpe", "best_fit", "concat", "none", "messages", "text", "all"),

@@ -217,10 +217,17 @@ def test_bfloat16_gradients_are_summed_and_reduced_in_float32(ranks: Ranks, tmp_
         assert difference[0] < 1e-5, (text, difference)
 
 
-def test_an_engine_takes_over_the_state_of_another(ranks: Ranks) -> None:
+TAKEN_OVER = ["dp=2,zero=1", "dp=2,engine=ddp", "dp=2,zero=3,engine=fsdp2", "dp=2,zero=3,engine=deepspeed"]
+TAKEN_OVER_LATER = [
+    *("dp=2,zero=1", "dp=2,zero=1,offload=optimizer", "dp=2,zero=2,engine=fsdp2", "dp=2,zero=3,offload=all,engine=fsdp2"),
+    *(f"dp=2,zero={stage},engine=deepspeed" for stage in range(3)),
+    *DEEPSPEED_OFFLOADED,
+]
+
+
+@pytest.mark.parametrize("texts", [TAKEN_OVER, pytest.param(TAKEN_OVER_LATER, marks=pytest.mark.long)], ids=["plain", "the rest"])
+def test_an_engine_takes_over_the_state_of_another(ranks: Ranks, texts: list[str]) -> None:
     """load_state and evaluate of the engines around libraries: the next losses are the ones of the engine that went on."""
-    texts = ["dp=2,zero=1", "dp=2,engine=ddp", "dp=2,zero=3,engine=fsdp2", *(f"dp=2,zero={stage},engine=deepspeed" for stage in range(4))]
-    texts += ["dp=2,zero=1,offload=optimizer", "dp=2,zero=2,engine=fsdp2", "dp=2,zero=3,offload=all,engine=fsdp2", *DEEPSPEED_OFFLOADED]
     rows = [layout(text) for text in texts]
     found, other = ranks.run(2, "tests.oracles:resumed", job(dtype="float32"), rows, timeout_seconds=120)
     assert found == other  # every rank knows the same losses

@@ -51,6 +51,18 @@ def store_of(folder: Path, some: list[Chat], *, shard_tokens: int = 50) -> Token
     return TokenStore(folder)
 
 
+def test_the_first_held_out_batches_speak_for_all(tmp_path: Path) -> None:
+    """Best fit puts the longest first; a validation on the first batches once measured those alone."""
+    some = chats(600, seed=5, longest=40)
+    order = PackedBatches(store_of(tmp_path / "s", some), sequence=64, global_batch=8, seed=0, sequential=True)
+    every = sorted(int(number) for step in range(order.num_batches) for number in order.sample_ids(step) if number >= 0)
+    assert every == list(range(order.num_samples)) and order.num_batches > 12, "each sequence once"
+    lengths = [len(ids) for step in range(3) for _, ids, _ in order.conversations(step)]
+    assert abs(np.mean(lengths) / np.mean([len(ids) for ids, _ in some]) - 1) < 0.15, np.mean(lengths)
+    again = PackedBatches(TokenStore(tmp_path / "s"), sequence=64, global_batch=4, seed=9, sequential=True)
+    assert torch.equal(torch.cat([again.sample_ids(0), again.sample_ids(1)]), order.sample_ids(0)), "whatever the batch and the seed"
+
+
 def slow_fit(sizes: list[int], room: int) -> list[list[int]]:
     """Best-fit decreasing by trying every bin."""
     bins: list[list[int]] = []

@@ -39,8 +39,8 @@ def evaluate(
     """Measure a checkpoint: loss, perplexity and bits per byte on text it has not seen; exact answers to questions, by task."""
     place = flags.place_of(device, dtype)
 
+    from dist_llm.infer.exam import TASKS, uses_skills
     from dist_llm.use.evaluate import Exam, evaluate_rank
-    from dist_llm.use.exam import TASKS, uses_skills
     from dist_llm.use.load import on_ranks, open_sound
 
     chosen = _tasks(tasks, TASKS)

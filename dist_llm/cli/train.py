@@ -322,6 +322,7 @@ def _conclude(run: Run, result: dict[str, Any], console: Console | None) -> None
             console.line(f"stopped     as asked, after step {result['stopped']} of {run.loaded.config.schedule.steps}, which is saved")
             console.line(f"next        {plain(go_on(sys.argv[1:]), width=MAX_COMMAND)}")
         else:
-            console.line(f"next        dist-llm sample {plain(run.path)} --prompt 'def '")
+            talk = run.loaded.config.data.chat.format is not None
+            console.line(f"next        dist-llm {'chat' if talk else 'sample'} {plain(run.path)}" + ("" if talk else " --prompt 'def '"))
     if result["stopped"] is not None:
         raise typer.Exit(int(Code.PREEMPTED))

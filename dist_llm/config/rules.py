@@ -12,7 +12,7 @@ from math import isqrt, log2
 
 from dist_llm.config import hub
 from dist_llm.config.layout import Layout, canonical, concrete, resolve
-from dist_llm.config.schema import BYTES, LARGEST_BPE, LARGEST_IDS, Config
+from dist_llm.config.schema import BYTES, LARGEST_BPE, LARGEST_IDS, Config, SkillsConfig, sources_of
 from dist_llm.errors import UsageError
 
 MAX_WORLD = 1_000_000
@@ -33,7 +33,7 @@ class Problem:
 def problems(config: Config, layout: Layout) -> list[Problem]:
     """Every rule that `config` breaks under `layout`; empty when it can run."""
     shape = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _adapter, _offload)
-    rules = (*shape, _fp8, _graph, _numbers, _text, _chat, _machine)
+    rules = (*shape, _fp8, _graph, _numbers, _text, _chat, _skills, _machine)
     return [problem for rule in rules for problem in rule(config, layout)]
 
 
@@ -294,12 +294,21 @@ def _chat(config: Config, layout: Layout) -> Iterator[Problem]:
     for key in ("document_mask", "reset_positions"):
         if data.packing == "best_fit" and not getattr(data, key):
             yield Problem(f"data.{key}", "conversations that share a sequence would see each other; leave it out, best_fit turns it on")
-    named = [item.source for item in data.mix] if data.mix else [data.source]
-    for source in (name for one in named for name in ([one] if isinstance(one, str) else one)):
+    for source in sources_of(data):
         if source in ("python", "entropy"):
             yield Problem("data.source", f"{source} holds no conversations; skills and JSON lines do")
     if data.chat.template == "model" and data.tokenizer.kind != "file":
         yield Problem("data.chat.template", f"a model's own lies beside its tokenizer's file, tokenizer.kind is {data.tokenizer.kind}")
+
+
+def _skills(config: Config, layout: Layout) -> Iterator[Problem]:
+    """What asks for pairs needs their source."""
+    if "skills" in sources_of(config.data):
+        return
+    if config.data.skills != SkillsConfig():
+        yield Problem("data.skills", "says which pairs source=skills draws, the source is another; leave it out, or data.source=skills")
+    if config.track.questions:
+        yield Problem("track.questions", "questions with a known answer are those of data.source=skills; 0 for another source")
 
 
 def _machine(config: Config, layout: Layout) -> Iterator[Problem]:

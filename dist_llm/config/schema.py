@@ -60,6 +60,7 @@ Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 Number = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
+SkillLength = Annotated[int, Strict(), Field(ge=1, le=64)]
 BelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
 
 
@@ -192,6 +193,24 @@ class ChatConfig(Section):
         return {"format": "auto", **given} if isinstance(given, dict) and given else given
 
 
+SkillTask = Literal["copy", "reverse", "sort", "order", "brackets", "add", "subtract", "largest", "count", "upper", "last", "series"]
+
+
+class SkillsConfig(Section):
+    """Which pairs the source `skills` draws."""
+
+    tasks: Annotated[tuple[SkillTask, ...] | None, Field(min_length=1), BeforeValidator(_tuple)] = None  # None: all twelve
+    length: Annotated[tuple[SkillLength, SkillLength] | None, BeforeValidator(_tuple)] = None  # fewest and most parts of an argument
+    apart: Switch = False  # letters and brackets with spaces between them: each a token of its own
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SkillsConfig:
+        if self.length and self.length[0] > self.length[1]:
+            text = f"the fewest come first, found [{self.length[0]}, {self.length[1]}]"
+            raise PydanticCustomError("order", "{text}", {"text": text, "key": "length"})
+        return self
+
+
 class DataConfig(Section):
     """Text, how it becomes tokens and how tokens become sequences."""
 
@@ -200,6 +219,7 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence: Annotated[Count, Field(ge=2)] = 256
     chat: ChatConfig = ChatConfig()
+    skills: SkillsConfig = SkillsConfig()
     packing: Literal["concat", "best_fit", "none"] = "concat"  # best_fit when left out and chat is on
     document_mask: Switch = False
     reset_positions: Switch = False
@@ -214,6 +234,12 @@ class DataConfig(Section):
     @classmethod
     def _fill(cls, given: Any) -> Any:
         return fill_packing(given) if isinstance(given, dict) else given
+
+
+def sources_of(data: DataConfig) -> list[str]:
+    """Every source that a data section names."""
+    named = [item.source for item in data.mix] if data.mix else [data.source]
+    return [name for one in named for name in ([one] if isinstance(one, str) else one)]
 
 
 def fill_packing(given: dict[str, Any]) -> dict[str, Any]:
@@ -312,6 +338,7 @@ class TrackConfig(Section):
     sample_every: Whole = 0  # steps; 0: never
     validate_every: Whole = 0  # steps; 0: only at the end
     validate_batches: Count = 8
+    questions: Annotated[Whole, Field(le=10_000)] = 0  # of each task of skills, held out: asked at the end, and before a run from a base
 
 
 class Config(Section):

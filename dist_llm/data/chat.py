@@ -132,6 +132,11 @@ def spell(turns: Sequence[Turn]) -> str:
     return json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
+def of_pair(question: str, answer: str) -> str:
+    """The one text of a question and its answer."""
+    return spell([Turn("user", question), Turn("assistant", answer)])
+
+
 def messages_of(text: str) -> list[dict[str, Any]]:
     """The messages that `spell` has spelled."""
     return json.loads(text)

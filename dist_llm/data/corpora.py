@@ -61,19 +61,23 @@ def open_corpus(
     bad: BadLines | None = None,
     reading: Reading | None = None,
     home: Path | None = None,
+    mixture: skills.Mixture = skills.ALL,
 ) -> Corpus:
     """The corpus that a config names: `python`, `skills`, `entropy`, a path, a glob, a data set of the hub, or several of these one
     after the other.
 
     reading: its documents are conversations. Raises UsageError for a source that does not exist, DataError for one without
     text. Bad lines are counted in `bad`. home: the folder that keeps which commit of a data set of the hub is read.
+    mixture: the pairs that `skills` draws.
     """
     bad = BadLines() if bad is None else bad
     names = (source,) if isinstance(source, str) else source
     parts = [
-        _open_one(name, seed=seed, text_key=text_key, bad=bad, home=home)
+        _skills(seed, mixture, chats=reading is not None)
+        if name == "skills"
+        else _open_one(name, seed=seed, text_key=text_key, bad=bad, home=home)
         if reading is None
-        else _open_chat(name, seed=seed, bad=bad, reading=reading, home=home)
+        else _open_chat(name, bad=bad, reading=reading, home=home)
         for name in names
     ]
     return parts[0] if len(parts) == 1 else _chain(parts)
@@ -82,8 +86,6 @@ def open_corpus(
 def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines, home: Path | None) -> Corpus:
     if source == "python":
         return _python()
-    if source == "skills":
-        return Corpus("skills", ("skills", seed), lambda: _skills(seed), GENERATED, endless=True, shuffled=True)
     if source == "entropy":
         return Corpus("entropy", ("entropy", seed), lambda: _entropy(seed), GENERATED, endless=True, shuffled=True)
     if source.startswith(MARK):
@@ -94,11 +96,8 @@ def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines, home: Pat
     return _files(source, files, text_key=text_key, bad=bad)
 
 
-def _open_chat(source: str, *, seed: int, bad: BadLines, reading: Reading, home: Path | None) -> Corpus:
+def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | None) -> Corpus:
     """A source of conversations."""
-    if source == "skills":
-        identity = ("skills", "chat", seed)
-        return Corpus("skills", identity, lambda: _skill_chats(seed), GENERATED, endless=True, shuffled=True, shape="messages")
     if source in ("python", "entropy"):
         expected = "skills, JSON lines, tables, or a data set of the hub"
         raise UsageError("this source holds no conversations", where=f"data.source: {source}", expected=expected)
@@ -176,17 +175,17 @@ def _name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-").lower()[:32]
 
 
-def _skills(seed: int) -> Iterator[Document]:
-    """Pairs without end; the split goes by the text, so that no question of the validation set is trained on."""
-    for index in itertools.count():
-        yield Document(skills.pair(seed, index).text, f"skills:{index}")
+def _skills(seed: int, mixture: skills.Mixture, *, chats: bool) -> Corpus:
+    """Pairs without end, as text or as conversations; the split goes by the text, so that no question held out is trained on."""
 
+    def documents() -> Iterator[Document]:
+        for index in itertools.count():
+            one = skills.pair(seed, index, mixture)
+            yield Document(chat.of_pair(one.prompt, one.answer) if chats else one.text, f"skills:{index}")
 
-def _skill_chats(seed: int) -> Iterator[Document]:
-    """The same pairs as conversations."""
-    for index in itertools.count():
-        one = skills.pair(seed, index)
-        yield Document(chat.spell([chat.Turn("user", one.prompt), chat.Turn("assistant", one.answer)]), f"skills:{index}")
+    drawn = () if mixture == skills.ALL else (mixture.tasks, mixture.length, mixture.apart)
+    identity = ("skills", *(("chat",) if chats else ()), seed, *drawn)
+    return Corpus("skills", identity, documents, GENERATED, endless=True, shuffled=True, shape="messages" if chats else "")
 
 
 def _entropy(seed: int) -> Iterator[Document]:

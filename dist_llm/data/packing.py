@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from dist_llm.data.batches import IGNORED, PADDING, Batches
 from dist_llm.data.store import TokenStore
 from dist_llm.errors import DataError
+from dist_llm.random import key_of, permute
 
 TooLong = Literal["refuse", "drop", "truncate"]
 
@@ -130,6 +132,7 @@ class PackedBatches(Batches):
     ) -> None:
         each = [stores] if isinstance(stores, TokenStore) else list(stores)
         self.packings = [pack(store, sequence=sequence, best_fit=best_fit, too_long=too_long) for store in each]
+        self.best_fit = best_fit
         self.weighted = any(store.weights is not None and len(store.weights.table) > 2 for store in each)  # other than 0 and 1
         settings: dict[str, Any] = {"weights": weights, "sequential": sequential, "document_mask": True, "reset_positions": True}
         super().__init__(each, sequence=sequence, global_batch=global_batch, seed=seed, **settings)
@@ -151,6 +154,17 @@ class PackedBatches(Batches):
         found = [self._packed(int(number)) for number in numbers if number != PADDING]
         parts = [packing.sums[packing.documents(row)].sum(0) for packing, _, row in found]
         return np.sum(parts, axis=0) if parts else np.zeros(2)
+
+    def _interleaved(self) -> np.ndarray:
+        """Best fit opens the sequences of the longest conversations first; mixed, the first batches of the fixed order speak for all."""
+        fixed = super()._interleaved()
+        if not self.best_fit:
+            return fixed
+        sources = self._source(fixed)
+        for source, count in enumerate(self.counts.tolist()):
+            mine, first = sources == source, int(self.offsets[source])
+            fixed[mine] = first + permute(torch.from_numpy(fixed[mine] - first), count, key_of(0, "held out", str(source))).numpy()
+        return fixed
 
     def _packed(self, number: int) -> tuple[Packing, TokenStore, int]:
         """The packing, the store and the row there of a sample."""

@@ -27,6 +27,7 @@ from dist_llm.data.mixture import whole_weights
 from dist_llm.data.publish import NOTE, publish
 from dist_llm.data.readers import BadLines
 from dist_llm.data.sealed import check_seal, read_file, seal, write_durably
+from dist_llm.data.skills import mixture_of
 from dist_llm.data.store import MANIFEST, TokenStore
 from dist_llm.data.template_files import choose_template
 from dist_llm.data.templates import Template
@@ -116,6 +117,7 @@ def prepare(
     sources = [(item.source, item.weight) for item in data.mix] if data.mix else [(data.source, 1.0)]
     weights = whole_weights([weight for _, weight in sources])
     how: dict[str, Any] = {"seed": seed, "text_key": data.text_key, "bad": work.bad, "reading": reading, "home": work.folder}
+    how["mixture"] = mixture_of(data.skills)
     try:
         corpora = [open_corpus(source, **how) for source, _ in sources]
         tokenizer = _tokenizer(data, corpora, weights, work)

@@ -22,7 +22,7 @@ from dist_llm import __version__
 from dist_llm.report import template
 from dist_llm.report.figures import comparison_figures
 from dist_llm.report.plot import SERIES
-from dist_llm.report.run import MOST_SAMPLES, Run, read_run, run_facts, run_figures, run_sentence
+from dist_llm.report.run import MOST_SAMPLES, Run, read_run, run_answers, run_facts, run_figures, run_sentence
 from dist_llm.report.script import SCRIPT
 from dist_llm.report.style import STYLE
 from dist_llm.report.text import (
@@ -100,6 +100,7 @@ def write_run_page(run_dir: Path, path: Path) -> None:
         "sentence": run_sentence(run),
         "facts": run_facts(run),
         "unreadable": run.unreadable,
+        "answers": run_answers(run),
         "samples": _samples(run),
         "config": run.config,
     }

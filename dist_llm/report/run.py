@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.report.plot import Figure, series_colour
-from dist_llm.report.units import byte_ticks, finite, finite_numbers, show_bytes, show_count, show_number, show_seconds
+from dist_llm.report.units import byte_ticks, finite, finite_numbers, mapping, show_bytes, show_count, show_number, show_seconds
 
 Point = tuple[float, float]  # (step, value)
 MOST_POINTS = 1500  # of one line; longer series keep the least and the largest value of every bucket
@@ -102,6 +102,22 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("best validation loss", show_number(min(validated))))
     used = sorted(value for record in run.steps if (value := finite(record.get("mfu"))) is not None)
     return [*facts, ("median MFU", f"{100 * used[len(used) // 2]:.1f} %")] if used else facts
+
+
+def run_answers(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Questions with one right answer: the headings of the steps at which they were asked, and a row for each task."""
+    asked = [(record["step"], mapping(record.get("answers"))) for record in run.steps if mapping(record.get("answers"))]
+    tasks = list(dict.fromkeys(task for _, marks in asked for task in marks))
+    return [f"step {show_count(step)}" for step, _ in asked], [[task, *(_mark(marks.get(task)) for _, marks in asked)] for task in tasks]
+
+
+def _mark(mark: Any) -> str:
+    """`39 of 40, 97.5 % (87 to 100)`: right answers, their share and its 95 % interval."""
+    right, count, share, low, high = (finite(mapping(mark).get(key)) for key in ("right", "count", "share", "low", "high"))
+    if right is None or count is None:
+        return ""
+    text = f"{right:g} of {count:g}"
+    return text if share is None or low is None or high is None else f"{text}, {100 * share:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def thinned(points: list[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -138,6 +138,20 @@ RUN = """{% extends "base" %}
 </section>
 {% endif %}
 
+{% set asked, marks = answers %}
+{% if marks %}
+<section>
+<h2>Right answers</h2>
+<p class="note">Questions that were held out from training: exact answers, their share, and its 95 % interval.</p>
+<div class="scroll"><table>
+<thead><tr><th class="text" scope="col">task</th>{% for heading in asked %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in marks %}<tr>{% for cell in row %}<td{% if loop.first %} class="text"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>
+</section>
+{% endif %}
+
 {% set small = [("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"), ("tokens_per_second", "Tokens per second"),
   ("memory", "Peak memory")] %}
 {% if small | map("first") | select("in", drawn) | list %}

@@ -27,6 +27,7 @@ class Console:
     def __init__(self, *, steps: int) -> None:
         self.steps, self.seconds = steps, deque[float](maxlen=20)
         self.told, self.told_at, self.stage = -math.inf, time.monotonic(), ""
+        self.marks: dict[str, Any] = {}  # of the last questions
         self.live = _LiveBar(steps) if sys.stdout.isatty() else None
 
     def __enter__(self) -> Console:
@@ -84,6 +85,19 @@ class Console:
     def _sample(self, sample: dict[str, Any]) -> None:
         self.line(f"sample at step {sample['step']}: {one_line(sample['prompt'])} -> {one_line(sample['text'])}", style="cyan")
 
+    def _answers(self, value: dict[str, Any]) -> None:
+        """A line for each task: right answers, and what they were before."""
+        marks, before = value["marks"], self.marks
+        self.line(f"right answers at step {value['step']}, of questions held out" + (" (before)" if before else ""))
+        for task, one in marks.items():
+            was = f"  ({before[task]['right']})" if task in before else ""
+            share = f"{one['share']:6.1%}, 95 %: {one['low']:.0%} to {one['high']:.0%}" if one["count"] else "none left to ask"
+            self.line(f"  {task:<10}{one['right']:>4} of {one['count']:<4} {share}{was}")
+        self.marks = marks
+
+    def _before(self, record: dict[str, Any]) -> None:
+        self._validation(record)
+
     def _checkpoint(self, path: str) -> None:
         self.line(f"saved {plain(path)}")
 
@@ -100,10 +114,13 @@ class Console:
         elif self._due(step):
             self.told, self.told_at = step, time.monotonic()
             self.line(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}  {duration(left)} left")
+        self._validation(record)
+
+    def _validation(self, record: dict[str, Any]) -> None:
         if (loss := record.get("validation_loss")) is not None:
             bits = record["validation_bits_per_byte"]
             more = f", {bits:.3f} bits per byte" if bits is not None else ""
-            self.line(f"validation at step {step}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}{more}")
+            self.line(f"validation at step {record['step']}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}{more}")
 
     def _due(self, step: int) -> bool:
         enough = step - self.told >= max(1, self.steps / LINES)

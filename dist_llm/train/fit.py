@@ -14,6 +14,7 @@ from dist_llm.train.digest import Digests
 from dist_llm.train.evaluate import Validation
 from dist_llm.train.metrics import Lines, Meter
 from dist_llm.train.profile import Profile
+from dist_llm.train.questions import Questions
 from dist_llm.train.sample import Samples
 from dist_llm.train.trainer import Trainer
 
@@ -35,6 +36,7 @@ def fit(
     profiled = Profile(profile, folder=folder / "logs", rank=trainer.mesh.rank, device=engine.device)
     validation = Validation(trainer, prepared)
     samples = Samples(engine, config, prepared, folder)
+    questions = Questions(engine, config, prepared, folder)
     digests, spikes = Digests(engine, every=config.runtime.digest_every), spike.Spikes()
     metrics = Lines(folder / "metrics.jsonl", start=start, writes=writes)
     texts = Lines(folder / "samples.jsonl", start=start, writes=writes)
@@ -50,8 +52,20 @@ def fit(
         elif (usual := spikes.usual(record["loss"], record["step"])) is not None:
             tell({"note": spike.sentence(record["step"], record["loss"], usual, spike.examine(trainer, record["step"] - 1))})
 
+    def examine(step: int) -> dict[str, Any]:
+        """What the held-out split says: its loss, and answers to questions where the run has such."""
+        measured: dict[str, Any] = validation.measure()
+        if (answers := questions.ask()) is not None:
+            measured["answers"] = answers
+            tell({"answers": {"step": step, "marks": answers}})
+        return measured
+
     record: dict[str, Any] = {}
     done = start
+    if config.base is not None and start == 0:  # what fine-tuning begins with
+        before = {"step": 0, **examine(0)}
+        metrics.write(before)
+        tell({"before": before})
     if track.sample_every and start == 0:
         take_samples(0)
     with Saver(folder, engine, config=config, prepared=prepared, saved=lambda path: tell({"checkpoint": str(path)})) as saver:
@@ -62,7 +76,9 @@ def fit(
                 taken = trainer.step(done - 1)
             record = meter.record(taken)
             last, saves = done == steps or trainer.stopping, _due(done, save.every)
-            if done == steps or _due(done, track.validate_every):
+            if done == steps:
+                record |= examine(done)
+            elif _due(done, track.validate_every):
                 record |= validation.measure()
             metrics.write(record)
             tell({"step": record})

@@ -10,6 +10,9 @@ peak_memory_bytes    of rank 0: on CUDA so far; on CPU the live tensors of the s
 sent_bytes           by rank 0 in this step, per axis   data_wait_seconds   for this step's batch
 skipped              true where the numbers were not finite and the step changed nothing (loss and grad_norm are null)
 validation_loss, validation_perplexity, validation_bits_per_byte   in steps that end in a validation
+answers              where questions were asked: by task, `right`, `count`, `share` and its 95 % interval `low`, `high`
+
+A run from a base begins with a line of step 0, which has the last four alone: what the base says of the held-out split.
 """
 
 from __future__ import annotations

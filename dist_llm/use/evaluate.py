@@ -17,20 +17,16 @@ from dist_llm import comm
 from dist_llm.config.schema import Config, TokenizerConfig
 from dist_llm.data.batches import Batches, validation_batches
 from dist_llm.data.prepare import Prepared, prepare
-from dist_llm.data.skills import check
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError, UsageError
-from dist_llm.infer.choose import Choice
+from dist_llm.infer.exam import answered, asked, grouped, marks, questions
 from dist_llm.infer.model import Model
-from dist_llm.infer.text import Text
-from dist_llm.infer.write import Writer
 from dist_llm.mesh import whole_world
 from dist_llm.train.evaluate import figures, text_bytes
 from dist_llm.train.folder import Checkpoint
 from dist_llm.train.setup import settle_rank
 from dist_llm.train.trainer import context_of
 from dist_llm.use.conversation import choose_template
-from dist_llm.use.exam import Asked, asked, marks, questions
 from dist_llm.use.load import Hear, Place, load_here, open_sound
 
 
@@ -160,29 +156,9 @@ def measure_skills(
     """Exact answers to questions that the run has not trained on, by task: exam.marks of greedy answers."""
     chats = exam.template is not None or opened.config.data.chat.format is not None
     template = choose_template(exam.template, opened, tokenizer) if chats else None
-    ends = set(template.stop_ids(tokenizer)) if template is not None else {tokenizer.end_id}
     pairs = questions(opened.config, prepared, tasks=exam.tasks, each=exam.skills, seed=exam.seed)
-    tests = sorted(asked(pairs, tokenizer, template), key=lambda one: (one.length, len(one.ids)))  # alike in length: written together
-    groups = [tests[at : at + exam.batch] for at in range(0, len(tests), exam.batch)]
-    stops = () if template is not None else ("\n",)
-    mine = {}
+    groups, window, mine = grouped(asked(pairs, tokenizer, template), exam.batch), opened.config.data.sequence, {}
     for number in share.mine(len(groups), "skills"):
-        answers = answer(model, tokenizer, groups[number], window=opened.config.data.sequence, ends=ends, stops=stops)
-        mine[number] = [[one.pair.skill, check(one.pair.prompt, text)] for one, text in zip(groups[number], answers, strict=True)]
+        mine[number] = answered(model, tokenizer, groups[number], template=template, window=window)
     results = [(task, right) for group in share.together(mine, len(groups)) for task, right in group]
     return marks(results, exam.tasks)
-
-
-def answer(model: Model, tokenizer: Tokenizer, group: list[Asked], *, window: int, ends: set[int], stops: tuple[str, ...]) -> list[str]:
-    """The greedy answers to some questions, written at once; room for a little more than the right one."""
-    count = max(one.length for one in group) + 4
-    writer = Writer(model, [one.ids for one in group], count=count, choice=Choice(temperature=0.0), window=window, ends=ends)
-    texts = [Text(tokenizer, stops=stops, silent=ends) for _ in group]
-    for tokens in writer:
-        for line, token in tokens.items():
-            texts[line].add(token)
-            if texts[line].stopped is not None:
-                writer.stop(line)
-    for text in texts:
-        text.finish()
-    return [text.shown for text in texts]

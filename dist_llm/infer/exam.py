@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, sources_of
 from dist_llm.data import chat, skills
 from dist_llm.data.build import identify
 from dist_llm.data.prepare import Prepared
@@ -15,6 +15,10 @@ from dist_llm.data.readers import Document
 from dist_llm.data.skills import Pair
 from dist_llm.data.templates import Template
 from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.infer.choose import Choice
+from dist_llm.infer.model import Model
+from dist_llm.infer.text import Text
+from dist_llm.infer.write import Writer
 
 NORMAL = 1.959963984540054  # of a 95 % interval
 DRAWS = 20_000  # pairs for each question wanted: a task whose questions have run out ends with fewer
@@ -43,9 +47,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 def uses_skills(config: Config) -> bool:
     """Whether a run trains on `skills`."""
-    data = config.data
-    given = [item.source for item in data.mix] if data.mix else [data.source]
-    return any("skills" in ((source,) if isinstance(source, str) else source) for source in given)
+    return "skills" in sources_of(config.data)
 
 
 def questions(config: Config, prepared: Prepared | None, *, tasks: Sequence[str], each: int, seed: int) -> list[Pair]:
@@ -56,11 +58,11 @@ def questions(config: Config, prepared: Prepared | None, *, tasks: Sequence[str]
     """
     found: dict[str, dict[str, Pair]] = {task: {} for task in tasks}
     known = _text(prepared) if uses_skills(config) and not config.data.validation else ""
-    wanted = sum(each for _ in tasks)
+    wanted, mixture = sum(each for _ in tasks), skills.mixture_of(config.data.skills)
     for index in range(DRAWS * max(1, each)):
         if wanted == 0:
             break
-        one = skills.pair(seed, index)
+        one = skills.pair(seed, index, mixture)
         held = found.get(one.skill)
         if held is None or len(held) == each or one.prompt in held or not _held_out(one, config) or one.prompt in known:
             continue
@@ -74,7 +76,7 @@ def _held_out(one: Pair, config: Config) -> bool:
     if not config.data.validation or not uses_skills(config):
         return True
     chats = config.data.chat.format is not None
-    text = chat.spell([chat.Turn("user", one.prompt), chat.Turn("assistant", one.answer)]) if chats else one.text
+    text = chat.of_pair(one.prompt, one.answer) if chats else one.text
     return identify(Document(text, ""))[1] < config.data.validation
 
 
@@ -95,6 +97,39 @@ def asked(pairs: Sequence[Pair], tokenizer: Tokenizer, template: Template | None
         else:
             ids = [tokenizer.end_id, *tokenizer.encode(f"Question: {pair.prompt}\nAnswer:")]
         yield Asked(pair, ids, len(tokenizer.encode(f" {pair.answer}\n")))
+
+
+def grouped(tests: Iterable[Asked], size: int) -> list[list[Asked]]:
+    """Questions in groups of `size` whose answers are alike in length: they are written at once."""
+    row = sorted(tests, key=lambda one: (one.length, len(one.ids)))
+    return [row[at : at + size] for at in range(0, len(row), size)]
+
+
+def answered(
+    model: Model, tokenizer: Tokenizer, group: Sequence[Asked], *, template: Template | None, window: int
+) -> list[tuple[str, bool]]:
+    """(task, right or not) of the greedy answer to each question of a group. window: tokens that the model can see."""
+    ends = set(template.stop_ids(tokenizer)) if template is not None else {tokenizer.end_id}
+    stops = () if template is not None else ("\n",)
+    texts = answer(model, tokenizer, group, window=window, ends=ends, stops=stops)
+    return [(one.pair.skill, skills.check(one.pair.prompt, text)) for one, text in zip(group, texts, strict=True)]
+
+
+def answer(
+    model: Model, tokenizer: Tokenizer, group: Sequence[Asked], *, window: int, ends: set[int], stops: tuple[str, ...]
+) -> list[str]:
+    """The greedy answers to some questions, written at once; room for a little more than the right one."""
+    count = max(one.length for one in group) + 4
+    writer = Writer(model, [one.ids for one in group], count=count, choice=Choice(temperature=0.0), window=window, ends=ends)
+    texts = [Text(tokenizer, stops=stops, silent=ends) for _ in group]
+    for tokens in writer:
+        for line, token in tokens.items():
+            texts[line].add(token)
+            if texts[line].stopped is not None:
+                writer.stop(line)
+    for text in texts:
+        text.finish()
+    return [text.shown for text in texts]
 
 
 def marks(results: Sequence[tuple[str, bool]], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
