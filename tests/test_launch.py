@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -265,4 +266,14 @@ def test_quickstart_from_a_fresh_copy(tmp_path: Path) -> None:
     assert all(row["bytes_exact"] for row in comparison["layouts"] if row["engine"] == "native")
     assert "sample at step 0:" in done.stdout and "sample at step 280:" in done.stdout
     assert (home / "runs/quickstart/compare/report.html").stat().st_size > 100_000
-    assert done.stdout.splitlines()[-2].startswith("next ")
+    assert done.stdout.splitlines()[-3].startswith("next ")
+    before, after = (answers_of(done.stdout, step) for step in (0, 2000))
+    assert set(before) == set(after) == {"copy", "reverse", "brackets", "sort", "all"} and before["all"] < 0.05
+    assert min(after["copy"], after["reverse"], after["brackets"]) >= 0.85 and after["all"] >= 0.9, after
+
+
+def answers_of(told: str, step: int) -> dict[str, float]:
+    """The share of right answers by task, as the terminal shows them."""
+    table = told.split(f"right answers at step {step},", 1)[1].split("\n", 1)[1]
+    rows = (re.match(r"  (\w+) +(\d+) of (\d+) ", line) for line in table.splitlines())
+    return {row[1]: int(row[2]) / int(row[3]) for row in itertools.takewhile(bool, rows) if row}
