@@ -50,10 +50,9 @@ def test_what_peft_cannot_hold_is_refused() -> None:
     ("change", "says"),
     [
         ({"peft_type": "IA3"}, "no LoRA"),
-        ({"use_dora": True}, "not done here"),
         ({"rank_pattern": {"q_proj": 3}}, "not done here"),
         ({"bias": "all"}, "not done here"),
-        ({"lora_dropout": 0.1}, "not done here"),
+        ({"lora_dropout": 1.0}, "dropout"),
         ({"r": 0}, "no rank"),
         ({"r": True}, "no rank"),
         ({"lora_alpha": "8"}, "no rank"),
