@@ -17,7 +17,7 @@ from dist_llm.errors import UsageError, plain
 def merge(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="What the adapter was trained on: a run folder, or a Hugging Face folder.")],
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="Run folders of adapters, their newest checkpoints; or PEFT's folders.")
+        list[Path], typer.Argument(metavar="ADAPTER", help="Run folders of adapters, their newest checkpoints; or PEFT's folders.")
     ],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="The Hugging Face folder to make.")],
     weights: Annotated[

@@ -75,9 +75,11 @@ AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 class AdapterConfig(Section):
     """Small matrices that are trained instead of the model: W x + alpha / rank B A x for each target (LoRA, arXiv:2106.09685).
 
+    name: how it is called where there are several, in checkpoints and PEFT's folders.
     dora: each row of W + alpha / rank B A has a length of its own, which is trained too (arXiv:2402.09353).
     """
 
+    name: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "default"
     rank: Whole = 0  # 0: no adapter, the model itself is trained
     alpha: Positive = 16.0
     rank_stabilized: Switch = False  # divided by the root of the rank instead (rsLoRA, arXiv:2312.03732)

@@ -124,5 +124,6 @@ def read_adapter_config(values: Mapping[str, Any], model: ModelConfig, *, where:
         expected = ", ".join(_shortest(module, ours) for module in ours)
         raise UsageError("the adapter is on modules that are not known", where=where, expected=expected, found=", ".join(unknown)[:200])
     targets: Any = tuple(target for target in dict.fromkeys(ours.values()) if any(target in found for found in met.values()))
-    kinds = {"rank_stabilized": values.get("use_rslora") is True, "dora": values.get("use_dora") is True, "dropout": float(dropout)}
+    kinds: dict[str, Any] = {"rank_stabilized": values.get("use_rslora") is True, "dora": values.get("use_dora") is True}
+    kinds["dropout"] = float(dropout)
     return AdapterConfig(rank=rank, alpha=float(alpha), targets=targets, **kinds)

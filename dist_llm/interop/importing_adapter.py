@@ -14,8 +14,8 @@ from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.data.tokenizer import load
+from dist_llm.interop.given import open_adapter
 from dist_llm.interop.importing import LONGEST, Imported, refuse_run
-from dist_llm.interop.merging import open_adapter
 from dist_llm.model.table import num_trained, table
 from dist_llm.sidefiles import SIDE_FILES
 from dist_llm.train.base import Base

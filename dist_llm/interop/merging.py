@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,30 +23,17 @@ from torch import Tensor
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
-from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
 from dist_llm.interop.exporting import Subject, Weights, export_model
+from dist_llm.interop.given import Given, file_hash, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
-from dist_llm.interop.peft_folder import PeftFolder, is_adapter
 from dist_llm.model.table import num_parameters
 from dist_llm.sharding import Box
 from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
-from dist_llm.train.folder import MANIFEST, open_checkpoint
-from dist_llm.train.overlay import Overlay, adapted, overlay, require_base
-from dist_llm.train.parts import Parts
+from dist_llm.train.overlay import Overlay, adapted, overlay
 
 RECEIPT = "merge.json"
-
-
-@dataclass(frozen=True)
-class Given:
-    """An adapter to merge. model: the base's with the adapter; identity: what tells it from others."""
-
-    model: ModelConfig
-    matrices: Parts | PeftFolder
-    identity: str
-    close: Callable[[], object]
 
 
 class Merged:
@@ -135,7 +122,7 @@ def merge(
             before: Any = overlays[0] if side_by_side else Merged(parts, under, exact=True)
             drift, wide = _drift(before, opened[0].model if side_by_side else plain, Cast(merged, dtype), plain, base.path)
             files = sorted(folder.glob("*.safetensors"))
-            result = hashlib.sha256("".join(f"{path.name} {_hash(path)}\n" for path in files).encode()).hexdigest()
+            result = hashlib.sha256("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode()).hexdigest()
             stored = str(dtype or merged.dtype("weight", "embedding.weight")).removeprefix("torch.")
             who = [{"path": str(path), "identity": one.identity, "weight": w} for path, one, w in zip(paths, opened, weights, strict=True)]
             found.append(Receipt(str(base.path), base.identity, who, result, drift, wide, stored, num_parameters(plain)))
@@ -147,32 +134,6 @@ def merge(
         for one in opened:
             one.close()
         base.close()
-
-
-def require_alike(first: ModelConfig, other: ModelConfig, *, where: str) -> None:
-    """Raises UsageError where two adapters correct differently quantized weights: there is no one base under both."""
-    kept = [f"{model.adapter.quantize}, blocks of {model.adapter.block}" for model in (first, other)]
-    if first.adapter.quantize != other.adapter.quantize or (first.adapter.quantize != "none" and kept[0] != kept[1]):
-        what = "the adapters were trained on differently quantized weights"
-        raise UsageError(what, where=where, expected=kept[0], found=kept[1], next="one at a time")
-
-
-def open_adapter(path: Path, base: Base) -> Given:
-    """An adapter for a base: a checkpoint of ours, or PEFT's folder. Raises UsageError where it was trained on another one."""
-    if is_adapter(path):
-        folder = PeftFolder.open(path, base.model)
-        if folder.base is not None and folder.base != base.identity:
-            expected, found = f"base {folder.base[:16]}", f"{base.identity[:16]}, of {base.path}"
-            raise UsageError("the adapter was trained on another base", where=str(path), expected=expected, found=found)
-        identity = hashlib.sha256(b"".join(_hash(file).encode() for file in sorted(path.glob("adapter_*")))).hexdigest()
-        return Given(folder.model, folder, identity, lambda: None)
-    opened = open_checkpoint(path)
-    if not opened.config.model.adapter.rank:
-        what = "this is a whole model and no adapter"
-        raise UsageError(what, where=str(opened.path), expected="a run with model.adapter.rank above 0, or PEFT's folder")
-    require_base(opened, base)
-    identity = hashlib.sha256((opened.path / MANIFEST).read_bytes()).hexdigest()
-    return Given(opened.config.model, opened.parts, identity, opened.parts.close)
 
 
 def _drift(beside: Any, model: ModelConfig, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:
@@ -187,8 +148,3 @@ def _drift(beside: Any, model: ModelConfig, merged: Cast, plain: ModelConfig, to
         float((all_logits(after, prompt) - one).abs().max() / one.abs().max()) for prompt, one in zip(prompts, expected, strict=True)
     ]
     return max(differences), str(dtype).removeprefix("torch.")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -82,11 +82,11 @@ class AdaptedColumn(Function):
         ctx.save_for_backward(x, gain, shift)
         whole, outputs = gather(rule(x, gain, shift), split).flatten(0, 1), []
         for (weight, bias), correction in zip(frozen, corrections, strict=True):
-            late = bias is not None and correction is not None and correction.norm is not None  # c leaves the bias alone
-            y = products.forward(whole, weight, None if late else bias)
+            late = None if correction is None or correction.norm is None else bias  # c leaves the bias alone
+            y = products.forward(whole, weight, bias if late is None else None)
             if correction is not None:
                 correction.add(y, whole, weight)
-            outputs.append(y.add_(bias) if late else y)
+            outputs.append(y if late is None else y.add_(late))
         return tuple(own(y.unflatten(0, (x.shape[0], -1))) for y in outputs)
 
     @staticmethod

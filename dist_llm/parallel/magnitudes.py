@@ -26,8 +26,19 @@ def begin_magnitudes(flats: Iterable[FlatWeights], mesh: Mesh, *, seed: int) -> 
     held = list(flats)
     for unit in held:
         if isinstance(unit, FlatUnit) and any(slot.name.endswith(ENDING) for slot in unit.plan.slots):
-            norms = dict(_norms(unit, held, mesh))
-            unit.load(lambda slot, start, stop, unit=unit, norms=norms: _initial(unit, slot, norms, start, stop, seed=seed))
+            _begin(unit, dict(_norms(unit, held, mesh)), seed=seed)
+
+
+def _begin(unit: FlatUnit, norms: dict[str, Tensor], *, seed: int) -> None:
+    """Initial values of a unit, of which magnitudes have those of `norms`."""
+
+    def read(slot: Slot, start: int, stop: int) -> Tensor:
+        if slot.name in norms:
+            return norms[slot.name][start:stop]
+        out = torch.empty(stop - start, dtype=unit.gradient_dtype, device=unit.device)
+        return initialise(out, slot.row, slot.box, seed=seed, start=start)
+
+    unit.load(read)
 
 
 def _norms(unit: FlatUnit, held: list[FlatWeights], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
@@ -41,9 +52,3 @@ def _norms(unit: FlatUnit, held: list[FlatWeights], mesh: Mesh) -> Iterator[tupl
                 yield wanted[slot.name], row_norms(base.parameter(slot.name), None, mesh.tp if slot.row.role == "row" else None)
             base.end_step()
 
-
-def _initial(unit: FlatUnit, slot: Slot, norms: dict[str, Tensor], start: int, stop: int, *, seed: int) -> Tensor:
-    """Elements [start, stop) of a slot."""
-    if slot.name in norms:
-        return norms[slot.name][start:stop]
-    return initialise(torch.empty(stop - start, dtype=unit.gradient_dtype, device=unit.device), slot.row, slot.box, seed=seed, start=start)

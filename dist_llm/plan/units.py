@@ -237,7 +237,7 @@ class Block:
             made + t.dropped + again,
             full + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
             inner + t.gathering,
-            inner + t.gathered + max(by_down + t.again("mlp.down"), t.scaling("mlp.down")) + self.num_pieces * self.piece,
+            inner + t.gathered + self._down_backward(by_down),
             full
             - self.post
             + (t.dropped if again else 0)
@@ -245,6 +245,16 @@ class Block:
             + self._columns_backward(self.by_mlp, self.low_mlp, self.into_mlp),
         ]
         return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
+
+    def _down_backward(self, by_down: int) -> int:
+        """Beside the slope: that of the activation, the activation, its parts' slopes, which take their places; gradients by weights.
+
+        Under an adapter those come last, when slope and activation alone are left.
+        """
+        t, pieces, down = self.t, self.num_pieces * self.piece, "mlp.down"
+        if not t.model.adapter.rank:
+            return by_down + pieces
+        return t.low(down) + max(pieces, 2 * self.piece + by_down + t.again(down), self.piece + t.scaling(down))
 
     def _attention_backward(self, by: int) -> list[int]:
         """Beside the new slope of the residual; `by` gradients by weights that stay."""
