@@ -198,6 +198,8 @@ def test_several_adapters_on_one_base(several: Path, commands: Commands) -> None
     notes, answers = [line["note"] for line in told if "note" in line], [line for line in told if "text" in line]
     assert [line["adapter"] for line in answers] == ["one", "lengths"] and notes[0] == "one answers; there are one, lengths, base"
     assert notes[-1].startswith("there is no adapter none")
+    first, second = (answer["read"] - len(answer["tokens"]) for answer in answers)
+    assert first == second, "what the other adapter has read is read again"
 
     assert "no name of its own" in refused(commands.run("sample", base, "--adapter", f"a={home}/lora", "--adapter", f"a={home}/dora"))
     assert "no adapter" in refused(commands.run("sample", base, "--adapter", f"a={home}/base", *asked))
