@@ -49,7 +49,12 @@ def keep_mask(index: Tensor, base: Tensor, name: tuple[int, int], *, drop: float
 
     base (2,) int64: the halves of a key of seed and step. name: the halves of a key of the place where it is used.
     """
-    return _uniform(_bits(index, _mix(base[0] ^ name[0]), _mix(base[1] ^ name[1]))) >= drop
+    return uniform_at(index, base, name) >= drop
+
+
+def uniform_at(index: Tensor, base: Tensor, name: tuple[int, int]) -> Tensor:
+    """As `uniform`, under a key of two parts as `keep_mask` has it."""
+    return _uniform(_bits(index, _mix(base[0] ^ name[0]), _mix(base[1] ^ name[1])))
 
 
 def fill_normal(out: Tensor, key: int, *, std: float, shape: tuple[int, ...], box: tuple[tuple[int, int], ...], start: int = 0) -> Tensor:

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
+from dist_llm.engines.whole import Whole
 from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.model.parts import Adapter, Draw
 from dist_llm.model.table import table
-from dist_llm.model.transformer import make_context
+from dist_llm.model.transformer import Context, make_context
 from tests.family_oracles import MODELS, SMALL, nothing_narrowed, our_tensors, parameters_of, plain_of, theirs_of
 from tests.oracles import batch, worst
 
@@ -28,6 +30,11 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {  # family -> adapter
     "olmo2": ("olmo2", {"rank": 2, "targets": ["k", "gate", "down"]}),
     "gemma3": ("gemma3", {"rank": 2, "alpha": 1.0}),
     "qwen3": ("qwen3", {"rank": 6, "targets": ["q", "k"]}),
+    "llama, dora": ("llama, biases", {"rank": 3, "alpha": 7.0, "dora": True}),
+    "gpt2, dora": ("gpt2", {"rank": 5, "alpha": 6.0, "dora": True, "rank_stabilized": True, "targets": ["o", "up", "down"]}),
+    "llama, dropped": ("llama", {"rank": 3, "dropout": 0.3}),
+    "llama, dora, dropped": ("llama, biases", {"rank": 2, "dropout": 0.2, "dora": True, "targets": ["q", "o", "up", "down"]}),
+    "gemma3, dora": ("gemma3", {"rank": 2, "dora": True, "targets": ["v", "gate"]}),
 }
 
 
@@ -61,7 +68,34 @@ def with_peft(model: ModelConfig, folder: Path) -> nn.Module:
 def matrices(made: nn.Module, model: ModelConfig, take: Callable[[nn.Parameter], Any]) -> dict[str, Tensor]:
     """Something of each LoRA matrix of theirs under our names."""
     theirs = {name.replace(".default.weight", ".weight"): take(parameter) for name, parameter in made.named_parameters()}
+    theirs |= {name.replace("vector.weight", "vector"): value for name, value in theirs.items() if ".lora_magnitude_vector." in name}
     return {ours: theirs[key] for ours, key in adapter_keys(model).items()}
+
+
+class Addressed(nn.Module):
+    """Dropout with the masks that ours have."""
+
+    def __init__(self, draw: Draw, adapter: Adapter) -> None:
+        super().__init__()
+        self.draw, self.adapter = draw, adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter = self.adapter
+        keep = self.draw.keep(adapter.name, torch.arange(adapter.width), width=adapter.width, drop=adapter.drop)
+        assert 0.4 < float(keep.double().mean()) < 1.0, "it drops"
+        return x * keep / (1 - adapter.drop)
+
+
+def drop_alike(made: nn.Module, model: ModelConfig, context: Context) -> None:
+    """Gives PEFT's dropouts our masks."""
+    plain, draw = Whole(model, dtype=torch.float64, device=torch.device("cpu")), context.draw
+    assert draw is not None
+    made.train()
+    for name, key in adapter_keys(model).items():
+        if name.endswith(".lora_a"):
+            _, layer, half, target, _ = name.split(".")
+            projection = getattr(getattr(plain.blocks[int(layer)], half), target)
+            made.get_submodule(key.removesuffix(".lora_A.weight")).lora_dropout["default"] = Addressed(draw, projection.adapter)
 
 
 def against_peft(rank: int, world: int, say: Say, folder: str) -> dict[str, dict[str, Any]]:
@@ -73,6 +107,9 @@ def against_peft(rank: int, world: int, say: Say, folder: str) -> dict[str, dict
 def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
     data = {name: tensor for name, tensor in batch(model.vocab).items() if name in ("tokens", "labels")}
     made = with_peft(model, folder)
+    context = make_context(model, **data, dtype=torch.float64)
+    if model.adapter.dropout:
+        drop_alike(made, model, context)
     with nothing_narrowed():
         logits = made(input_ids=data["tokens"], use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), ignore_index=-100, reduction="sum")
@@ -81,7 +118,6 @@ def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
     weights = our_tensors(base, bare(model)) | matrices(made, model, lambda parameter: parameter.data)
     gradients = matrices(made, model, lambda parameter: parameter.grad)
     plain = plain_of(model, weights, torch.float64)
-    context = make_context(model, **data, dtype=torch.float64)
     ours, summed = plain.logits(context), plain(context)
     summed.backward()
     found = {name: parameter.grad for name, parameter in plain.by_name.items() if parameter.grad is not None}

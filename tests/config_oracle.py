@@ -177,7 +177,7 @@ SCHEMA: dict[str, Any] = {
         **dict.fromkeys(("dim", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions"), COUNT),
         **dict.fromkeys(("tied", "qk_norm", "qkv_bias", "out_bias", "mlp_bias", "bias", "residual_scale"), switch),
         "norm": choice("rms layer"), "norm_eps": POSITIVE, "positions": choice("rotary learned"), "rope_theta": POSITIVE,
-        "activation": choice("swiglu gelu gelu_tanh"), "dropout": BELOW_ONE, "init_std": NUMBER,
+        "activation": choice("swiglu gelu gelu_tanh"), "dropout": BELOW_ONE, "init_std": NUMBER, "neftune": NUMBER,
     },
     "data": {
         "source": sources, "mix": None, "tokenizer": {"kind": choice("bpe bytes file ids"), "vocab": or_null(COUNT), "path": or_null(words),

@@ -41,8 +41,16 @@ MODELS["lora on some"] = {
     "bias": True,
     "adapter": {"rank": 5, "alpha": 3.0, "rank_stabilized": True, "targets": ["q", "v", "o", "up"]},
 }
+# Rows that have lengths of their own, and inputs that reach A in part.
+MODELS["dora"] = {**MODELS["llama"], "bias": True, "adapter": {"rank": 3, "alpha": 8.0, "dora": True}}
+MODELS["lora dropped"] = {**MODELS["llama"], "ffn": 46, "adapter": {"rank": 3, "dropout": 0.3}}
+MODELS["dora dropped"] = {**MODELS["tied"], "adapter": {"rank": 2, "dropout": 0.2, "dora": True, "targets": ["v", "o", "gate", "down"]}}
+# Noise on embedded tokens, as much as the documents are long.
+MODELS["noisy"] = {**MODELS["llama"], "neftune": 5.0, "vocab": 23}
 QLORA = {**MODELS["llama"], "head_dim": 8, "ffn": 64, "vocab": 53}
 MODELS["nf4"] = {**QLORA, "adapter": {"rank": 4, "quantize": "nf4", "block": 8}}
+ON_SOME = {"dora": True, "targets": ["k", "o", "up", "down"]}
+MODELS["nf4 dora"] = {**QLORA, "kv_heads": 2, "adapter": {"rank": 4, "quantize": "nf4", "block": 8, **ON_SOME}}
 MODELS["int8"] = {**QLORA, "tied": True, "bias": True, "adapter": {"rank": 2, "quantize": "int8", "block": 8, "targets": ["q", "down"]}}
 # More rows in the vocabulary than the tokenizer has tokens: over tp=4 the last rank holds nothing but padding.
 MODELS["padded"] = {**MODELS["llama"], "layers": 2, "tied": True}
@@ -98,6 +106,7 @@ EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
     "one kv head": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "llama": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
     "weighted": {"data": {**DATA, "source": "skills", "chat": {"format": "messages"}}, "optimizer": {**OPTIMIZER, "label_smoothing": 0.05}},
+    "noisy": {"data": {**DATA, "document_mask": True}},
     "mistral": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "gemma2": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
 }
@@ -158,6 +167,27 @@ NAMED: list[tuple[str, str]] = [
     ("int8", "dp=2,pp=2,zero=3"),
     ("int8", "tp=4,sp=off"),
     ("int8", "dp=4,zero=3,shard=2"),
+    ("dora", "dp=2,zero=1"),
+    ("dora", "dp=2,zero=3"),
+    ("dora", "tp=2"),
+    ("dora", "tp=2,recompute=full"),
+    ("dora", "tp=4,sp=off,recompute=selective"),
+    ("dora", "pp=2,schedule=gpipe"),
+    ("dora", "dp=2,tp=2,zero=2,offload=optimizer"),
+    ("nf4 dora", "dp=2,zero=3"),
+    ("nf4 dora", "tp=4"),  # 2 kv heads on 4 ranks: a magnitude that two ranks share
+    ("nf4 dora", "tp=2,pp=2"),
+    ("lora dropped", "tp=4"),  # 46 features over 4 ranks: uneven, and masks know which are whose
+    ("lora dropped", "dp=2,zero=1"),
+    ("lora dropped", "tp=2,sp=off,recompute=full"),
+    ("lora dropped", "pp=2,schedule=interleaved"),
+    ("dora dropped", "tp=2,recompute=selective"),
+    ("dora dropped", "dp=2,zero=3"),
+    ("dora dropped", "tp=4,sp=off"),
+    ("noisy", "tp=2"),  # each rank its tokens' noise
+    ("noisy", "dp=2,zero=3"),
+    ("noisy", "pp=2"),
+    ("noisy", "dp=2,tp=2,sp=off"),
     ("one kv head", "tp=2"),
     ("one kv head", "tp=4,sp=off"),
     ("one kv head", "tp=8"),
@@ -250,6 +280,12 @@ LATER: set[tuple[str, str]] = {
     *(("lora on some", text) for text in ("dp=2,tp=2,zero=2,recompute=selective", "pp=4,schedule=1f1b")),
     *(("nf4", text) for text in ("dp=2", "dp=2,zero=2", "dp=2,tp=2,zero=3,unshard=step")),
     *(("int8", text) for text in ("tp=4,sp=off", "dp=4,zero=3,shard=2")),
+    *(("dora", text) for text in ("dp=2,zero=1", "tp=2,recompute=full", "tp=4,sp=off,recompute=selective", "pp=2,schedule=gpipe")),
+    ("dora", "dp=2,tp=2,zero=2,offload=optimizer"),
+    *(("nf4 dora", text) for text in ("dp=2,zero=3", "tp=2,pp=2")),
+    *(("lora dropped", text) for text in ("dp=2,zero=1", "tp=2,sp=off,recompute=full", "pp=2,schedule=interleaved")),
+    *(("dora dropped", text) for text in ("dp=2,zero=3", "tp=4,sp=off")),
+    *(("noisy", text) for text in ("dp=2,zero=3", "dp=2,tp=2,sp=off")),
     *(("weighted", text) for text in ("dp=2,zero=1", "dp=2,zero=2", "tp=2,sp=off")),
 }
 

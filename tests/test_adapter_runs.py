@@ -118,6 +118,94 @@ def in_peft(rank: int, world: int, say: Callable, home: str) -> float:
     return float((merged - expected).abs().max() / expected.abs().max())
 
 
+@pytest.fixture(scope="module")
+def several(home: Path, commands: Commands) -> Path:
+    """Two more adapters on the base: DoRA with dropout, which has a name, and a LoRA of another rank on two projections."""
+    words = ["model.adapter.rank=2", "model.adapter.dora=true", "model.adapter.dropout=0.2", "model.adapter.name=lengths"]
+    words += ["schedule.steps=3", "optimizer.lr=0.05", "model.neftune=5"]
+    ok(train(commands, home, "adapter", "dora", *STEPS, *words, "--layout", "zero=3", "--nproc", "2"))
+    words = ["model.adapter.rank=3", "model.adapter.targets=[v, down]", "schedule.steps=3", "optimizer.lr=0.1"]
+    ok(train(commands, home, "adapter", "second", *STEPS, *words))
+    for run in ("dora", "second"):
+        ok(commands.run("export", str(home / run), str(home / f"peft-{run}")))
+    return home
+
+
+def test_lengths_and_sums_are_those_of_peft(several: Path, commands: Commands, ranks: Any) -> None:
+    """DoRA under PEFT and merged; two adapters merged with weights and PEFT's add_weighted_adapter with `cat`; and what is refused."""
+    home, base = several, str(several / "base")
+    ok(commands.run("merge", base, str(home / "peft-dora"), str(home / "merged-dora")))
+    pair = (str(home / "lora"), str(home / "peft-second"))
+    ok(commands.run("merge", base, *pair, str(home / "merged-two"), "--weights", "0.7,-0.4"))
+    receipt = json.loads((home / "merged-two/merge.json").read_text())
+    assert [one["weight"] for one in receipt["adapters"]] == [0.7, -0.4] and receipt["drift"] < 1e-5
+    if not (home / "peft").exists():
+        ok(commands.run("export", str(home / "lora"), str(home / "peft")))
+    (found,) = ranks.run(1, "tests.test_adapter_runs:lengths_and_sums", str(home), timeout_seconds=120)
+    assert found["lengths"] < 1e-6 and found["sum"] < 1e-6, found
+    ok(commands.run("import", str(home / "peft-dora"), str(home / "imported-dora"), "--base", base))
+    manifest = json.loads((home / "imported-dora/checkpoints/step-00000000/manifest.json").read_text())
+    kept = manifest["config"]["model"]["adapter"]
+    assert kept["dora"] and kept["name"] == "lengths" and kept["dropout"] == 0.2
+    assert "a weight for each adapter" in refused(commands.run("merge", base, *pair, str(home / "x"), "--weights", "1"))
+
+
+def lengths_and_sums(rank: int, world: int, say: Callable, home: str) -> dict[str, float]:
+    """The largest differences of logits: DoRA under PEFT and our merged folder; a weighted sum of two adapters and ours."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
+    tokens = torch.arange(40)[None] * 5 % 250
+
+    def plain(folder: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(f"{home}/{folder}", **options)
+
+    def difference(ours: Any, theirs: Any) -> float:
+        return float((ours - theirs).abs().max() / theirs.abs().max())
+
+    with torch.no_grad():
+        dora = PeftModel.from_pretrained(plain("hf"), f"{home}/peft-dora")(input_ids=tokens).logits
+        both = PeftModel.from_pretrained(plain("hf"), f"{home}/peft", adapter_name="one")
+        both.load_adapter(f"{home}/peft-second", adapter_name="two")
+        both.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum", combination_type="cat")
+        both.set_adapter("sum")
+        merged = {name: plain(name)(input_ids=tokens).logits for name in ("hf", "merged-dora", "merged-two")}
+        summed = both(input_ids=tokens).logits
+    assert difference(dora, merged["hf"]) > 1e-4 < difference(summed, merged["hf"]), "adapters do something"
+    return {"lengths": difference(merged["merged-dora"], dora), "sum": difference(merged["merged-two"], summed)}
+
+
+def test_several_adapters_on_one_base(several: Path, commands: Commands) -> None:
+    """Chosen by name: text, scores and answers are those of each adapter's own run."""
+    home, base = several, str(several / "base")
+    asked = ("--json", "--prompt", "ab", "--tokens", "8", "--temperature", "0")
+    alone = {run: json.loads(ok(commands.run("sample", str(home / run), *asked)).stdout)["text"] for run in ("base", "lora", "dora")}
+    given = ("--adapter", f"one={home}/lora", "--adapter", f"{home}/peft-dora")
+    lines = json.loads(ok(commands.run("sample", base, *asked, *given)).stdout)["samples"]
+    assert [(line["adapter"], line["text"]) for line in lines] == [("one", alone["lora"]), ("lengths", alone["dora"])]
+
+    measured = json.loads(ok(commands.run("eval", base, "--json", "--skills", "0", "--batches", "1", *given)).stdout)
+    own = json.loads(ok(commands.run("eval", str(home / "dora"), "--json", "--skills", "0", "--batches", "1")).stdout)
+    assert measured["adapters"]["lengths"]["text"]["loss_hex"] == own["text"]["loss_hex"] != measured["text"]["loss_hex"]
+    assert list(measured["adapters"]) == ["one", "lengths"]
+
+    said = home / "said.txt"
+    said.write_text("/adapter\nab\n/adapter lengths\n/reset\nab\n/adapter base\n/adapter none\n")
+    words = ("--json", "--tokens", "4", "--temperature", "0", *given)
+    told = [json.loads(line) for line in ok(commands.run("chat", base, *words, stdin=said)).stdout.splitlines()]
+    notes, answers = [line["note"] for line in told if "note" in line], [line for line in told if "text" in line]
+    assert [line["adapter"] for line in answers] == ["one", "lengths"] and notes[0] == "one answers; there are one, lengths, base"
+    assert notes[-1].startswith("there is no adapter none")
+    first, second = (answer["read"] - len(answer["tokens"]) for answer in answers)
+    assert first == second, "what the other adapter has read is read again"
+
+    assert "no name of its own" in refused(commands.run("sample", base, "--adapter", f"a={home}/lora", "--adapter", f"a={home}/dora"))
+    assert "no adapter" in refused(commands.run("sample", base, "--adapter", f"a={home}/base", *asked))
+
+
 def test_another_base_is_refused(commands: Commands, home: Path) -> None:
     """F30: an adapter on another base, merged twice, or a base that is an adapter."""
     merged = home / "once"

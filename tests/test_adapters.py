@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.rules import problems
+from dist_llm.config.schema import AdapterConfig, Config, ModelConfig
+from dist_llm.data.batches import MicroBatch
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
 from dist_llm.interop.peft_folder import RECEIPT, PeftFolder, write_adapter
 from dist_llm.model.quantize import NF4, code_bytes, dequantize, quantize
+from dist_llm.model.roles import Roles
 from dist_llm.model.table import table
+from dist_llm.model.transformer import Embedding, make_context
+from dist_llm.train.sample import with_whole_weights
+from dist_llm.train.trainer import context_of
 from tests.adapter_oracles import ADAPTED, ALL, bare, model_of
+from tests.engine_cases import build, config, layout_of
 from tests.family_oracles import SMALL
 from tests.ranks import Ranks
 
@@ -50,10 +58,9 @@ def test_what_peft_cannot_hold_is_refused() -> None:
     ("change", "says"),
     [
         ({"peft_type": "IA3"}, "no LoRA"),
-        ({"use_dora": True}, "not done here"),
         ({"rank_pattern": {"q_proj": 3}}, "not done here"),
         ({"bias": "all"}, "not done here"),
-        ({"lora_dropout": 0.1}, "not done here"),
+        ({"lora_dropout": 1.0}, "dropout"),
         ({"r": 0}, "no rank"),
         ({"r": True}, "no rank"),
         ({"lora_alpha": "8"}, "no rank"),
@@ -74,6 +81,92 @@ def test_all_linear() -> None:
     model = model_of("llama")
     written = {**write_adapter_config(model, base="x"), "target_modules": "all-linear"}
     assert set(read_adapter_config(written, bare(model), where="x").targets) == set(ALL)
+
+
+# --- DoRA, dropout, noise ------------------------------------------------------------------------------------------------
+
+
+def beginning(rank: int, world: int, say: Callable, given: dict[str, Any], layout: dict[str, Any], folder: str) -> float | None:
+    """The largest difference of a magnitude before the first step from the length of its row; None where another rank looks."""
+    _, engine, _ = build(given, layout, rank, "float32")
+    found: list[float] = []
+
+    def compare(weights: Any) -> None:
+        for row in table(engine.model):
+            if row.name.endswith(".lora_m"):
+                lengths = torch.linalg.vector_norm(weights.whole(row.name.replace(".lora_m", ".weight")), dim=1, dtype=torch.float64)
+                found.append(float((weights.whole(row.name) - lengths).abs().max() / lengths.max()))
+
+    with_whole_weights(engine, engine.model, Path(folder), compare)
+    return max(found, default=None)
+
+
+@pytest.mark.parametrize("text", ["dp=1", "tp=2"])
+def test_magnitudes_begin_at_the_lengths_of_the_rows(ranks: Ranks, tmp_path: Path, text: str) -> None:
+    """So the model before the first step is the base; the last digit of float32 is what a sum over ranks may leave."""
+    layout, adapter = layout_of(text), {"rank": 2, "dora": True}
+    given = config(dim=32, ffn=36, adapter=adapter)
+    (found, *_) = ranks.run(layout.world, "tests.test_adapters:beginning", given, vars(layout), str(tmp_path / "whole"))
+    assert found is not None and found < 1.2e-7
+
+
+def test_noise_is_as_large_as_its_sample_is_short() -> None:
+    """Uniform up to alpha / sqrt(L D), whatever shares the sequence; other noise in every step and place; none in evaluation."""
+    model = model_of("llama").model_copy(update={"neftune": 5.0, "dim": 64, "adapter": AdapterConfig()})
+    tokens = torch.zeros(2, 40, dtype=torch.int64)
+    samples = torch.tensor([[0] * 10 + [1] * 30, [0] * 40])
+    made = {step: make_context(model, tokens, tokens, dtype=torch.float64, samples=samples, step=step) for step in (0, 1)}
+    most = made[0].noise
+    assert most is not None and made[0].key is not None and made[1].key is not None
+    for row, span, length in ((0, slice(0, 10), 10), (0, slice(10, 40), 30), (1, slice(0, 40), 40)):
+        assert torch.allclose(most[row, span], torch.tensor(5.0 / (length * 64) ** 0.5, dtype=torch.float64), rtol=1e-14)
+    assert torch.allclose(make_context(model, tokens, tokens, dtype=torch.float64).noise, torch.tensor(5.0 / (40 * 64) ** 0.5).double())
+    assert make_context(model, tokens, tokens, dtype=torch.float64, training=False).noise is None
+    weight = torch.zeros(model.vocab, 64, dtype=torch.float64)
+    embedding = Embedding({"embedding.weight": weight}.get, model, Roles())
+    noise = [embedding(made[step]) / most[..., None] for step in (0, 1)]
+    assert all(float(one.abs().max()) <= 1 and abs(float(one.mean())) < 0.03 and abs(float(one.std()) - 3**-0.5) < 0.01 for one in noise)
+    assert len(torch.cat([one.flatten() for one in noise]).unique()) == 2 * 2 * 40 * 64
+
+
+@pytest.mark.parametrize(
+    ("data", "lengths"),
+    [
+        ({"packing": "best_fit", "chat": {"format": "messages"}}, [2, 2, 3, 3, 3, 3, 3, 3]),
+        ({"packing": "none", "chat": {"format": "messages"}}, [2, 2, 3, 3, 3, 3, 3, 3]),
+        ({"document_mask": True}, [2, 2, 3, 3, 3, 3, 3, 3]),
+        ({}, [8] * 8),
+    ],
+)
+def test_what_a_sample_is(data: dict[str, Any], lengths: list[int]) -> None:
+    """Packed conversations and documents that see themselves alone are samples; text cut wherever a sequence ends is one a sequence."""
+    whole = {"model": {"family": "llama", "neftune": 1.0, "vocab": 300}, "data": {"source": "skills", "sequence": 8, **data}}
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2]])
+    batch = MicroBatch(documents, documents, documents, documents, torch.zeros(1, dtype=torch.int64))
+    made = Config.model_validate(whole)
+    context = context_of(batch, made, device=torch.device("cpu"), dtype=torch.float64, training=True)
+    assert context.noise is not None
+    assert (1 / (context.noise[0] ** 2 * made.model.dim)).round().tolist() == lengths
+
+
+def test_nothing_is_dropped_in_evaluation() -> None:
+    model, tokens = model_of("llama, dropped"), torch.zeros(1, 4, dtype=torch.int64)
+    assert make_context(model, tokens, tokens, dtype=torch.float64).draw is not None
+    assert make_context(model, tokens, tokens, dtype=torch.float64, training=False).draw is None
+
+
+@pytest.mark.parametrize(
+    ("model", "runtime", "says"),
+    [
+        ({"adapter": {"dora": True}}, {}, "model.adapter.dora: is part of an adapter"),
+        ({"adapter": {"dropout": 0.1}}, {}, "model.adapter.dropout: is part of an adapter"),
+        ({"adapter": {"rank": 2, "dora": True}}, {"fp8": "rowwise", "dtype": "bfloat16"}, "runtime.fp8: model.adapter.dora makes products"),
+        ({"adapter": {"rank": 2}}, {"compile": True}, "runtime.compile: blocks with an adapter are not compiled"),
+    ],
+)
+def test_what_does_not_go_together_is_said(model: dict[str, Any], runtime: dict[str, Any], says: str) -> None:
+    found = problems(Config.model_validate({"model": {"family": "llama", **model}, "runtime": runtime}), layout_of("dp=1"))
+    assert any(str(one).startswith(says) for one in found), found
 
 
 # --- PEFT's folders --------------------------------------------------------------------------------------------------------

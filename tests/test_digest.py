@@ -32,15 +32,20 @@ def test_any_flipped_bit_changes_the_sum(dtype: torch.dtype, start: int, count: 
     assert int(checksum(values)) == before
 
 
-def flipped(rank: int, world: int, say: Callable, given: dict[str, Any], layout: dict[str, Any], victim: int, place: int) -> dict[str, Any]:
-    """Two steps, a bit of what one rank holds flipped, a comparison: the failure of each rank, and the name of what was flipped."""
+def flipped(
+    rank: int, world: int, say: Callable, given: dict[str, Any], layout: dict[str, Any], victim: int, place: int, trained: bool = True
+) -> dict[str, Any]:
+    """Two steps, a bit of what one rank holds flipped, a comparison: the failure of each rank, and the name of what was flipped.
+
+    trained: of all that it holds; False: of weights that are not trained.
+    """
     _, engine, trainer = build(given, layout, rank, "float32")
     digests = Digests(engine, every=1)
     trainer.step(0)
     digests.compare(1)
     digests.check(2)
     trainer.step(1)
-    shared = [one for one in held(engine) if one.group.size > 1]
+    shared = [one for one in held(engine) if one.group.size > 1 and (trained or not one.flat.trained)]
     target = shared[place % len(shared)]
     if rank == victim:
         target.values.view(torch.uint8)[13] ^= 4
@@ -71,8 +76,28 @@ def test_a_flipped_bit_of_a_replica_is_named(ranks: Ranks, text: str, victim: in
         assert one["failure"]["safe"] == "all were equal after step 1"
         text_of = " ".join([one["failure"]["where"], *one["failure"]["details"]])
         assert any(name.rsplit(" ", 1)[-1] in text_of for name in names), (names, one["failure"])
+    _require_odd(found, victim)
+
+
+def _require_odd(found: list[dict[str, Any]], victim: int) -> None:
     if len(found[victim]["group"]) > 2:
         assert f"rank {victim} of" in found[0]["failure"]["where"], "the odd one out"
+
+
+UNDER = {"rank": 2, "dora": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "adapter", "place"), [("dp=2", UNDER, 1), ("dp=2,zero=1", {**UNDER, "quantize": "nf4", "block": 8}, 2), ("tp=2", UNDER, 0)]
+)
+def test_a_flipped_bit_of_a_weight_that_is_not_trained_is_named(ranks: Ranks, text: str, adapter: dict[str, Any], place: int) -> None:
+    """Nothing updates it: what differs once differs for ever, in every loss that comes."""
+    layout, given = layout_of(text), config(batch=4, dim=32, ffn=32, adapter=adapter)
+    found = ranks.run(layout.world, "tests.test_digest:flipped", given, vars(layout), 1, place, False)
+    for one in found:
+        assert one["failure"] is not None and one["failure"]["what"] == "replicas of a tensor differ", one
+        said = " ".join([one["failure"]["where"], *one["failure"]["details"]])
+        assert any(name in said for name in found[1]["names"]) and "lora" not in said, (found[1]["names"], said)
 
 
 def alone(rank: int, world: int, say: Callable, given: dict[str, Any], layout: dict[str, Any], victim: int) -> dict[str, Any] | None:

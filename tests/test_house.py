@@ -47,8 +47,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 STRATEGIES: tuple[tuple[str, ...], ...] = (
     ("flat", "operation"),
     ("across", "weights"),
-    ("tensor", "zero", "quantized", "recompute"),
-    ("adapted", "compiled", "pipeline"),
+    ("tensor", "zero", "quantized", "recompute", "correction"),
+    ("adapted", "compiled", "pipeline", "magnitudes"),
     ("compose",),
 )
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}

@@ -10,7 +10,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines import offload
 from dist_llm.mesh import coordinate
 from dist_llm.model import kernels, loss
-from dist_llm.parallel import pipeline
+from dist_llm.parallel import correction, pipeline
 from dist_llm.plan import memory, traffic, units
 from dist_llm.plan.memory import PARTS, peak_bytes, persistent_bytes
 from dist_llm.plan.predict import predicted, shape_of
@@ -77,6 +77,12 @@ CASES: list[Case] = [
     ("dp=1", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "nf4"}}),
     ("dp=2,zero=3", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "nf4"}, "layers": 6, "micro": 1}),
     ("tp=2", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "int8", "block": 32}}),
+    ("dp=1", "float32", {"adapter": {"rank": 8, "dora": True}}),
+    ("tp=2,recompute=full", "bfloat16", {"sequence": 64, "adapter": {"rank": 4, "dora": True, "targets": ["v", "down"]}}),
+    ("dp=2,zero=3", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "nf4", "dora": True}, "layers": 6, "micro": 1}),
+    ("dp=1", "float32", {"adapter": {"rank": 8, "dropout": 0.1}}),
+    ("tp=2", "float32", {"adapter": {"rank": 8, "dropout": 0.1, "dora": True}, "micro": 8, "batch": 16, "layers": 2}),
+    ("tp=2", "float32", {"neftune": 5.0, "layers": 1}),
     ("dp=4,zero=3,shard=2", "float32", {"micro": 1, "sequence": 64}),
     ("dp=4,zero=2,shard=2,reduce=step", "float32", {"micro": 1, "sequence": 64}),
 ]
@@ -125,7 +131,7 @@ def test_the_peak_of_many_layouts_is_as_predicted(ranks: Ranks, case: Case) -> N
 
 def test_the_constants_are_the_engines() -> None:
     """plan/ is torch-free, so it repeats them."""
-    assert (units.PIECE, units.CHUNK) == (kernels.TOKENS, loss.CHUNK)
+    assert (units.PIECE, units.CHUNK, units.MEASURED) == (kernels.TOKENS, loss.CHUNK, correction.PIECE)
     assert (memory.MESSAGES, memory.IN_FLIGHT, traffic.KEPT_UNITS) == (pipeline.SENDS, pipeline.IN_FLIGHT, pipeline.KEPT_UNITS)
     assert memory.HOST_BUFFERS == offload.BUFFERS
 

@@ -31,6 +31,7 @@ def evaluate(
     batch: Annotated[int, typer.Option("--batch", min=1, max=10_000, help="Answers that are written at once.")] = 32,
     seed: Annotated[int, typer.Option("--seed", min=0, max=flags.LARGEST_SEED, help="Of the draw of questions.")] = 0,
     nproc: Annotated[int, typer.Option("--nproc", min=1, max=4096, help="Local ranks that share the work; the numbers stay the same.")] = 1,
+    adapter: flags.Adapters = None,
     device: flags.Device = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float64, float32 or bfloat16; else the run's own.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON there, too.")] = None,
@@ -50,7 +51,8 @@ def evaluate(
     count = skills if skills is not None else DEFAULT_QUESTIONS if uses_skills(opened.config) else 0
     if no_text and not count:
         raise UsageError("there is nothing to measure", where="--no-text", expected="--skills N", found="neither text nor questions")
-    exam = Exam(str(opened.path), not no_text, data, batches, count, chosen, template, seed, batch, place)
+    named = flags.named_adapters(adapter or ())
+    exam = Exam(str(opened.path), not no_text, data, batches, count, chosen, template, seed, batch, place, named)
     runtime, began = place.runtime(opened.config.runtime), time.monotonic()
     with _Progress() as progress:
         found = on_ranks(evaluate_rank, asdict(exam), nproc=nproc, runtime=runtime, hear=progress.take)[0]
@@ -86,6 +88,19 @@ def table(found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{task:<10}  {one['right']:>4} / {one['count']:>4}  {share:>6}  {100 * one['low']:.1f} to {100 * one['high']:.1f}"
             )
+    return lines + _beside(found)
+
+
+def _beside(found: dict[str, Any]) -> list[str]:
+    """A row for the checkpoint, and one for each adapter on it; nothing where there are none."""
+    rows = {"base": found, **found["adapters"]} if "adapters" in found else {}
+    columns = {"loss": 4, "perplexity": 3, "bits_per_byte": 4}
+    lines = ["", f"{'adapter':<16}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  right"] if rows else []
+    for name, one in rows.items():
+        values = {key: (one["text"] or {}).get(key) for key in columns}
+        loss, perplexity, bits = ("-" if values[key] is None else f"{values[key]:.{digits}f}" for key, digits in columns.items())
+        right = "-" if one["skills"] is None else f"{one['skills']['all']['right']} / {one['skills']['all']['count']}"
+        lines.append(f"{name:<16}  {loss:>8}  {perplexity:>10}  {bits:>9}  {right}")
     return lines
 
 

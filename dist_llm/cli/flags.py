@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from math import isfinite
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +35,89 @@ Nproc = Annotated[int, typer.Option("--nproc", min=1, max=4096, help="Local rank
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on CUDA, else float32), float64, float32 or bfloat16")]
 Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
+
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="[NAME=]PATH", help="An adapter on CKPT: its run, or PEFT's folder; may be given again."),
+]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the flags that `sample` and `chat` share say of how text is made. stop_tokens and adapters as they were typed."""
+
+    choice: Choice
+    place: Place
+    stops: tuple[str, ...]
+    stop_tokens: tuple[str, ...]
+    adapters: tuple[str, ...]
+    nproc: int
+    as_json: bool
+
+
+WRITTEN: Any = None  # the default of a verb's last parameter, which `writing` fills in
+
+
+def writing(*, temperature: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A verb whose last parameter, `writing`, is made of the flags below, which it gets in its place."""
+
+    def read(
+        *,
+        temperature: Temperature = temperature,
+        top_k: TopK = 50,
+        top_p: TopP = None,
+        min_p: MinP = None,
+        repetition_penalty: Penalty = 1.0,
+        stop: Stop = None,
+        stop_token: StopToken = None,
+        adapter: Adapters = None,
+        seed: Seed = 0,
+        nproc: Nproc = 1,
+        device: Device = "auto",
+        dtype: Dtype = "auto",
+        as_json: Json = False,
+    ) -> Writing:
+        chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        choice = choice_of(**chosen, repetition_penalty=repetition_penalty, seed=seed)
+        given = (tuple(stop_token or ()), tuple(adapter or ()))
+        return Writing(choice, place_of(device, dtype), stop_texts(stop), *given, nproc, as_json)
+
+    shared = signature(read, eval_str=True).parameters
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = {name: one for name, one in signature(verb, eval_str=True).parameters.items() if name != "writing"}
+
+        @wraps(verb)
+        def run(**given: Any) -> None:
+            verb(**{name: given[name] for name in own}, writing=read(**{name: given[name] for name in shared}))
+
+        both = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in (*own.values(), *shared.values())]
+        run.__signature__ = Signature(both)  # type: ignore[attr-defined]
+        del run.__wrapped__  # its flags are others
+        run.__annotations__ = {}
+        return run
+
+    return decorate
+
+
+def named_adapters(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """(name, path) of `NAME=PATH`, or of a path, whose adapter has a name of its own. Raises UsageError, CheckpointError."""
+    from dist_llm.interop.given import name_of
+    from dist_llm.use.load import BASE
+
+    found: list[tuple[str, str]] = []
+    for text in given:
+        name, mark, path = text.partition("=")
+        if not mark or "/" in name:
+            name, path = "", text
+        path = str(Path(path).expanduser())
+        name = name or name_of(Path(path))
+        if not path or name in (BASE, *(known for known, _ in found)):
+            expected = "another name, as NAME=PATH" if path else "NAME=PATH"
+            raise UsageError("an adapter has no name of its own", where="--adapter", expected=expected, found=text)
+        found.append((name, path))
+    return tuple(found)
 
 
 def choice_of(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LARGEST_FILE, MOST_PROMPTS = 64 << 20, 100_000  # bytes and lines of a file of prompts
 
 
+@flags.writing(temperature=0.8)
 def sample(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A step folder, or a run folder: its newest.")],
     prompt: Annotated[
@@ -31,41 +32,30 @@ def sample(
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=2**31, help="At most so many tokens a text.")] = 128,
     samples: Annotated[int, typer.Option("--samples", min=1, max=10_000, help="Texts for each prompt.")] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, max=10_000, help="Texts that are written at once.")] = 8,
-    temperature: flags.Temperature = 0.8,
-    top_k: flags.TopK = 50,
-    top_p: flags.TopP = None,
-    min_p: flags.MinP = None,
-    repetition_penalty: flags.Penalty = 1.0,
-    stop: flags.Stop = None,
-    stop_token: flags.StopToken = None,
-    seed: flags.Seed = 0,
-    nproc: flags.Nproc = 1,
-    device: flags.Device = "auto",
-    dtype: flags.Dtype = "auto",
-    as_json: flags.Json = False,
+    writing: flags.Writing = flags.WRITTEN,
 ) -> None:
-    """Continue texts with a checkpoint of any layout; a single text appears as it is made."""
-    chosen: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    choice = flags.choice_of(**chosen, repetition_penalty=repetition_penalty, seed=seed)
-    place, stops = flags.place_of(device, dtype), flags.stop_texts(stop)
+    """Continue texts with a checkpoint of any layout, or with adapters on it; a single text appears as it is made."""
     texts = _prompts(prompt, prompts)
 
     from dist_llm.use.load import on_ranks, open_sound, require_split
     from dist_llm.use.sample import Request, as_request, write_rank
 
     opened, tokenizer = open_sound(checkpoint)
-    require_split(opened.config.model, nproc)
+    require_split(opened.config.model, writing.nproc)
     ids = [_encoded(text, tokenizer) for text in texts]
-    stop_tokens = flags.stop_ids(tokenizer, stop_token or ())
-    request = Request(str(opened.path), ids, choice, tokens, samples, batch, stops, stop_tokens, place)
+    stop_tokens = flags.stop_ids(tokenizer, writing.stop_tokens)
+    shape, named = (tokens, samples, batch, writing.stops, stop_tokens, writing.place), flags.named_adapters(writing.adapters)
+    request = Request(str(opened.path), ids, writing.choice, *shape, named)
     _note_long(ids, opened.config.data.sequence)
-    shown = _Shown(texts, samples=samples, quiet=as_json)
-    runtime = place.runtime(opened.config.runtime)
-    about = on_ranks(write_rank, as_request(request), nproc=nproc, runtime=runtime, hear=shown.take)[0]
-    if as_json:
+    shown = _Shown(texts, samples=samples, adapters=[name for name, _ in named], quiet=writing.as_json)
+    runtime = writing.place.runtime(opened.config.runtime)
+    about = on_ranks(write_rank, as_request(request), nproc=writing.nproc, runtime=runtime, hear=shown.take)[0]
+    if writing.as_json:
         lines = [{**line, "prompt": texts[line["prompt"]]} for line in shown.lines]
-        single = {key: lines[0][key] for key in ("prompt", "text", "tokens", "finish")} if len(lines) == 1 else {}
-        whole = {"version": 1, "checkpoint": str(opened.path), "seed": seed, "ranks": nproc, **about, **single, "samples": lines}
+        keys = [key for key in ("adapter", "prompt", "text", "tokens", "finish") if len(lines) == 1 and key in lines[0]]
+        whole: dict[str, Any] = {"version": 1, "checkpoint": str(opened.path), "seed": writing.choice.seed, "ranks": writing.nproc, **about}
+        whole |= {key: lines[0][key] for key in keys}
+        whole["samples"] = lines
         typer.echo(json.dumps(whole))
     shown.close()
 
@@ -73,10 +63,13 @@ def sample(
 class _Shown:
     """Shows a single text as it comes, and several one after the other, each whole, in their order."""
 
-    def __init__(self, texts: list[str], *, samples: int, quiet: bool) -> None:
-        self.texts, self.samples, self.quiet, self.single = texts, samples, quiet, len(texts) * samples == 1
+    def __init__(self, texts: list[str], *, samples: int, adapters: list[str], quiet: bool) -> None:
+        self.texts, self.quiet = texts, quiet
+        names: list[str | None] = [*adapters] or [None]
+        self.order = [(name, number, sample) for name in names for number in range(len(texts)) for sample in range(samples)]
+        self.samples, self.single = samples, len(self.order) == 1
         self.lines: list[dict[str, Any]] = []  # in their order, as far as it goes without a gap
-        self.waiting: dict[tuple[int, int], dict[str, Any]] = {}
+        self.waiting: dict[tuple[str | None, int, int], dict[str, Any]] = {}
         if self.single and not quiet:
             typer.echo(printable(texts[0]), nl=False)
 
@@ -84,15 +77,16 @@ class _Shown:
         """What rank 0 says: a piece of a text, or a line that is done."""
         if "piece" in message:
             if self.single and not self.quiet:
-                typer.echo(printable(message["piece"][2]), nl=False)
+                typer.echo(printable(message["piece"]), nl=False)
                 sys.stdout.flush()
             return
         line = message["line"]
-        self.waiting[line["prompt"], line["sample"]] = line
-        while (line := self.waiting.pop(divmod(len(self.lines), self.samples), None)) is not None:
+        self.waiting[line.get("adapter"), line["prompt"], line["sample"]] = line
+        while len(self.lines) < len(self.order) and (line := self.waiting.pop(self.order[len(self.lines)], None)) is not None:
             self.lines.append(line)
             if not self.quiet and not self.single:
-                name = f"prompt {line['prompt'] + 1}" + (f", sample {line['sample'] + 1}" if self.samples > 1 else "")
+                name = f"{line['adapter']}, " if "adapter" in line else ""
+                name += f"prompt {line['prompt'] + 1}" + (f", sample {line['sample'] + 1}" if self.samples > 1 else "")
                 typer.echo(f"--- {name} ({line['finish']}, {len(line['tokens'])} tokens)")
                 typer.echo(printable(self.texts[line["prompt"]] + line["text"]))
 

@@ -10,7 +10,7 @@ from dist_llm.config.presets import fill_model
 from dist_llm.config.yaml_file import flow
 
 # What says nothing about the weights: how they are trained, and where they came from. An adapter lies beside them.
-FREE = ("preset", "dropout", "init_std", "residual_scale", "adapter")
+FREE = ("preset", "dropout", "neftune", "init_std", "residual_scale", "adapter")
 
 
 @dataclass(frozen=True)

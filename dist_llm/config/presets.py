@@ -84,6 +84,7 @@ SMALL: dict[str, Any] = {"layers": 4, "dim": 128, "heads": 4, "vocab": 2048, "ma
 # Where a family says nothing else.
 COMMON: dict[str, Any] = {
     "dropout": 0.0,
+    "neftune": 0.0,
     "init_std": 0.02,
     "residual_scale": True,
     "norm_place": "before",

@@ -143,6 +143,14 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
 def _adapter(config: Config, layout: Layout) -> Iterator[Problem]:
     """Blocks of a scale lie inside rows, and inside what a rank has of them."""
     model, adapter = config.model, config.model.adapter
+    for name in ("dora", "dropout"):
+        if getattr(adapter, name) and not adapter.rank:
+            yield Problem(f"model.adapter.{name}", "is part of an adapter: it needs model.adapter.rank above 0")
+    if (adapter.dora or adapter.dropout) and config.runtime.fp8 != "off":
+        name = "dora" if adapter.dora else "dropout"
+        yield Problem(
+            "runtime.fp8", f"model.adapter.{name} makes products of some tokens at a time, whose scales are not those of all; off"
+        )
     if adapter.quantize == "none":
         return
     if not adapter.rank:

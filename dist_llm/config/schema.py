@@ -74,11 +74,18 @@ AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 class AdapterConfig(Section):
-    """Small matrices that are trained instead of the model: W x + alpha / rank B A x for each target (LoRA, arXiv:2106.09685)."""
+    """Small matrices that are trained instead of the model: W x + alpha / rank B A x for each target (LoRA, arXiv:2106.09685).
 
+    name: how it is called where there are several, in checkpoints and PEFT's folders.
+    dora: each row of W + alpha / rank B A has a length of its own, which is trained too (arXiv:2402.09353).
+    """
+
+    name: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "default"
     rank: Whole = 0  # 0: no adapter, the model itself is trained
     alpha: Positive = 16.0
     rank_stabilized: Switch = False  # divided by the root of the rank instead (rsLoRA, arXiv:2312.03732)
+    dora: Switch = False
+    dropout: BelowOne = 0.0  # of what goes into A, in training
     quantize: Literal["none", "nf4", "int8"] = "none"  # how the matrices under it are kept (QLoRA, arXiv:2305.14314)
     block: Annotated[Count, Field(multiple_of=8)] = 64  # neighbours along a row that share a scale there
     targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1), BeforeValidator(_tuple)] = ("q", "k", "v", "o", "gate", "up", "down")
@@ -131,6 +138,7 @@ class ModelConfig(Section):
     out_bias: Switch
     mlp_bias: Switch
     dropout: BelowOne
+    neftune: Number  # alpha: in training embedded tokens get noise up to alpha / sqrt(tokens of their sample x dim) (arXiv:2310.05914)
     init_std: Number
     residual_scale: Switch  # o and down weights start with init_std / sqrt(2 layers)
     adapter: AdapterConfig = AdapterConfig()  # trained in the place of everything else

@@ -22,6 +22,7 @@ from dist_llm.model.table import table
 from dist_llm.model.transformer import Context
 from dist_llm.parallel.compose import Options, compose
 from dist_llm.parallel.flat import Piece
+from dist_llm.parallel.magnitudes import begin_magnitudes
 from dist_llm.parallel.pipeline import Pipeline
 from dist_llm.parallel.weights import FlatWeights
 from dist_llm.parallel.zero import FlatUnit
@@ -78,6 +79,8 @@ class NativeEngine:
         flats = {id(flat): flat for stage in stages for unit in stage.units for flat, _ in unit.flats}
         self.flats = [flat for flat in flats.values() if isinstance(flat, FlatUnit)]
         self.frozen: list[FlatWeights] = [flat for flat in flats.values() if not isinstance(flat, FlatUnit)]
+        self.seed = options.seed
+        self.begin_adapter()
         self.ferry = Ferry(self.flats, device) if layout.offload == "optimizer" else None
         self.optimizer, self.clip = Optimizer(optimizer, HOST if self.ferry else device), optimizer.clip
         self.moments = [self.optimizer.moments(flat.master) for flat in self.flats]
@@ -212,9 +215,13 @@ class NativeEngine:
 
     @torch.no_grad()
     def load_frozen(self, read: Read) -> None:
-        """Takes the weights that are not trained from `read`, as `load_state` takes the others."""
+        """Takes the weights that are not trained from `read`, as `load_state` takes the others; `begin_adapter` follows, on all ranks."""
         for held in self.frozen:
             held.load(lambda slot, start, stop: read("weight", slot.name, slot.box, start, stop))
+
+    def begin_adapter(self) -> None:
+        """Gives what lies beside the weights that are not trained its initial values, which with DoRA are theirs."""
+        begin_magnitudes((*self.frozen, *self.flats), self.mesh, seed=self.seed)
 
     def persistent(self) -> dict[str, list[Tensor]]:
         """The tensors that the engine keeps: weights, optimizer (master weights and moments); host: what is offloaded.

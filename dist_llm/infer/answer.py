@@ -21,6 +21,10 @@ class Answers:
         self.cache = model.cache(lines=1, capacity=window)
         self.held: list[int] = []  # the tokens whose keys and values are in the cache
 
+    def forget(self) -> None:
+        """What was read was read by another model."""
+        self.held = []
+
     def go_on(
         self, ids: Sequence[int], *, count: int, choice: Choice, ends: Iterable[int], going: Callable[[], bool] = _always
     ) -> Iterator[int]:

@@ -61,20 +61,37 @@ class Model:
         absent = [] if tokens is None else sorted(set(range(config.vocab)).difference(tokens))
         self.absent = torch.tensor(absent, dtype=torch.int64, device=device)
         self.slices = split_parts(config.vocab, self.group.size)  # of the vocabulary, by rank
-        self.named = self._load(weights)  # this rank's weights by global name
+        self.named = self._load(weights, table(config))  # this rank's weights by global name
+        self.adapters: dict[str, tuple[ModelConfig, dict[str, nn.Parameter]]] = {}
+        self.adapter: str | None = None
+        self._build(config, self.named)
+
+    def add(self, name: str, config: ModelConfig, weights: Weights) -> None:
+        """Loads an adapter for these weights under a name; `use` puts it on. config: the model with the adapter."""
+        self.adapters[name] = config, self._load(weights, [row for row in table(config) if row.trained])
+
+    def use(self, name: str | None) -> None:
+        """Puts one of the added adapters on the weights, or none; what a cache holds was computed by another model from then on."""
+        if name != self.adapter:
+            config, matrices = (self.config, {}) if name is None else self.adapters[name]
+            self.adapter = name
+            self._build(config, self.named | matrices)
+
+    def _build(self, config: ModelConfig, named: dict[str, nn.Parameter]) -> None:
+        """The units over these weights."""
         kind = ReadingAdaptedRoles if config.adapter.rank else ReadingRoles
         self.roles = roles = kind(self.group, sp=False, vocab=config.vocab, first=self.slices[self.group.index][0])
-        self.units: list[Any] = [build_unit(name, config, self.named.get, roles) for name in unit_names(config)]
+        self.units: list[Any] = [build_unit(name, config, named.get, roles) for name in unit_names(config)]
         modules = [module for unit in self.units for module in unit.modules()]
         self.attentions = [module for module in modules if isinstance(module, Attention)]
         self.kept = [Kept(layer) for layer in range(len(self.attentions))]
         for attention, kept in zip(self.attentions, self.kept, strict=True):
             attention.attend = kept
 
-    def _load(self, weights: Weights) -> dict[str, nn.Parameter]:
+    def _load(self, weights: Weights, wanted: Iterable[Row]) -> dict[str, nn.Parameter]:
         """This rank's slices by name; those of a unit are one buffer, in the table's order."""
         units: dict[str, list[Row]] = {}
-        for row in table(self.config):
+        for row in wanted:
             units.setdefault(row.unit, []).append(row)
         made: dict[str, nn.Parameter] = {}
         for rows in units.values():

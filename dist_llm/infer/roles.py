@@ -7,14 +7,16 @@ for a backward, would cost more in Python than their arithmetic. Longer passes r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from dist_llm import comm
+from dist_llm.mesh import Group
 from dist_llm.model.kernels import activate
 from dist_llm.model.kernels import norm as plain_norm
-from dist_llm.model.parts import Norm, Projection, Projections
+from dist_llm.model.parts import Adapter, Draw, Norm, Projection, Projections
 from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.tensor import TensorRoles, beside
 
@@ -28,7 +30,7 @@ class ReadingRoles(TensorRoles):
         """Before a pass: whether it reads one token a line."""
         self.one, self.in_place = one, not one  # in place is an operation with a backward
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
+    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
         """Enters with (B, S, D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
         if not self.one or not projections.joined or projections.biases:
             return super().columns(x, norm, projections)
@@ -36,7 +38,7 @@ class ReadingRoles(TensorRoles):
         y = F.linear(_normed(x, norm), beside(weights, 0))
         return list(y.split_with_sizes([len(weight) for weight in weights], dim=-1))
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S, D), the bias added once."""
         if not self.one:
             return super().row(parts, activation, projection)
@@ -45,7 +47,16 @@ class ReadingRoles(TensorRoles):
 
 
 class ReadingAdaptedRoles(AdaptedRoles):
-    """The same of a model under an adapter, which has no short form."""
+    """The same of a model under an adapter, which has no short form. Weights stay as they are: rows are measured once."""
+
+    def __init__(self, group: Group, **options: Any) -> None:
+        super().__init__(group, **options)
+        self.norms: dict[int, Tensor] = {}  # by the address of A: it lives as long as the model
+
+    def norm_of(self, weight: Tensor, adapter: Adapter, group: Group | None) -> Tensor:
+        """As AdaptedRoles, kept from the first use on."""
+        known = self.norms.get(adapter.a.data_ptr())
+        return known if known is not None else self.norms.setdefault(adapter.a.data_ptr(), super().norm_of(weight, adapter, group))
 
     def short(self, one: bool) -> None:
         """As ReadingRoles."""

@@ -1,7 +1,8 @@
 """Adapters in PEFT's form: where it keeps A and B of a projection, and what its config says of them. Torch-free.
 
     adapter_config.json         rank, alpha, targets, rsLoRA, the base's name
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (R, in), .lora_B.weight (out, R)
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (R, in), .lora_B.weight (out, R),
+                                with DoRA .lora_magnitude_vector (out,)
 
 PEFT names targets by the ends of module names. A module of ours that Hugging Face keeps with others in one matrix (GPT-2's q, k and
 v) has no adapter of its own there, and cannot be written.
@@ -20,11 +21,10 @@ from dist_llm.model.table import table
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MATRICES = {"lora_a": "lora_A", "lora_b": "lora_B"}
+MATRICES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "lora_m": "lora_magnitude_vector"}
 # What changes the numbers and is not done here: key -> the values that change nothing.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
-    "use_dora": (False, None),
     "fan_in_fan_out": (False, True, None),  # whether the base's matrices are transposed: its family says so
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
@@ -33,7 +33,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "layers_to_transform": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
-    "lora_dropout": (0, 0.0, None),
 }
 
 
@@ -43,7 +42,7 @@ def adapter_keys(model: ModelConfig) -> dict[str, str]:
     for row in table(model):
         module, _, last = row.name.rpartition(".")
         if last in MATRICES:
-            found[row.name] = f"{PREFIX}{_module(model, module)}.{MATRICES[last]}.weight"
+            found[row.name] = f"{PREFIX}{_module(model, module)}.{MATRICES[last]}"
     return found
 
 
@@ -92,10 +91,10 @@ def write_adapter_config(model: ModelConfig, *, base: str) -> dict[str, Any]:
         "use_rslora": adapter.rank_stabilized,
         "target_modules": names,
         "bias": "none",
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "use_dora": False,
+        "use_dora": adapter.dora,
     }
 
 
@@ -112,6 +111,11 @@ def read_adapter_config(values: Mapping[str, Any], model: ModelConfig, *, where:
         raise UsageError(
             "the adapter has no rank or no alpha", where=where, expected="r above 0, lora_alpha above 0", found=f"{rank}, {alpha}"
         )
+    dropout = values.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise UsageError(
+            "the adapter's dropout is no part", where=where, expected="lora_dropout from 0 to below 1", found=f"{dropout!r}"[:80]
+        )
     ours = _modules(model)
     wanted = list(ours) if modules == "all-linear" else modules if isinstance(modules, list) else []
     met = {name: [target for module, target in ours.items() if module == name or module.endswith(f".{name}")] for name in map(str, wanted)}
@@ -120,4 +124,6 @@ def read_adapter_config(values: Mapping[str, Any], model: ModelConfig, *, where:
         expected = ", ".join(_shortest(module, ours) for module in ours)
         raise UsageError("the adapter is on modules that are not known", where=where, expected=expected, found=", ".join(unknown)[:200])
     targets: Any = tuple(target for target in dict.fromkeys(ours.values()) if any(target in found for found in met.values()))
-    return AdapterConfig(rank=rank, alpha=float(alpha), rank_stabilized=values.get("use_rslora") is True, targets=targets)
+    kinds: dict[str, Any] = {"rank_stabilized": values.get("use_rslora") is True, "dora": values.get("use_dora") is True}
+    kinds["dropout"] = float(dropout)
+    return AdapterConfig(rank=rank, alpha=float(alpha), targets=targets, **kinds)

@@ -8,10 +8,9 @@ Tensors pass through one piece after the other. There are no moments: before a f
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_llm.config.layout import Layout
-from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.data.tokenizer import Tokenizer, load
 from dist_llm.errors import NumericError, SpaceError, UsageError
+from dist_llm.interop.first import write_first
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.slices import TORCH, Slices
 from dist_llm.model.table import table
-from dist_llm.sidefiles import SIDE_FILES
-from dist_llm.train.durable import BLOCK, Bytes, Digest, Disk
-from dist_llm.train.folder import NO_TEXT, VERSION, begin, commit, flush, step_folders
+from dist_llm.train.durable import BLOCK, Bytes
+from dist_llm.train.folder import step_folders
 from dist_llm.train.nonfinite import finite
-from dist_llm.train.parts import Part, write_part
-from dist_llm.train.storage import RunFolder, storing
+from dist_llm.train.parts import Part
+from dist_llm.train.storage import RunFolder
 
 LONGEST = 2048  # tokens of a sequence that the config asks for where the model could read more
 ABOUT = 512  # bytes that the index and the header need for a tensor, at most; and those of a block's hash
@@ -100,36 +97,10 @@ def refuse_run(run: Path) -> None:
 
 
 def _write(folder: HuggingFaceFolder, tokenizer: Tokenizer, config: Config, run: Path) -> Imported:
-    held = RunFolder(run)
-    disk, save_id = Disk(), secrets.token_hex(8)
-    part = Streamed.of(folder)
+    held, part = RunFolder(run), Streamed.of(folder)
     size = sum(tensor.nbytes for tensor in part.tensors)
     _require_room(run, size + size // BLOCK * HASH + ABOUT * len(part.tensors) + sum(map(len, folder.beside.values())))
-    with storing(run):
-        partial = begin(disk, run, 0, save_id)
-        try:
-            written: dict[str, Digest] = write_part(disk, partial, 0, part)
-            beside = tokenizer.kept | folder.beside
-            written |= {name: disk.write(partial / name, [beside[name]]) for name in SIDE_FILES if name in beside}
-            flush(disk, partial, written)
-            manifest = {
-                "version": VERSION,
-                "save_id": save_id,
-                "step": 0,
-                "world": 1,
-                "layout": asdict(Layout()),
-                "config": config_tree(config),
-                "rows": [[row.name, row.shape] for row in table(config.model)],
-                "tokenizer": tokenizer.hash,
-                "data": NO_TEXT,
-                "seed": config.runtime.seed,
-                "files": {name: digest.about for name, digest in written.items()},
-            }
-            final = commit(disk, partial, manifest)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        held.write_config(config)
+    final = write_first(held, config, part, tokenizer=tokenizer, beside=folder.beside)
     return Imported(final, config.model.family, sum(tensor.numel() for tensor in part.tensors), size)
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dist_llm.config.layout import Layout
-from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
 from dist_llm.data.tokenizer import load
+from dist_llm.interop.first import write_first
+from dist_llm.interop.given import open_adapter
 from dist_llm.interop.importing import LONGEST, Imported, refuse_run
-from dist_llm.interop.merging import open_adapter
 from dist_llm.model.table import num_trained, table
-from dist_llm.sidefiles import SIDE_FILES
 from dist_llm.train.base import Base
-from dist_llm.train.durable import Disk
-from dist_llm.train.folder import NO_TEXT, VERSION, begin, commit, flush
-from dist_llm.train.parts import Part, write_part
-from dist_llm.train.storage import RunFolder, storing
+from dist_llm.train.parts import Part
+from dist_llm.train.storage import RunFolder
 
 
 def import_adapter(source: Path, run: Path, *, base_path: Path) -> Imported:
@@ -40,8 +33,7 @@ def import_adapter(source: Path, run: Path, *, base_path: Path) -> Imported:
         data = {"sequence": max(2, min(base.sequence, LONGEST)), "tokenizer": {"kind": "file", "path": str(base.path / "tokenizer.json")}}
         tree = {"base": str(base.path), "model": given.model.model_dump(), "data": data, "save": {"dir": f"{run}-trained"}}
         config = Config.model_validate(tree)
-        with storing(run):
-            path = _write(run, config, part, beside=tokenizer.kept | base.beside_files(), base=base.identity, tokenizer=tokenizer.hash)
+        path = write_first(RunFolder(run), config, part, tokenizer=tokenizer, beside=base.beside_files(), base=base.identity)
         return Imported(path, given.model.family, num_trained(given.model), sum(tensor.nbytes for tensor in part.tensors))
     finally:
         base.close()
@@ -54,22 +46,3 @@ def _part(tensors: dict[str, Tensor]) -> Part:
         box = tuple((0, extent) for extent in tensors[name].shape)
         runs[f"weight/{name}/0"] = {"box": box, "start": 0, "stop": tensors[name].numel()}
     return Part(runs, [tensors[name].flatten() for name in names])
-
-
-def _write(run: Path, config: Config, part: Part, *, beside: dict[str, bytes], base: str, tokenizer: str) -> Path:
-    """The checkpoint and the config of the run folder; nothing of them is left when that fails."""
-    held, disk, save_id = RunFolder(run), Disk(), secrets.token_hex(8)
-    partial = begin(disk, run, 0, save_id)
-    try:
-        written = write_part(disk, partial, 0, part)
-        written |= {name: disk.write(partial / name, [beside[name]]) for name in SIDE_FILES if name in beside}
-        flush(disk, partial, written)
-        manifest: dict[str, Any] = {"version": VERSION, "save_id": save_id, "step": 0, "world": 1, "layout": asdict(Layout())}
-        manifest |= {"config": config_tree(config), "seed": config.runtime.seed, "base": base, "tokenizer": tokenizer, "data": NO_TEXT}
-        manifest["rows"] = [[row.name, row.shape] for row in table(config.model) if row.trained]
-        final = commit(disk, partial, manifest | {"files": {name: digest.about for name, digest in written.items()}})
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    held.write_config(config)
-    return final

@@ -1,15 +1,19 @@
-"""A base and an adapter become one model: W + alpha / rank B A, on the weights that the adapter was trained on.
+"""A base and adapters become one model: W + w (W' - W) summed over them, on the weights that they were trained on.
+
+W' is what an adapter makes of W: W + s B A, with DoRA the same with its rows brought to their lengths; w is its weight. That is the sum of
+differences itself, as PEFT's add_weighted_adapter has it with `cat`; its `linear`, which adds up A and B apart, approximates it.
 
 Where the base was quantized in training, W is what its codes stand for: merged onto the weights that were never seen, the adapter would
 correct errors that are not there. What comes out is a Hugging Face folder, with a receipt: which base, which adapter, what was
-made, and how far the logits of the merged weights, rounded to their dtype, are from those of base and adapter side by side.
+made, and how far the logits of the merged weights, rounded to their dtype, are from those of base and adapter side by side; of several
+adapters, from those of the sum before it is rounded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,48 +23,45 @@ from torch import Tensor
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
-from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
 from dist_llm.interop.exporting import Subject, Weights, export_model
+from dist_llm.interop.given import Given, file_hash, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
-from dist_llm.interop.peft_folder import PeftFolder, is_adapter
 from dist_llm.model.table import num_parameters
 from dist_llm.sharding import Box
 from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
-from dist_llm.train.folder import MANIFEST, open_checkpoint
-from dist_llm.train.overlay import Overlay, overlay, require_base
-from dist_llm.train.parts import Parts
+from dist_llm.train.overlay import Overlay, adapted, overlay
 
 RECEIPT = "merge.json"
 
 
-@dataclass(frozen=True)
-class Given:
-    """An adapter to merge. model: the base's with the adapter; identity: what tells it from others."""
-
-    model: ModelConfig
-    matrices: Parts | PeftFolder
-    identity: str
-    close: Callable[[], object]
-
-
 class Merged:
-    """The merged weights; the last one asked for is kept, because it is asked for in pieces."""
+    """The merged weights; the last one asked for is kept, because it is asked for in pieces.
 
-    def __init__(self, beside: Overlay, under: Weights, scale: float) -> None:
-        self.beside, self.under, self.scale = beside, under, scale
+    adapters: overlays on one base, each with its scale s and its weight w. exact: not rounded to the dtype of the base.
+    """
+
+    def __init__(self, adapters: Sequence[tuple[Overlay, float, float]], under: Weights, *, exact: bool = False) -> None:
+        self.adapters, self.under, self.exact = adapters, under, exact
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def whole(self, name: str) -> Tensor:
         """A whole weight in the dtype of the base, its sum taken in float32 at least."""
         if self._last[0] != name:
-            values, module = self.beside.whole(name), name.removesuffix(".weight")
-            if f"{module}.lora_a" in self.beside.rows:
-                wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-                a, b = (self.beside.whole(f"{module}.{part}").to(wide) for part in ("lora_a", "lora_b"))
-                values = values.to(wide).addmm(b, a, alpha=self.scale).to(values.dtype)
-            self._last = (name, values)
+            values = self.adapters[0][0].whole(name)
+            wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+            made = [(adapted(beside, name, values.to(wide), scale), weight) for beside, scale, weight in self.adapters]
+            found = [(one, weight) for one, weight in made if one is not None]
+            if len(found) == 1 and found[0][1] == 1.0:
+                total = found[0][0]
+            elif found:
+                total = values.to(wide, copy=True)
+                for one, weight in found:
+                    total.add_(one.sub_(values), alpha=weight)
+            else:
+                total = values
+            self._last = (name, total if self.exact else total.to(values.dtype))
         return self._last[1]
 
     def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
@@ -74,70 +75,68 @@ class Merged:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was merged, and how well. drift: the largest difference of logits, relative to the largest of them."""
+    """What was merged, and how well. adapters: path, identity and weight of each; drift: the largest difference of logits, relative to
+    the largest of them.
+    """
 
     base: str
     base_identity: str
-    adapter: str
-    adapter_identity: str
+    adapters: list[dict[str, Any]]
     result: str  # sha256 over the names and hashes of the weights' files
     drift: float
     drift_dtype: str
     dtype: str
     parameters: int
-    version: int = 1
+    version: int = 2
 
 
-def merge(base_path: Path, adapter_path: Path, target: Path, *, dtype: torch.dtype | None = None, shard_size: int = 5 * 10**9) -> Receipt:
+def merge(
+    base_path: Path,
+    paths: Sequence[Path],
+    target: Path,
+    *,
+    weights: Sequence[float] = (),
+    dtype: torch.dtype | None = None,
+    shard_size: int = 5 * 10**9,
+) -> Receipt:
     """Writes the merged model as the Hugging Face folder `target`, with its receipt merge.json.
 
-    adapter_path: a run or step folder of ours, or PEFT's folder. Raises UsageError where the adapter was trained on another base (F30).
+    paths: adapters, run or step folders of ours, or PEFT's folders; weights: of each, else 1. Raises UsageError where an adapter was
+    trained on another base (F30), or where they were trained on differently quantized weights.
     """
-    base = Base(base_path)
-    given = open_adapter(adapter_path, base)
+    base, opened = Base(base_path), list[Given]()
     try:
+        for path in paths:
+            opened.append(open_adapter(path, base))
+            require_alike(opened[0].model, opened[-1].model, where=str(path))
+        weights = list(weights) or [1.0] * len(opened)
         under: Any = base.source()
-        beside = overlay(base, given.model, over=given.matrices)
-        merged = Merged(beside, under, given.model.adapter.scale)
-        plain = given.model.model_copy(update={"adapter": AdapterConfig()})
+        overlays = [overlay(base, one.model, over=one.matrices) for one in opened]
+        parts = [(beside, one.model.adapter.scale, weight) for beside, one, weight in zip(overlays, opened, weights, strict=True)]
+        merged, plain = Merged(parts, under), opened[0].model.model_copy(update={"adapter": AdapterConfig()})
         subject = Subject(base.path, plain, merged, base.beside_files(), base.sequence)
         found: list[Receipt] = []
 
         def check(folder: Path) -> None:
-            drift, wide = _drift(beside, given.model, Cast(merged, dtype), plain, base.path)
+            side_by_side = weights == [1.0]
+            before: Any = overlays[0] if side_by_side else Merged(parts, under, exact=True)
+            drift, wide = _drift(before, opened[0].model if side_by_side else plain, Cast(merged, dtype), plain, base.path)
             files = sorted(folder.glob("*.safetensors"))
-            result = hashlib.sha256("".join(f"{path.name} {_hash(path)}\n" for path in files).encode()).hexdigest()
+            result = hashlib.sha256("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode()).hexdigest()
             stored = str(dtype or merged.dtype("weight", "embedding.weight")).removeprefix("torch.")
-            who = (str(base.path), base.identity, str(adapter_path), given.identity)
-            found.append(Receipt(*who, result, drift, wide, stored, num_parameters(plain)))
+            who = [{"path": str(path), "identity": one.identity, "weight": w} for path, one, w in zip(paths, opened, weights, strict=True)]
+            found.append(Receipt(str(base.path), base.identity, who, result, drift, wide, stored, num_parameters(plain)))
             Disk().write(folder / RECEIPT, [json.dumps(asdict(found[0]), indent=2).encode() + b"\n"])
 
         export_model(subject, target, dtype=dtype, shard_size=shard_size, check=check)
         return found[0]
     finally:
-        given.close()
+        for one in opened:
+            one.close()
         base.close()
 
 
-def open_adapter(path: Path, base: Base) -> Given:
-    """An adapter for a base: a checkpoint of ours, or PEFT's folder. Raises UsageError where it was trained on another one."""
-    if is_adapter(path):
-        folder = PeftFolder.open(path, base.model)
-        if folder.base is not None and folder.base != base.identity:
-            expected, found = f"base {folder.base[:16]}", f"{base.identity[:16]}, of {base.path}"
-            raise UsageError("the adapter was trained on another base", where=str(path), expected=expected, found=found)
-        identity = hashlib.sha256(b"".join(_hash(file).encode() for file in sorted(path.glob("adapter_*")))).hexdigest()
-        return Given(folder.model, folder, identity, lambda: None)
-    opened = open_checkpoint(path)
-    if not opened.config.model.adapter.rank:
-        what = "this is a whole model and no adapter"
-        raise UsageError(what, where=str(opened.path), expected="a run with model.adapter.rank above 0, or PEFT's folder")
-    require_base(opened, base)
-    identity = hashlib.sha256((opened.path / MANIFEST).read_bytes()).hexdigest()
-    return Given(opened.config.model, opened.parts, identity, opened.parts.close)
-
-
-def _drift(beside: Overlay, model: ModelConfig, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:
+def _drift(beside: Any, model: ModelConfig, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:
     """The largest difference of logits over drawn prompts, and the dtype in which both were computed."""
     dtype = torch.float64 if num_parameters(plain) <= 50_000_000 else torch.float32
     tokens = sorted(token for token in load(tokenizer).ids if token < plain.vocab)
@@ -149,8 +148,3 @@ def _drift(beside: Overlay, model: ModelConfig, merged: Cast, plain: ModelConfig
         float((all_logits(after, prompt) - one).abs().max() / one.abs().max()) for prompt, one in zip(prompts, expected, strict=True)
     ]
     return max(differences), str(dtype).removeprefix("torch.")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

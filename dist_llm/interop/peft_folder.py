@@ -26,7 +26,7 @@ from dist_llm.strict import first_line, read_bounded, strict_json
 from dist_llm.train.durable import Disk
 from dist_llm.train.storage import storing
 
-RECEIPT = "dist_llm.json"  # beside their files: the identity of the base, the hashes of these files, and its own
+RECEIPT = "dist_llm.json"  # beside their files: the identity of the base, the adapter's name, the hashes of these files, and its own
 LARGEST = 1 << 20  # bytes of their config
 
 
@@ -47,9 +47,10 @@ class PeftFolder:
     @classmethod
     def open(cls, path: Path, base: ModelConfig) -> PeftFolder:
         """Raises CheckpointError where a file is not sound or does not fit, UsageError where the adapter does what is not done here."""
-        known = _base_of(path)
+        known, name = _receipt_of(path)
         values = _json(path / CONFIG)
         adapter = read_adapter_config(values, base, where=str(path / CONFIG))
+        adapter = adapter if name is None else adapter.model_copy(update={"name": name})
         model = base.model_copy(update={"adapter": adapter})
         if not (path / WEIGHTS).exists() and any(path.glob("adapter_model.bin")):
             what, way = "the adapter is pickled, and reading it could run code", "save_pretrained(DIR, safe_serialization=True)"
@@ -72,13 +73,18 @@ class PeftFolder:
         """Nothing is open: all of it was read."""
 
 
-def _base_of(folder: Path) -> str | None:
-    """The base that the receipt names; None without one, as others write adapters. Raises CheckpointError where a byte has changed."""
+def name_in(folder: Path) -> str | None:
+    """The name that the receipt of an adapter of PEFT's gives it. Raises CheckpointError where a byte has changed."""
+    return _receipt_of(folder)[1]
+
+
+def _receipt_of(folder: Path) -> tuple[str | None, str | None]:
+    """The base and the name in the receipt; None without one, as others write adapters. Raises CheckpointError where a byte has changed."""
     path = folder / RECEIPT
     if not path.exists():
-        return None
+        return None, None
     receipt = _json(path)
-    if path.read_bytes() != _receipt(receipt.get("base"), receipt.get("files")):
+    if path.read_bytes() != _receipt(receipt.get("base"), receipt.get("name"), receipt.get("files")):
         raise unsound("the adapter's receipt is damaged", path, expected="its own hash in it")
     for name, expected in receipt["files"].items():
         if name not in (CONFIG, WEIGHTS):
@@ -90,11 +96,11 @@ def _base_of(folder: Path) -> str | None:
             raise unsound("a file of the adapter cannot be read", folder / name, found=error.strerror) from None
         if found != expected:
             raise unsound("a file of the adapter is damaged", folder / name, expected=f"sha256 {expected}", found=f"sha256 {found}")
-    return receipt["base"]
+    return receipt["base"], receipt.get("name")
 
 
-def _receipt(base: object, files: object) -> bytes:
-    body = {"version": 1, "base": base, "files": files}
+def _receipt(base: object, name: object, files: object) -> bytes:
+    body = {"version": 1, "base": base, **({} if name is None else {"name": name}), "files": files}
     own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": own}, indent=2).encode() + b"\n"
 
@@ -145,7 +151,7 @@ def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor
     weights = save({keys[name]: tensors[name].contiguous() for name in keys}, metadata={"format": "pt"})
     texts = {WEIGHTS: weights, CONFIG: json.dumps(write_adapter_config(model, base=base), indent=2).encode() + b"\n"}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
-    texts[RECEIPT] = _receipt(identity, hashes)
+    texts[RECEIPT] = _receipt(identity, model.adapter.name, hashes)
 
     def make(made: Path) -> None:
         for name, content in texts.items():

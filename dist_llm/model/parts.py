@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_llm.config.schema import AdapterConfig
 from dist_llm.model.kernels import Normed, norm
+from dist_llm.random import halves, keep_mask, key_of, uniform_at
 
 Make = Callable[[str], Any]  # global name -> its nn.Parameter, None where the model has no such row
 
@@ -35,29 +37,67 @@ class Norm(nn.Module):
 
 
 @dataclass(frozen=True)
+class Draw:
+    """The address of a micro-batch's random numbers: places (B, S) of its tokens in the global batch, key (2,) of seed and step."""
+
+    places: Tensor
+    key: Tensor
+
+    def keep(self, name: tuple[int, int], features: Tensor, *, width: int, drop: float) -> Tensor:
+        """(B, S, len(features)), False with probability `drop`: of some of `width` features, under the name of where they are."""
+        return keep_mask(self.places[..., None] * width + features, self.key, name, drop=drop)
+
+    def spread(self, name: tuple[int, int], width: int) -> Tensor:
+        """(B, S, width), uniform in (-1, 1), float64."""
+        features = torch.arange(width, device=self.places.device)
+        return uniform_at(self.places[..., None] * width + features, self.key, name).mul_(2.0).sub_(1.0)
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """What is added to a projection: scale B A x, with a (R, D) and b (O, R) (LoRA, arXiv:2106.09685)."""
+    """What is added to a projection: scale B A x, with a (R, D) and b (O, R) (LoRA, arXiv:2106.09685).
+
+    m (O,): the lengths that the rows of W + scale B A are brought to (DoRA, arXiv:2402.09353); None: they stay as they are. drop: the
+    part of x that does not reach A in training; name, width: of its masks, and how many features the whole input has.
+    """
 
     a: Tensor
     b: Tensor
     scale: float
+    m: Tensor | None = None
+    drop: float = 0.0
+    name: tuple[int, int] = (0, 0)
+    width: int = 0
 
 
 class Projection(nn.Module):
-    """A weight (O, D) and perhaps a bias (O,) and an adapter; `roles` decides how they are applied. scale: of the adapter."""
+    """A weight (O, D) and perhaps a bias (O,) and an adapter; `roles` decides how they are applied. width: whole input features."""
 
-    def __init__(self, make: Make, name: str, *, scale: float = 0.0) -> None:
+    def __init__(self, make: Make, name: str, *, adapter: AdapterConfig | None = None, width: int = 0) -> None:
         super().__init__()
         self.weight, self.bias = make(f"{name}.weight"), make(f"{name}.bias")
-        self.lora_a = make(f"{name}.lora_a") if scale else None
-        self.lora_b = make(f"{name}.lora_b") if scale else None
-        self.adapter = None if self.lora_a is None or self.lora_b is None else Adapter(self.lora_a, self.lora_b, scale)
+        self.adapter: Adapter | None = None
+        if adapter is None or (a := make(f"{name}.lora_a")) is None:
+            return
+        self.lora_a, self.lora_b, self.lora_m = a, make(f"{name}.lora_b"), make(f"{name}.lora_m")
+        mask = (adapter.dropout, halves(key_of(0, "adapter dropout", name)), width)
+        self.adapter = Adapter(self.lora_a, self.lora_b, adapter.scale, self.lora_m, *mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., O), in plain linear algebra."""
-        y = F.linear(x, self.weight, self.bias)
-        adapter = self.adapter
-        return y if adapter is None else y + adapter.scale * F.linear(F.linear(x, adapter.a), adapter.b)
+    def forward(self, x: Tensor, draw: Draw | None = None) -> Tensor:
+        """(..., D) -> (..., O), in plain linear algebra; with `draw` x is (B, S, D), and the adapter's dropout on."""
+        y, adapter = F.linear(x, self.weight, self.bias), self.adapter
+        if adapter is None:
+            return y
+        given = x
+        if adapter.drop and draw is not None:
+            features = torch.arange(adapter.width, device=x.device)
+            given = x * draw.keep(adapter.name, features, width=adapter.width, drop=adapter.drop) / (1.0 - adapter.drop)
+        added = adapter.scale * F.linear(F.linear(given, adapter.a), adapter.b)
+        if adapter.m is None:
+            return y + added
+        norm = torch.linalg.vector_norm((self.weight + adapter.scale * adapter.b @ adapter.a).detach(), dim=1)
+        factor = adapter.m / norm
+        return y + (factor - 1.0) * F.linear(given, self.weight) + factor * added
 
 
 class Projections:

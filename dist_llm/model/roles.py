@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_llm.model.kernels import activate
 from dist_llm.model.loss import cross_entropy
-from dist_llm.model.parts import Norm, Projection, Projections
+from dist_llm.model.parts import Draw, Norm, Projection, Projections
 
 
 class Roles:
@@ -29,14 +29,14 @@ class Roles:
     def __init__(self, *, smoothing: float = 0.0) -> None:
         self.smoothing = smoothing
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
-        """(B, S, D) before its norm -> a (B, S, O_i) for each projection."""
+    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
+        """(B, S, D) before its norm -> a (B, S, O_i) for each projection. draw: of an adapter's dropout; None: nothing is dropped."""
         x = norm(x)
-        return [part(x) for part in projections.parts]
+        return [part(x, draw) for part in projections.parts]
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
         """Parts (B, S, O), made one by the activation ("none": there is one), and a weight (D, O) -> (B, S, D)."""
-        return projection(activate(parts, kind=activation))
+        return projection(activate(parts, kind=activation), draw)
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Tokens (B, S) and weight (V, D) -> (B, S, D)."""

@@ -93,10 +93,11 @@ def _as_it_came(row: Row, adapter: AdapterConfig) -> Row:
 
 
 def adapter_rows(m: ModelConfig, adapter: AdapterConfig, rows: Sequence[Row]) -> list[Row]:
-    """A and B of each target among the rows of a model, block by block.
+    """A and B of each target among the rows of a model, block by block, and with DoRA the magnitudes m (out,).
 
     A (rank, in) starts with the variance that PEFT gives it, 1 / (3 in), of the whole input whatever part of it a rank has; B (out,
-    rank) with zeros. Of a column target each rank has all of A and its rows of B; of a row target its columns of A and all of B.
+    rank) with zeros. Of a column target each rank has all of A and its rows of B and m; of a row target its columns of A and all of B
+    and m. Magnitudes are lengths: weight decay would shrink the model.
     """
     found: list[Row] = []
     for row in rows:
@@ -107,7 +108,10 @@ def adapter_rows(m: ModelConfig, adapter: AdapterConfig, rows: Sequence[Row]) ->
         whole: dict[Role, tuple[Role, Role]] = {"column": ("inside", "column"), "row": ("row", "inside")}
         (role_a, role_b), std = whole[row.role], 1 / sqrt(3 * into)
         found.append(Row(f"{name}.lora_a", (adapter.rank, into), role_a, unit, row.parts if role_a == "row" else 1, std))
-        found.append(Row(f"{name}.lora_b", (out, adapter.rank), role_b, unit, row.parts if role_b == "column" else 1, 0.0))
+        cut = row.parts if role_b == "column" else 1
+        found.append(Row(f"{name}.lora_b", (out, adapter.rank), role_b, unit, cut, 0.0))
+        if adapter.dora:
+            found.append(Row(f"{name}.lora_m", (out,), role_b, unit, cut, decay=False))
     return found
 
 

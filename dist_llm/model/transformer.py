@@ -23,12 +23,12 @@ from dist_llm.config.presets import GATED
 from dist_llm.config.schema import ModelConfig
 from dist_llm.model.attention import attend
 from dist_llm.model.kernels import RotateInPlace, rotated
-from dist_llm.model.parts import Make, Norm, Projection, Projections
+from dist_llm.model.parts import Draw, Make, Norm, Projection, Projections
 from dist_llm.model.roles import Roles
 from dist_llm.model.rotary import rotary_table as rotary_table
 from dist_llm.model.rotary import rotary_tables
 from dist_llm.model.table import is_windowed
-from dist_llm.random import halves, keep_mask, key_of
+from dist_llm.random import halves, key_of
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,17 @@ class Context:
     mask: Tensor | None  # (B, 1, S, S), added to the scores: 0 where a query may look, else -inf; None: plain causal
     places: Tensor  # (B, S) number of each token in the global batch: the address of its dropout masks
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines, (B or 1, S, 1, E)
-    dropout: Tensor | None  # (2,) the halves of the key of this step's masks; None: nothing is dropped
+    key: Tensor | None  # (2,) the halves of the key of this step's random numbers; None: nothing is dropped and nothing is noisy
     training: bool
     weights: Tensor | None = None  # (B, S) what the loss of each token counts; None: 1
     local_mask: Tensor | None = None  # (B or 1, 1, S, S) of windowed layers; None: the window holds all, `mask` serves
     local_rotary: tuple[Tensor, Tensor] | None = None  # of windowed layers; None: as `rotary`
+    noise: Tensor | None = None  # (B, S) the largest noise that an embedded token gets, float64 (NEFTune, arXiv:2310.05914)
+
+    @property
+    def draw(self) -> Draw | None:
+        """The address of random numbers inside blocks, of all tokens; None: nothing is drawn."""
+        return None if self.key is None else Draw(self.places, self.key)
 
 
 def make_context(
@@ -58,6 +64,7 @@ def make_context(
     documents: Tensor | None = None,
     rows: Tensor | None = None,
     weights: Tensor | None = None,
+    samples: Tensor | None = None,
     seed: int = 0,
     step: int = 0,
     training: bool = True,
@@ -66,7 +73,7 @@ def make_context(
 
     positions (B, S): default 0..S-1 in every sequence. documents (B, S): attention stays inside a document. rows (B,):
     place of each sequence in the global batch; with seed and step they address the dropout masks. weights (B, S), floats:
-    what each token's loss counts.
+    what each token's loss counts. samples (B, S): number of the sample that a token belongs to, for NEFTune; None: a row is one.
     """
     (batch, length), device = tokens.shape, tokens.device
     line = torch.arange(length, device=device)
@@ -77,10 +84,18 @@ def make_context(
     local_mask = _mask(length, model.sliding_window, documents, dtype=dtype, device=device) if narrow else None
     rotary = model.positions == "rotary"
     tables = rotary_tables(model, positions, dtype=dtype) if rotary else (None, None)
-    drops = bool(model.dropout) and training
-    key = torch.tensor(halves(key_of(seed, "dropout", step=step)), device=device) if drops else None
+    draws = training and bool(model.dropout or model.adapter.dropout or model.neftune)
+    key = torch.tensor(halves(key_of(seed, "dropout", step=step)), device=device) if draws else None
+    noise = _noise(model, tokens if samples is None else samples, one=samples is None) if training and model.neftune else None
     places = rows[:, None] * length + line
-    return Context(tokens, labels, positions, mask, places, tables[0], key, training, weights, local_mask, tables[1])
+    return Context(tokens, labels, positions, mask, places, tables[0], key, training, weights, local_mask, tables[1], noise)
+
+
+def _noise(model: ModelConfig, samples: Tensor, *, one: bool) -> Tensor:
+    """alpha / sqrt(L D) of each token (B, S), float64: L tokens in its sample, numbers of which are `samples`. one: a row is a sample."""
+    members = torch.zeros_like(samples) if one else samples
+    count = members.new_zeros(len(members), members.shape[1] + 1).scatter_add_(1, members, torch.ones_like(members))
+    return count.gather(1, members).double().mul_(model.dim).rsqrt_().mul_(model.neftune)
 
 
 def _mask(length: int, window: int, documents: Tensor | None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -106,10 +121,10 @@ class Dropout:
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> (B, S, D), S the tokens kept outside split regions."""
-        if context.dropout is None:
+        if context.key is None or not self.rate:
             return x
-        place = self.roles.outside(context.places)[..., None] * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
-        keep = keep_mask(place, context.dropout, self.name, drop=self.rate)
+        width, here = x.shape[-1], Draw(self.roles.outside(context.places), context.key)
+        keep = here.keep(self.name, torch.arange(width, device=x.device), width=width, drop=self.rate)
         return x * keep / (1.0 - self.rate)
 
 
@@ -118,8 +133,10 @@ class Attention(nn.Module):
 
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles, *, windowed: bool) -> None:
         super().__init__()
-        scale = model.adapter.scale
-        self.q, self.k, self.v, self.o = (Projection(make, f"{name}.{part}", scale=scale) for part in "qkvo")
+        wide = model.heads * model.head_dim
+        widths = {"q": model.dim, "k": model.dim, "v": model.dim, "o": wide}
+        made = (Projection(make, f"{name}.{part}", adapter=model.adapter, width=width) for part, width in widths.items())
+        self.q, self.k, self.v, self.o = made
         self.qkv = Projections(self.q, self.k, self.v)
         norm: dict[str, Any] = {"kind": "unit_rms" if model.norm == "unit_rms" else "rms", "eps": model.norm_eps}
         self.q_norm = Norm(make, f"{name}.q_norm", **norm) if model.qk_norm else None
@@ -132,7 +149,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, context: Context) -> Tensor:
         """(B, S, D), to be normed first -> (B, S, D)."""
-        q, k, v = self.roles.columns(x, norm, self.qkv)  # (B, S, H E), (B, S, K E) twice
+        q, k, v = self.roles.columns(x, norm, self.qkv, context.draw)  # (B, S, H E), (B, S, K E) twice
         if self.across_heads:
             assert self.q_norm is not None and self.k_norm is not None
             q, k = self.roles.across([q, k], [self.q_norm, self.k_norm])
@@ -143,7 +160,7 @@ class Attention(nn.Module):
         q, k = self._placed(q, self.q_norm, rotary), self._placed(k, self.k_norm, rotary)
         q, k, v = (self._heads(y).transpose(1, 2) for y in (q, k, v))  # (B, H or K, S, E)
         y = self.attend(q, k, v, mask, self.scale, self.softcap)
-        return self.roles.row([y.transpose(1, 2).flatten(2)], "none", self.o)
+        return self.roles.row([y.transpose(1, 2).flatten(2)], "none", self.o, context.draw)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, S, H E) or (B, S, H, E) -> (B, S, H, E)."""
@@ -165,16 +182,17 @@ class Mlp(nn.Module):
 
     def __init__(self, make: Make, name: str, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
-        scale = model.adapter.scale
-        self.gate = Projection(make, f"{name}.gate", scale=scale) if model.activation in GATED else None
-        self.up, self.down = Projection(make, f"{name}.up", scale=scale), Projection(make, f"{name}.down", scale=scale)
+        given: dict[str, Any] = {"adapter": model.adapter, "width": model.dim}
+        self.gate = Projection(make, f"{name}.gate", **given) if model.activation in GATED else None
+        self.up = Projection(make, f"{name}.up", **given)
+        self.down = Projection(make, f"{name}.down", adapter=model.adapter, width=model.ffn)
         self.wide = Projections(self.up) if self.gate is None else Projections(self.gate, self.up)
         self.activation, self.roles = model.activation, roles
 
-    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm, draw: Draw | None) -> Tensor:
         """(B, S, D), to be normed first -> (B, S, D)."""
-        parts = self.roles.columns(x, norm, self.wide)  # (B, S, F) each
-        return self.roles.row(parts, self.activation, self.down)
+        parts = self.roles.columns(x, norm, self.wide, draw)  # (B, S, F) each
+        return self.roles.row(parts, self.activation, self.down, draw)
 
 
 class Embedding(nn.Module):
@@ -183,13 +201,16 @@ class Embedding(nn.Module):
     def __init__(self, make: Make, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
         self.embedding, self.positions = Projection(make, "embedding"), Projection(make, "positions")
-        self.roles, self.dropout = roles, Dropout("embedding", model.dropout, roles)
+        self.roles, self.dropout, self.noise = roles, Dropout("embedding", model.dropout, roles), halves(key_of(0, "noise"))
         # Rounded as the weights are: so were the published models trained.
         self.scale = float(torch.tensor(model.dim**0.5, dtype=self.embedding.weight.dtype)) if model.embedding_scale else None
 
     def forward(self, context: Context) -> Tensor:
         """The context's tokens (B, S) -> (B, S, D)."""
         x = self.roles.embed(context.tokens, self.embedding.weight)
+        if context.noise is not None and context.key is not None:
+            here, most = Draw(self.roles.outside(context.places), context.key), self.roles.outside(context.noise)
+            x = x + here.spread(self.noise, x.shape[-1]).mul_(most[..., None]).to(x.dtype)
         if self.scale is not None:
             x = x * self.scale
         if self.positions.weight is not None:
@@ -218,7 +239,8 @@ class Block(nn.Module):
         y = self.attention_post_norm(self.attention(x, self.attention_norm, context))
         x = x + self.drop_attention(y, context)
         del y  # a norm's output is needed nowhere else
-        return x + self.drop_mlp(self.run_mlp(lambda x: self.mlp_post_norm(self.mlp(x, self.mlp_norm)), x), context)
+        draw = context.draw
+        return x + self.drop_mlp(self.run_mlp(lambda x: self.mlp_post_norm(self.mlp(x, self.mlp_norm, draw)), x), context)
 
 
 class Head(nn.Module):

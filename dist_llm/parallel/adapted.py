@@ -1,10 +1,9 @@
-"""Column and row over weights that are not trained, with or without an adapter on them (LoRA, arXiv:2106.09685).
+"""Column and row over weights that are not trained, with or without an adapter on them (`correction.py`).
 
-    y = W x + s B A x       W as it came, A (R, in), B (out, R), s = alpha / rank
-
-Of a column-parallel W each rank has rows of W and B and all of A: what it adds to A's gradient comes from its own rows, so that
-gradient is a partial sum over tp. Of a row-parallel W each rank has columns of W and A and all of B: its B A x is a part of the sum
-that W x goes through anyway, and B's gradient is the partial one. No collective is added to a block.
+Of a column-parallel W each rank has rows of W, B and m and all of A: what it adds to A's gradient comes from its own rows, so that
+gradient is a partial sum over tp. Of a row-parallel W each rank has columns of W and A and all of B and m: its part of y is a part of
+the sum that W x goes through anyway, and the gradients of B and m are the partial ones. LoRA adds no collective to a block. DoRA adds
+one a use of a row-parallel W: the sum of the squares of its rows.
 
 No gradient is made for W. What is kept for backward is what goes in; A x is computed again, it costs R / out of the product.
 
@@ -19,36 +18,47 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from dist_llm.mesh import Group
 from dist_llm.model.kernels import activate, activate_backward
-from dist_llm.model.parts import Adapter, Norm, Projection, Projections
+from dist_llm.model.parts import Adapter, Draw, Norm, Projection, Projections
+from dist_llm.parallel.correction import Correction, Masks, row_norms
 from dist_llm.parallel.tensor import Rule, Split, TensorRoles, finish_gather, finish_reduce, gather, own, reduce, start_gather, start_reduce
 
 
 class AdaptedRoles(TensorRoles):
     """The seams of a model whose own weights stay as they are."""
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
+    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
         """Enters with (B, S', D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
-        adapters, weights = projections.adapters, projections.weights
-        given = [adapter for adapter in adapters if adapter is not None]
-        scales = [None if adapter is None else adapter.scale for adapter in adapters]
-        biases = [part.bias for part in projections.parts]
-        trained = [matrix for adapter in given for matrix in (adapter.a, adapter.b)]
-        rule = Rule(norm.kind, norm.eps)
-        return list(AdaptedColumn.apply(x, norm.weight, norm.bias, rule, self.split, scales, *weights, *biases, *trained))
+        corrections = [self._correction(part, draw, columns=True) for part in projections.parts]
+        frozen = [(part.weight, part.bias) for part in projections.parts]
+        given = (Rule(norm.kind, norm.eps), self.split, frozen, corrections)
+        return list(AdaptedColumn.apply(x, norm.weight, norm.bias, *given, *_trained(corrections)))
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
-        adapter = projection.adapter
-        a, b, scale = (None, None, 0.0) if adapter is None else (adapter.a, adapter.b, adapter.scale)
-        y = AdaptedRow.apply(activation, self.split, scale, projection.weight, a, b, *parts)
+        correction = self._correction(projection, draw, columns=False)
+        y = AdaptedRow.apply(activation, self.split, projection.weight, correction, len(parts), *parts, *_trained([correction]))
         return y if projection.bias is None else y + projection.bias
 
+    def norm_of(self, weight: Tensor, adapter: Adapter, group: Group | None) -> Tensor:
+        """The lengths of the rows of W + s B A, (O,); group: the ranks that its columns are cut over."""
+        return row_norms(weight, adapter, group)
 
-def _pairs(scales: Sequence[float | None], matrices: Sequence[Tensor]) -> list[Adapter | None]:
-    """The adapter of each projection, None where it has none, out of A and B of those that have one."""
-    rest = iter(matrices)
-    return [None if scale is None else Adapter(next(rest), next(rest), scale) for scale in scales]
+    def _correction(self, projection: Projection, draw: Draw | None, *, columns: bool) -> Correction | None:
+        """What is on a projection in this use of it. columns: its outputs are cut over ranks, not its inputs."""
+        adapter, group = projection.adapter, self.split.group
+        if adapter is None:
+            return None
+        norm = None if adapter.m is None else self.norm_of(projection.weight, adapter, None if columns else group)
+        first = 0 if columns else group.index * adapter.width // group.size  # as sharding.split_parts cuts heads and features
+        return Correction(adapter, norm, None if draw is None or not adapter.drop else Masks(draw, adapter, first))
+
+
+def _trained(corrections: Sequence[Correction | None]) -> list[Tensor]:
+    """A, B and where there is one m of each adapter: what gradients are made for."""
+    adapters = [correction.adapter for correction in corrections if correction is not None]
+    return [matrix for adapter in adapters for matrix in (adapter.a, adapter.b, adapter.m) if matrix is not None]
 
 
 class AdaptedColumn(Function):
@@ -62,50 +72,51 @@ class AdaptedColumn(Function):
         shift: Tensor | None,
         rule: Rule,
         split: Split,
-        scales: Sequence[float | None],
-        *matrices: Tensor,
+        frozen: Sequence[tuple[Tensor, Tensor | None]],
+        corrections: Sequence[Correction | None],
+        *trained: Tensor,
     ) -> tuple[Tensor, ...]:
-        """x (B, S', D), then weights (O_i, D), biases (O_i,) or None, A (R, D) and B (O_i, R) of those with a scale -> (B, S, O_i)."""
-        count, products = len(scales), split.products("output")
-        weights, biases, adapters = matrices[:count], matrices[count : 2 * count], matrices[2 * count :]
-        ctx.rule, ctx.split, ctx.scales = rule, split, scales
-        ctx.save_for_backward(x, gain, shift, *weights, *adapters)
+        """x (B, S', D), weights (O_i, D) with biases (O_i,) or None, and what is on them -> (B, S, O_i)."""
+        products = split.products("output")
+        ctx.rule, ctx.split, ctx.corrections, ctx.weights = rule, split, corrections, [weight for weight, _ in frozen]
+        ctx.save_for_backward(x, gain, shift)
         whole, outputs = gather(rule(x, gain, shift), split).flatten(0, 1), []
-        for weight, bias, adapter in zip(weights, biases, _pairs(scales, adapters), strict=True):
-            y = products.forward(whole, weight, bias)
-            outputs.append(y if adapter is None else y.addmm_(whole @ adapter.a.T, adapter.b.T, alpha=adapter.scale))
+        for (weight, bias), correction in zip(frozen, corrections, strict=True):
+            late = None if correction is None or correction.norm is None else bias  # c leaves the bias alone
+            y = products.forward(whole, weight, bias if late is None else None)
+            if correction is not None:
+                correction.add(y, whole, weight)
+            outputs.append(y if late is None else y.add_(late))
         return tuple(own(y.unflatten(0, (x.shape[0], -1))) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
-        """By x (B, S', D), and by A and B of each adapter."""
-        count, rule = len(ctx.scales), ctx.rule
-        x, gain, shift, *rest = ctx.saved_tensors
-        flat, adapters = [slope.flatten(0, 1) for slope in slopes], _pairs(ctx.scales, rest[count:])
-        by_normed, trained = _columns_backward(flat, rule(x, gain, shift), rest[:count], adapters, ctx.split)
-        by_x, _, _ = rule.backward(by_normed, x, gain, shift)
-        return by_x, *[None] * (5 + 2 * count), *trained
+        """By x (B, S', D), and by A, B and m of each adapter."""
+        x, gain, shift = ctx.saved_tensors
+        flat = [slope.flatten(0, 1) for slope in slopes]
+        by_normed, trained = _columns_backward(flat, ctx.rule(x, gain, shift), ctx.weights, ctx.corrections, ctx.split)
+        by_x, _, _ = ctx.rule.backward(by_normed, x, gain, shift)
+        return by_x, *[None] * 6, *trained
 
 
 def _columns_backward(
-    slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adapter | None], split: Split
+    slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], corrections: Sequence[Correction | None], split: Split
 ) -> tuple[Tensor, list[Tensor]]:
-    """Slopes (T, O_i), x (B, S', D), normed -> (by x (B, S', D), by A and B of each adapter, made while by x travels)."""
+    """Slopes (T, O_i), x (B, S', D), normed -> (by x (B, S', D), by A, B and m of each adapter, made while by x travels)."""
     gathering, products = start_gather(x, split), split.products("output")
     by_whole, inner = None, []
-    for slope, weight, adapter in zip(slopes, weights, adapters, strict=True):
-        by_whole = products.by_input(slope, weight, total=by_whole)
-        if adapter is not None:
-            by_low = (slope @ adapter.b).mul_(adapter.scale)  # (T, R)
-            by_whole.addmm_(by_low, adapter.a)
-            inner.append((adapter, slope, by_low))
+    for slope, weight, correction in zip(slopes, weights, corrections, strict=True):
+        scaled = slope if correction is None else correction.scaled(slope)
+        by_whole = products.by_input(scaled, weight, total=by_whole)
+        del scaled  # before the next one
+        if correction is not None:
+            inner.append((correction, slope, correction.by_input(slope, weight, by_whole), weight))
     assert by_whole is not None
     whole = finish_gather(gathering, split).flatten(0, 1)
     reducing = start_reduce(by_whole.unflatten(0, (x.shape[0], -1)), split)
     trained: list[Tensor] = []
-    for adapter, slope, by_low in inner:
-        low = (whole @ adapter.a.T).mul_(adapter.scale)
-        trained += [by_low.T @ whole, slope.T @ low]
+    for correction, slope, by_low, weight in inner:
+        trained += correction.by_trained(slope, by_low, whole, weight)
     return finish_reduce(reducing, split), trained
 
 
@@ -114,32 +125,30 @@ class AdaptedRow(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, activation: str, split: Split, scale: float, weight: Tensor, a: Tensor | None, b: Tensor | None, *parts: Tensor
+        ctx: Any, activation: str, split: Split, weight: Tensor, correction: Correction | None, count: int, *matrices: Tensor
     ) -> Tensor:
-        """Weight (D, F), a (R, F) and b (D, R) or neither, parts (B, S, F) -> (B, S', D)."""
-        ctx.activation, ctx.split, ctx.scale = activation, split, scale
-        ctx.save_for_backward(weight, a, b, *parts)
+        """Weight (D, F), `count` parts (B, S, F), then what is trained on it -> (B, S', D)."""
+        parts = matrices[:count]
+        ctx.activation, ctx.split, ctx.weight, ctx.correction = activation, split, weight, correction
+        ctx.save_for_backward(*parts)
         wide = activate([part.flatten(0, 1) for part in parts], kind=activation)
         y = split.products("input").forward(wide, weight)
-        if a is not None and b is not None:
-            y.addmm_(wide @ a.T, b.T, alpha=scale)
+        if correction is not None:
+            correction.add(y, wide, weight)
         del wide  # before the sum over ranks takes its own
         return reduce(y.unflatten(0, (parts[0].shape[0], -1)), split)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
-        """By a, by b, and by each part, in whose memory it lies behind an activation: a graph is good for one backward."""
-        weight, a, b, *parts = ctx.saved_tensors
-        whole = gather(slope.contiguous(), ctx.split).flatten(0, 1)
-        by_wide, by_a, by_b = ctx.split.products("input").by_input(whole, weight), None, None
+        """By each part, in whose memory it lies behind an activation: a graph is good for one backward; and by what is trained."""
+        parts, weight, correction = ctx.saved_tensors, ctx.weight, ctx.correction
+        whole, products = gather(slope.contiguous(), ctx.split).flatten(0, 1), ctx.split.products("input")
+        by_wide = products.by_input(whole if correction is None else correction.scaled(whole), weight)
+        by_low = None if correction is None else correction.by_input(whole, weight, by_wide)
         flat = [part.detach().flatten(0, 1) for part in parts]
-        if a is not None:
-            by_low = (whole @ b).mul_(ctx.scale)  # (T, R)
-            by_wide.addmm_(by_low, a)
         if ctx.activation == "none":
             wide, slopes = flat[0], [by_wide.view(parts[0].shape)]
         else:
             wide, slopes = activate_backward(by_wide, flat, kind=ctx.activation), [part.detach() for part in parts]
-        if a is not None:
-            by_a, by_b = by_low.T @ wide, whole.T @ (wide @ a.T).mul_(ctx.scale)
-        return None, None, None, None, by_a, by_b, *slopes
+        trained = [] if correction is None else correction.by_trained(whole, by_low, wide, weight)
+        return *[None] * 5, *slopes, *trained

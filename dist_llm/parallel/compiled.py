@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_llm.mesh import groups_by_key
 from dist_llm.model.kernels import activate
-from dist_llm.model.parts import Norm, Projection, Projections
+from dist_llm.model.parts import Draw, Norm, Projection, Projections
 from dist_llm.parallel import tensor
 from dist_llm.parallel.across import across
 from dist_llm.parallel.operation import differentiable, operation
@@ -29,7 +29,7 @@ class CompiledRoles(TensorRoles):
 
     in_place = False  # neighbouring projections are views of one tensor
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
+    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
         """Enters with (B, S', D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
         weights, joined, split = projections.weights, projections.joined, self.split
         outputs = column(norm(x), weights, projections.biases, joined, split.group.key, split.sp, split.fp8)
@@ -40,7 +40,7 @@ class CompiledRoles(TensorRoles):
         rule = (norms[0].kind, norms[0].eps, self.split.group.key)
         return list(across([part.contiguous() for part in parts], [norm.weight for norm in norms], *rule))[: len(parts)]
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
         split = self.split
         y = row(activate(parts, kind=activation), projection.weight, split.group.key, split.sp, split.fp8)

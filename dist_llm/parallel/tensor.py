@@ -31,7 +31,7 @@ from dist_llm import comm
 from dist_llm.mesh import Group
 from dist_llm.model import loss as vocabulary
 from dist_llm.model.kernels import TOKENS, activate, activate_backward, norm, norm_backward
-from dist_llm.model.parts import Norm, Projection, Projections
+from dist_llm.model.parts import Draw, Norm, Projection, Projections
 from dist_llm.model.products import Products
 from dist_llm.model.roles import Roles
 from dist_llm.parallel.across import Across
@@ -74,13 +74,13 @@ class TensorRoles(Roles):
         super().__init__(smoothing=smoothing)
         self.split, self.vocab, self.first = Split(group, sp, fp8), vocab, first
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections) -> list[Tensor]:
+    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
         """Enters with (B, S', D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
         weights, rule = projections.weights, Rule(norm.kind, norm.eps)
         given = (rule, projections.joined, len(weights), self.split, *weights, *projections.biases)
         return list(Column.apply(x, norm.weight, norm.bias, *given))
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection) -> Tensor:
+    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
         y = Row.apply(activation, self.split, projection.weight, *parts)
         return y if projection.bias is None else y + projection.bias

@@ -109,7 +109,7 @@ class Walk:
     def _context(self) -> int:
         """Places (B, S), masks (B or 1, 1, S, S), cosines and sines (B or 1, S, 1, E): one of each, or another for windowed layers."""
         shape, width = self.shape, self.shape.widths.weight
-        places = shape.micro * shape.sequence * NUMBER
+        places = shape.micro * shape.sequence * NUMBER * (2 if shape.model.neftune else 1)  # with noise, the most of it
         mask = shape.micro * shape.sequence**2 * width if shape.masked else 0
         if 0 < shape.model.sliding_window < shape.sequence:
             mask += (shape.micro if shape.masked else 1) * shape.sequence**2 * width

@@ -206,7 +206,8 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
         for name in units:
             each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
             total["tp"] += shape.micro_batches * (each * moved + (scalars if name == "head" else 0))
-            total["tp"] += shape.micro_batches * (_scales(shape) + _across(shape) if name.startswith("blocks.") else 0)
+            inside = _scales(shape) + _across(shape) + _lengths(shape)
+            total["tp"] += shape.micro_batches * (inside if name.startswith("blocks.") else 0)
     for plan, num_uses in shape.trained_plans(pp, tp):
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         for slot in plan.slots:
@@ -222,6 +223,16 @@ def _across(shape: Shape) -> float:
         return 0.0
     times = 3 if layout.recompute == "full" else 2
     return times * 2 * (layout.tp - 1) / layout.tp * 2 * shape.micro * shape.sequence * shape.widths.statistic
+
+
+def _lengths(shape: Shape) -> float:
+    """With DoRA: the sums of squares of the rows of o and down, float64, in each forward of theirs. Bytes a micro-batch and block."""
+    model, layout = shape.model, shape.layout
+    if not model.adapter.dora:
+        return 0.0
+    again = {"none": (), "selective": ("down",), "full": ("o", "down")}[layout.recompute]
+    times = sum(target in model.adapter.targets for target in ("o", "down", *again))
+    return times * 2 * (layout.tp - 1) / layout.tp * model.dim * 8
 
 
 def _scales(shape: Shape) -> float:

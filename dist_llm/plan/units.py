@@ -16,6 +16,7 @@ from dist_llm.config.presets import GATED
 from dist_llm.plan.traffic import Shape
 
 PIECE = 512  # tokens of an activation at once on a CPU (model/kernels.py: TOKENS)
+MEASURED = 1 << 20  # elements of a weight whose rows are measured at once (parallel/correction.py: PIECE)
 CHUNK = 1024  # tokens whose logits exist at once (model/loss.py: CHUNK)
 DRAWN = 5 * 8  # of an element of a dropout mask while it is drawn: its place and four steps of 64 bits (random.py)
 
@@ -65,6 +66,44 @@ class Tensors:
     def low(self, *names: str) -> int:
         """(B, S, R) of the adapters on these projections, together."""
         return sum(self.tokens * self.weights[f"{name}.lora_a"][0] for name in names if f"{name}.lora_a" in self.weights) * self.width
+
+    def _adapted(self, names: tuple[str, ...]) -> list[tuple[int, int]]:
+        """(O, D) of those projections that have an adapter."""
+        found = [name for name in names if f"{name}.lora_a" in self.weights]
+        return [(self.weights[f"{name}.lora_b"][0], self.weights[f"{name}.lora_a"][1]) for name in found]
+
+    def measuring(self, *names: str) -> int:
+        """With DoRA, while rows of W + s B A are measured: some of them, the same in float64 and their squares."""
+        if not self.model.adapter.dora:
+            return 0
+        wide = self.exact + 8 + (8 if self.exact < 8 else 0)
+        return max((min(out, max(1, MEASURED // into)) * into * wide for out, into in self._adapted(names)), default=0)
+
+    def dropping(self, *names: str) -> int:
+        """With an adapter's dropout: the masks of some tokens while they are drawn."""
+        some = min(PIECE, self.tokens) * DRAWN if self.model.adapter.dropout else 0
+        return max((some * into for _, into in self._adapted(names)), default=0)
+
+    def scaling(self, *names: str) -> int:
+        """Beside a gradient by input under an adapter: with DoRA the slope times c; with dropout some tokens of all."""
+        adapter, some = self.model.adapter, min(PIECE, self.tokens)
+        found = []
+        for out, into in self._adapted(names):
+            if adapter.dropout:
+                found.append(some * (into * self.width + max(DRAWN * into, adapter.dora * out * self.width)))
+            elif adapter.dora:
+                found.append(self.tokens * out * self.width)
+        return max(found, default=0)
+
+    def again(self, *names: str) -> int:
+        """Beside the gradients by an adapter: some tokens of what went into A and of what came out; the sum of gradients so far."""
+        adapter, some, found = self.model.adapter, min(PIECE, self.tokens), []
+        for name, (out, into) in zip([name for name in names if f"{name}.lora_a" in self.weights], self._adapted(names), strict=True):
+            rows = out * self.width if adapter.dora else 0
+            dropped = max(DRAWN * into, into * self.width + rows) if adapter.dropout else rows
+            twice = self.by_weight(name) * self.exact // self.width if (adapter.dora or adapter.dropout) and some < self.tokens else 0
+            found.append(some * dropped + twice)
+        return max(found, default=0)
 
     # --- (B, S', D) <-> (B, S, D) --------------------------------------------------------------------------------------
 
@@ -119,6 +158,7 @@ class Block:
         self.q, self.k = t.features("attention.q"), t.features("attention.k")
         self.qkv = self.q + 2 * self.k
         names = ("mlp.gate", "mlp.up") if model.activation in GATED else ("mlp.up",)
+        self.into_mlp, self.into_qkv = names, ("attention.q", "attention.k", "attention.v")
         self.mlp, self.by_mlp = t.features(*names), t.by_weight(*names)
         self.by_qkv = t.by_weight("attention.q", "attention.k", "attention.v")
         self.low_qkv, self.low_mlp = t.low("attention.q", "attention.k", "attention.v"), t.low(*names)
@@ -149,18 +189,19 @@ class Block:
         """Both halves, each with its dropout and its sum. kept: a graph keeps what they leave for backward."""
         t, selective = self.t, self.t.layout.recompute == "selective"
         attention = self.attention - t.mask - self.post
-        row, after = attention + self._row_forward(t.model.out_bias), kept * (attention + self.post) + self._sum_forward()
-        first = max(self._columns_forward(self.qkv), row, after)
+        row, after = attention + self._row_forward(t.model.out_bias, "attention.o"), kept * (attention + self.post) + self._sum_forward()
+        measured = max(self.attention - t.mask - self.post + t.measuring("attention.o"), t.measuring(*self.into_qkv))
+        first = max(self._columns_forward(self.qkv, self.into_qkv), row, after, measured)
         feed_forward = max(self._mlp_forward(), (self.mlp + self.post if kept and not selective else 0) + self._sum_forward())
         return max(first, kept * self.attention + t.stream + feed_forward)
 
-    def _columns_forward(self, outputs: int) -> int:
+    def _columns_forward(self, outputs: int, names: tuple[str, ...]) -> int:
         """Norm, gather, product."""
-        return max(self.t.stream + self.t.gathering, self.t.whole + outputs)
+        return max(self.t.stream + self.t.gathering, self.t.whole + outputs + self.t.dropping(*names))
 
-    def _row_forward(self, bias: bool) -> int:
+    def _row_forward(self, bias: bool, name: str) -> int:
         """Beside the features: the product and its reduction, then the bias."""
-        return max(self.t.whole + self.t.reducing, (1 + bias) * self.t.stream)
+        return max(self.t.whole + self.t.reducing, self.t.whole + self.t.dropping(name), (1 + bias) * self.t.stream)
 
     def _sum_forward(self) -> int:
         """What a half has made, its mask being drawn; then dropped, and its sum with the residual."""
@@ -168,17 +209,20 @@ class Block:
 
     def _mlp_forward(self) -> int:
         """The feed-forward alone, beside its input."""
-        row = max(self.t.whole + self.piece, self._row_forward(self.t.model.mlp_bias))
-        return max(self._columns_forward(self.mlp), self.mlp + row)
+        t, down = self.t, "mlp.down"
+        row = max(t.whole + self.piece + t.dropping(down), self._row_forward(t.model.mlp_bias, down), t.measuring(down))
+        return max(self._columns_forward(self.mlp, self.into_mlp), self.mlp + row, t.measuring(*self.into_mlp))
 
-    def _columns_backward(self, by_weights: int, low: int) -> int:
+    def _columns_backward(self, by_weights: int, low: int, names: tuple[str, ...]) -> int:
         """Beside the slopes of the features, which stay: norm again, gather, both products, reduce; then the norm's own.
 
         low: what an adapter makes of them.
         """
         t = self.t
         by_weights += low
-        products = t.stream + t.gathering + t.whole + t.reducing + by_weights
+        travels = t.reducing - t.turned * t.stream * t.layout.sp  # while the gradients are made its sum is not turned back yet
+        gradients = by_weights + max(t.reducing, travels + t.again(*names))
+        products = t.stream + t.gathering + t.whole + max(gradients, low + t.scaling(*names))
         return max(products, by_weights + t.stream + t.norm_backward(t.stream))
 
     def _backward(self, made: int) -> int:
@@ -195,14 +239,28 @@ class Block:
             made + t.dropped + again,
             full + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
             inner + t.gathering,
-            inner + t.gathered + by_down + self.num_pieces * self.piece,
-            full - self.post + (t.dropped if again else 0) + narrow * self.by_down + self._columns_backward(self.by_mlp, self.low_mlp),
+            inner + t.gathered + self._down_backward(by_down),
+            full
+            - self.post
+            + (t.dropped if again else 0)
+            + narrow * self.by_down
+            + self._columns_backward(self.by_mlp, self.low_mlp, self.into_mlp),
         ]
         return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
 
+    def _down_backward(self, by_down: int) -> int:
+        """Beside the slope: that of the activation, the activation, its parts' slopes, which take their places; gradients by weights.
+
+        Under an adapter those come last, when slope and activation alone are left.
+        """
+        t, pieces, down = self.t, self.num_pieces * self.piece, "mlp.down"
+        if not t.model.adapter.rank:
+            return by_down + pieces
+        return t.low(down) + max(pieces, 2 * self.piece + by_down + t.again(down), self.piece + t.scaling(down))
+
     def _attention_backward(self, by: int) -> list[int]:
         """Beside the new slope of the residual; `by` gradients by weights that stay."""
-        t, whole = self.t, self.t.stream + self.attention + by
+        t, whole, o = self.t, self.t.stream + self.attention + by, "attention.o"
         held = whole - self.post
         by_o = self.by_o if t.exact != t.width else 0
         turned = self.qkv if t.model.qk_norm else 0  # the products that the norms of queries and keys read
@@ -210,19 +268,24 @@ class Block:
             whole + 2 * t.dropped,
             whole + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
             held + (self.post or t.dropped) + t.gathering,
-            held + (self.post or t.dropped) + t.gathered + self.q + self.by_o,  # the slope of attention's output
+            held
+            + (self.post or t.dropped)
+            + t.gathered
+            + self.q
+            + max(self.by_o + t.again(o), t.scaling(o)),  # the slope of attention's output
             held + by_o + self.q + self.qkv,  # and those of queries, keys and values
             t.stream + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
-            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv),
+            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv, self.into_qkv),
         ]
 
 
 def _embedding(t: Tensors) -> Holds:
     """Tokens to vectors: its backward multiplies the slope by 0 where a token's row is elsewhere."""
-    learned = t.stream if t.model.positions == "learned" or t.model.embedding_scale else 0
+    learned = t.stream if t.model.positions == "learned" or t.model.embedding_scale or t.model.neftune else 0
+    noise = DRAWN * t.elements if t.model.neftune else 0
     behind = t.stream if t.model.embedding_scale else t.dropped
     by_table = 0 if t.model.adapter.rank else t.by_weight("embedding")
-    forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing))
+    forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing, noise))
     rows = behind + t.gathered + t.whole + by_table
     return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering, rows))
 

@@ -60,7 +60,7 @@ class Base:
 
     def facts(self) -> Facts:
         """What a config takes from it."""
-        return Facts(str(self.path), self.model.model_dump(exclude={"adapter"}), str(self.path / "tokenizer.json"))
+        return Facts(str(self.path), self.model.model_dump(exclude={"adapter", "neftune"}), str(self.path / "tokenizer.json"))
 
     def require_tokenizer(self, found: str, *, where: str = "data.tokenizer") -> None:
         """Raises UsageError when a run's tokenizer is another: its ids would mean other things."""

@@ -67,6 +67,8 @@ def take_base(engine: NativeEngine, base: Base) -> list[int]:
         return bad_state(engine.state())[:3]
 
     counts: list[int] = together(mesh, device, take)
+    if isinstance(engine, NativeEngine):
+        engine.begin_adapter()
     if staged:  # other libraries may speak to their ranks while they take weights: by now nothing can fail
         engine.load_state(staged[0].read, count=0)
     base.close()

@@ -20,7 +20,6 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import NumericError
 from dist_llm.mesh import Group
 from dist_llm.parallel.weights import FlatWeights
-from dist_llm.parallel.zero import FlatUnit
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,6 +59,8 @@ def held(engine: NativeEngine) -> Iterator[Held]:
     for frozen in engine.frozen:
         for part in frozen.kept_tensors():
             yield Held("weight", frozen, frozen.own[0], part, mesh.replica if frozen.sharded else mesh.data)
+        if not frozen.sharded and not frozen.plan.block:
+            yield from _across_tensor_parallel(engine, frozen)
     for flat, moments in zip(engine.flats, engine.moments, strict=True):
         if flat.sharded:
             yield Held("weight", flat, flat.own[0], flat.shard, mesh.replica)
@@ -75,7 +76,7 @@ def held(engine: NativeEngine) -> Iterator[Held]:
             yield Held("tied weight", flat, 0, flat.weights, flat.tied)
 
 
-def _across_tensor_parallel(engine: NativeEngine, flat: FlatUnit) -> Iterator[Held]:
+def _across_tensor_parallel(engine: NativeEngine, flat: FlatWeights) -> Iterator[Held]:
     """The weights that tensor-parallel ranks hold alike: norms and biases, and the kv heads that several ranks share."""
     mesh, size = engine.mesh, engine.mesh.tp.size
     for slot in flat.plan.slots if size > 1 else ():

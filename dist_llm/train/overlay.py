@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dist_llm.config.schema import ModelConfig
@@ -63,6 +64,22 @@ class Overlay:
         """Lets the files go."""
         self.base.close()
         self.over.close()
+
+
+def adapted(beside: Overlay, name: str, values: Tensor, scale: float) -> Tensor | None:
+    """What an adapter makes of a weight W (out, in), float32 at least: W + s B A, with DoRA its rows brought to their lengths.
+
+    None where it has nothing on it.
+    """
+    module = name.removesuffix(".weight")
+    if f"{module}.lora_a" not in beside.rows:
+        return None
+    a, b = (beside.whole(f"{module}.{part}").to(values.dtype) for part in ("lora_a", "lora_b"))
+    made = values.addmm(b, a, alpha=scale)
+    if f"{module}.lora_m" in beside.rows:
+        lengths = torch.linalg.vector_norm(made, dim=1, dtype=torch.float64)
+        made.mul_((beside.whole(f"{module}.lora_m") / lengths).to(made.dtype)[:, None])
+    return made
 
 
 def base_of(opened: Checkpoint) -> Base:

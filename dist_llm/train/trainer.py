@@ -129,12 +129,13 @@ class Trainer:
 
 
 def context_of(batch: MicroBatch, config: Config, *, device: torch.device, dtype: torch.dtype, step: int = 0, training: bool) -> Context:
-    """A micro-batch on a device, as the model takes it. step: addresses the dropout masks, in training."""
+    """A micro-batch on a device, as the model takes it. step: addresses masks and noise, in training."""
     data = config.data
     optional: dict[str, Any] = {
         "positions": batch.positions.to(device) if data.reset_positions else None,
         "documents": batch.documents.to(device) if data.document_mask else None,
         "rows": batch.rows.to(device),
+        "samples": batch.documents.to(device) if config.model.neftune and (data.document_mask or data.packing != "concat") else None,
         "weights": None if batch.weights is None else batch.weights.to(device),
     }
     addressed: dict[str, Any] = {"seed": config.runtime.seed, "step": step, "training": training, "dtype": dtype}

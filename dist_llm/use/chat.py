@@ -20,7 +20,7 @@ from dist_llm.infer.answer import Answers
 from dist_llm.infer.choose import Choice
 from dist_llm.mesh import Group, build_mesh
 from dist_llm.train.setup import settle_rank
-from dist_llm.use.load import Hear, Place, load_here, on_ranks, open_sound
+from dist_llm.use.load import Hear, Named, Place, load_here, on_ranks, open_sound
 
 Turns = Generator[dict[str, Any] | None, dict[str, Any], None]  # gives orders, gets messages
 
@@ -45,10 +45,13 @@ class Brake:
         return self._memory[0] != 0
 
 
-def hold_chat(turns: Turns, brake: Brake, *, checkpoint: Path, place: Place, nproc: int, runtime: RuntimeConfig) -> None:
+def hold_chat(
+    turns: Turns, brake: Brake, *, checkpoint: Path, place: Place, nproc: int, runtime: RuntimeConfig, adapters: Named = ()
+) -> None:
     """Loads the model and has `turns` give orders until it ends.
 
-    An order is {"ids", "count", "choice", "ends"}; its answer comes as {"token": id} and {"done": {"read": tokens computed}}.
+    An order is {"ids", "count", "choice", "ends", "adapter"}, the last a name or None; its answer comes as {"token": id} and
+    {"done": {"read": tokens computed}}.
     `turns` gets {"ready": {"device", "dtype"}} first. On several ranks the orders go through pipes: who waits for a user
     waits in no collective.
     """
@@ -75,7 +78,8 @@ def hold_chat(turns: Turns, brake: Brake, *, checkpoint: Path, place: Place, npr
 
     next(turns)
     try:
-        on_ranks(work, {"checkpoint": str(checkpoint), "place": asdict(place)}, nproc=nproc, runtime=runtime, hear=hear)
+        request = {"checkpoint": str(checkpoint), "place": asdict(place), "adapters": [list(one) for one in adapters]}
+        on_ranks(work, request, nproc=nproc, runtime=runtime, hear=hear)
     finally:
         for pipe in pipes:
             for end in pipe:
@@ -89,11 +93,14 @@ def answer_rank(rank: int, world: int, say: Hear, request: dict[str, Any], brake
     if world > 1:
         settle_rank(opened.config.runtime)
     mesh = build_mesh(Layout(tp=world), rank, kv_heads=opened.config.model.kv_heads)
-    model = load_here(opened, tokenizer, place, rank=rank, group=mesh.tp)
+    model = load_here(opened, tokenizer, place, rank=rank, group=mesh.tp, adapters=request["adapters"])
     answers = Answers(model, window=opened.config.data.sequence)
     tell({"ready": {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}})
     while "quit" not in (order := take()):
         before, choice = answers.computed, Choice(**order["choice"])
+        if order["adapter"] != model.adapter:
+            model.use(order["adapter"])
+            answers.forget()
         going = _going(brake, mesh.tp, model.device)
         for token in answers.go_on(order["ids"], count=order["count"], choice=choice, ends=order["ends"], going=going):
             tell({"token": token})

@@ -47,21 +47,29 @@ class Exam:
     seed: int = 0
     batch: int = 32
     place: Place = Place()
+    adapters: tuple[tuple[str, str], ...] = ()  # (name, path): each is measured, beside the checkpoint without one
 
 
 def evaluate_rank(rank: int, world: int, say: Hear, given: dict[str, Any]) -> dict[str, Any]:
-    """One rank of `eval`: {"text": ..., "skills": ...}, the same on all. Rank 0 says {"progress": [what, done, of]}."""
+    """One rank of `eval`: {"text": ..., "skills": ...}, the same on all; of each adapter in "adapters", by name.
+
+    Rank 0 says {"progress": [what, done, of]}.
+    """
     exam = Exam(**{**given, "place": Place(**given["place"]), "tasks": tuple(given["tasks"])})
     opened, tokenizer = open_sound(Path(exam.checkpoint), whole=False)
     settle_rank(opened.config.runtime)
-    model = load_here(opened, tokenizer, exam.place, rank=rank)
+    model = load_here(opened, tokenizer, exam.place, rank=rank, adapters=exam.adapters)
     share = _Share(rank, world, model.device, say if rank == 0 else lambda message: None)
     needs_text = exam.text or (exam.skills > 0 and not opened.config.data.validation)
     prepared = _prepared(opened, tokenizer, exam.data if exam.text else None, share) if needs_text else None
-    text = measure_text(model, opened.config, prepared, tokenizer, exam, share) if exam.text and prepared is not None else None
-    skills = measure_skills(model, opened, tokenizer, prepared, exam, share) if exam.skills else None
-    device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
-    return {"step": opened.step, "device": device, "dtype": dtype, "text": text, "skills": skills}
+    found: dict[str | None, dict[str, Any]] = {}
+    for name in (None, *(name for name, _ in exam.adapters)):
+        model.use(name)
+        text = measure_text(model, opened.config, prepared, tokenizer, exam, share) if exam.text and prepared is not None else None
+        skills = measure_skills(model, opened, tokenizer, prepared, exam, share) if exam.skills else None
+        found[name] = {"text": text, "skills": skills}
+    device, dtype, plain = model.device.type, str(model.dtype).removeprefix("torch."), found.pop(None)
+    return {"step": opened.step, "device": device, "dtype": dtype, **plain, **({"adapters": found} if found else {})}
 
 
 @dataclass(frozen=True)

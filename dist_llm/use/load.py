@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +62,28 @@ def require_split(model: ModelConfig, ranks: int) -> None:
         raise UsageError("the model cannot be split over so many ranks", where="--nproc", expected=expected, found=found)
 
 
-def load_model(opened: Checkpoint, tokenizer: Tokenizer, *, device: torch.device, dtype: torch.dtype, group: Group | None = None) -> Model:
-    """The model of a checkpoint; with a group this rank's slices alone are read, and no moments."""
+Named = Sequence[Sequence[str]]  # (name, path) of adapters
+BASE = "base"  # no adapter's name: the model without one
+
+
+def load_model(
+    opened: Checkpoint,
+    tokenizer: Tokenizer,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group | None = None,
+    adapters: Named = (),
+) -> Model:
+    """The model of a checkpoint; with a group this rank's slices alone are read, and no moments. adapters: loaded beside it, none on yet.
+
+    Raises UsageError where an adapter was trained on another base, or beside differently quantized weights.
+    """
     from dist_llm.infer.model import Model
     from dist_llm.train.overlay import weights_of
 
+    if adapters:
+        return _load_adapted(opened, adapters, device=device, dtype=dtype, tokens=tokenizer.ids, group=group)
     weights = weights_of(opened)
     try:
         return Model(weights, opened.config.model, dtype=dtype, device=device, tokens=tokenizer.ids, group=group)
@@ -74,13 +91,43 @@ def load_model(opened: Checkpoint, tokenizer: Tokenizer, *, device: torch.device
         weights.close()
 
 
-def load_here(opened: Checkpoint, tokenizer: Tokenizer, place: Place | None = None, *, rank: int = 0, group: Group | None = None) -> Model:
+def _load_adapted(opened: Checkpoint, adapters: Named, **options: Any) -> Model:
+    """A base, quantized as it was under its adapters, and the adapters."""
+    from dist_llm.infer.model import Model
+    from dist_llm.interop.given import Given, open_adapter, require_alike
+    from dist_llm.train.base import Base
+    from dist_llm.train.overlay import overlay
+
+    base, found = Base(opened.path), list[Given]()
+    try:
+        for _, path in adapters:
+            found.append(open_adapter(Path(path), base))
+            require_alike(found[0].model, found[-1].model, where=path)
+        model = Model(overlay(base, found[0].model, over=found[0].matrices), base.model, **options)
+        for (name, _), given in zip(adapters, found, strict=True):
+            model.add(name, given.model, given.matrices)
+        return model
+    finally:
+        for given in found:
+            given.close()
+        base.close()
+
+
+def load_here(
+    opened: Checkpoint,
+    tokenizer: Tokenizer,
+    place: Place | None = None,
+    *,
+    rank: int = 0,
+    group: Group | None = None,
+    adapters: Named = (),
+) -> Model:
     """`load_model` on the device and in the dtype of a place: this process alone, or rank `rank` of a group."""
     from dist_llm.train.setup import choose_device, choose_dtype
 
     runtime = (place or Place()).runtime(opened.config.runtime)
     device = choose_device(runtime, local_rank=rank)
-    return load_model(opened, tokenizer, device=device, dtype=choose_dtype(runtime, device), group=group)
+    return load_model(opened, tokenizer, device=device, dtype=choose_dtype(runtime, device), group=group, adapters=adapters)
 
 
 def on_ranks(work: Callable[..., Any], request: dict[str, Any], *, nproc: int, runtime: RuntimeConfig, hear: Hear) -> list[Any]:

@@ -29,6 +29,7 @@ class Request:
     stops: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     place: Place = Place()
+    adapters: tuple[tuple[str, str], ...] = ()  # (name, path): each writes all texts, in their order
 
     def groups(self) -> Iterator[list[int]]:
         """Numbers of the prompts that are written at once."""
@@ -38,9 +39,10 @@ class Request:
 
 
 def write_rank(rank: int, world: int, say: Hear, given: dict[str, Any]) -> dict[str, Any]:
-    """One rank of `sample`. Rank 0 says {"piece": [prompt, sample, text]} as text comes, and {"line": ...} when a line is done.
+    """One rank of `sample`. Rank 0 says {"piece": text} as text comes, and {"line": ...} when a line is done.
 
-    A line: `prompt` and `sample` (their numbers), `text`, `tokens`, and `finish`: stop (a string or token), or length.
+    A line: `prompt` and `sample` (their numbers), `text`, `tokens`, and `finish`: stop (a string or token), or length; `adapter`
+    where there are some.
     """
     place, choice = Place(**given["place"]), Choice(**given["choice"])
     request = Request(**{**given, "place": place, "choice": choice})
@@ -49,13 +51,17 @@ def write_rank(rank: int, world: int, say: Hear, given: dict[str, Any]) -> dict[
     if world > 1:
         settle_rank(opened.config.runtime)
     mesh = build_mesh(Layout(tp=world), rank, kv_heads=opened.config.model.kv_heads)
-    model = load_here(opened, tokenizer, place, rank=rank, group=mesh.tp)
+    model = load_here(opened, tokenizer, place, rank=rank, group=mesh.tp, adapters=request.adapters)
     ends = {tokenizer.end_id, *request.stop_tokens}
     settings: dict[str, Any] = {"count": request.count, "choice": choice, "window": opened.config.data.sequence, "samples": request.samples}
-    for numbers in request.groups():
+    names: list[str | None] = [name for name, _ in request.adapters]
+    names = names or [None]
+    for name, numbers in ((name, numbers) for name in names for numbers in request.groups()):
+        model.use(name)
+        about = {} if name is None else {"adapter": name}
         writer = Writer(model, [request.prompts[number] for number in numbers], ends=ends, **settings)
-        texts = [(number, sample) for number in numbers for sample in range(request.samples)]
-        lines = [_Line(*names, Text(tokenizer, stops=request.stops, silent=ends), tell) for names in texts]
+        texts = [{**about, "prompt": number, "sample": sample} for number in numbers for sample in range(request.samples)]
+        lines = [_Line(one, Text(tokenizer, stops=request.stops, silent=ends), tell) for one in texts]
         for tokens in writer:
             for at, token in tokens.items():
                 if lines[at].add(token) or len(lines[at].tokens) == request.count:
@@ -66,10 +72,9 @@ def write_rank(rank: int, world: int, say: Hear, given: dict[str, Any]) -> dict[
 
 @dataclass
 class _Line:
-    """One text while it is written."""
+    """One text while it is written. names: what its line says of it first."""
 
-    prompt: int
-    sample: int
+    names: dict[str, Any]
     text: Text
     tell: Hear
     tokens: list[int] = field(default_factory=list)
@@ -89,11 +94,11 @@ class _Line:
         """Says what is left of the text, and the line."""
         self._show(self.text.finish())
         about = {"text": self.text.shown, "tokens": self.tokens, "finish": "stop" if self.ended else "length"}
-        self.tell({"line": {"prompt": self.prompt, "sample": self.sample, **about}})
+        self.tell({"line": {**self.names, **about}})
 
     def _show(self, piece: str) -> None:
         if piece:
-            self.tell({"piece": [self.prompt, self.sample, piece]})
+            self.tell({"piece": piece})
 
 
 def as_request(request: Request) -> dict[str, Any]:

@@ -19,19 +19,24 @@ from dist_llm.infer.text import Text
 from dist_llm.train.console import printable
 from dist_llm.use.chat import Brake, Turns
 from dist_llm.use.conversation import Conversation
+from dist_llm.use.load import BASE
 
 LARGEST_LINE = 1 << 20  # bytes
 HELP = """\
 /reset         forget the conversation
 /system TEXT   what the model is told first; without a text: nothing
 /save FILE     write the conversation into a new file
+/adapter NAME  the adapter that answers from now on; base: none; without a name: which there are
 /help          this
 /quit          end; so does Ctrl-D. Ctrl-C stops an answer. A line that begins with // is said with one /"""
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How answers are made and shown: at most `count` tokens; stops: strings; about: what the first line of JSON says."""
+    """How answers are made and shown: at most `count` tokens; stops: strings; about: what the first line of JSON says.
+
+    adapters: names of those that there are, of which the first begins.
+    """
 
     choice: Choice
     count: int
@@ -39,6 +44,7 @@ class Manner:
     ends: tuple[int, ...]
     as_json: bool
     about: dict[str, Any]
+    adapters: tuple[str, ...] = ()
 
 
 class Talk:
@@ -48,6 +54,7 @@ class Talk:
         self.conversation, self.manner, self.brake = conversation, manner, brake
         self.terminal = sys.stdin.isatty() and not manner.as_json
         self.turn, self.console = 0, Console(highlight=False)
+        self.adapter = manner.adapters[0] if manner.adapters else None
 
     def turns(self) -> Turns:
         """Gives an order for each line that the user says, and shows what comes of it."""
@@ -66,7 +73,8 @@ class Talk:
         manner, self.turn = self.manner, self.turn + 1
         text, tokens = Text(self.conversation.tokenizer, stops=manner.stops, silent=manner.ends), list[int]()
         choice = replace(manner.choice, seed=(manner.choice.seed + self.turn) % 2**63)
-        order: dict[str, Any] | None = {"ids": list(ids), "count": manner.count, "choice": asdict(choice), "ends": list(manner.ends)}
+        about = {"ids": list(ids), "count": manner.count, "choice": asdict(choice), "ends": list(manner.ends), "adapter": self.adapter}
+        order: dict[str, Any] | None = about
         with self._stoppable():
             message: dict[str, Any] = {}
             while "done" not in message:
@@ -86,6 +94,7 @@ class Talk:
         finish = "stop" if ended else "interrupted" if self.brake.pulled else "window" if full else "length"
         if manner.as_json:
             about = {"turn": self.turn, "user": line, "text": text.shown, "tokens": tokens, "finish": finish}
+            about |= {} if self.adapter is None else {"adapter": self.adapter}
             self._json({**about, "read": message["done"]["read"], "dropped": self.conversation.dropped})
         elif finish == "window":
             self._note("the context is full: the answer was cut")
@@ -158,11 +167,25 @@ class Talk:
                 self._note(f"saved {rest}")
             except (OSError, ValueError, RuntimeError) as error:
                 self._note(f"{rest} cannot be written: {getattr(error, 'strerror', None) or error}")
+        elif name == "adapter":
+            self._choose(rest)
         elif name == "help":
             for line in HELP.splitlines():
                 self._note(line)
         else:
             self._note("a file is needed: /save FILE" if name == "save" else f"there is no command /{name}; /help")
+
+    def _choose(self, name: str) -> None:
+        """Another adapter for the answers to come."""
+        names = self.manner.adapters
+        if name in names or (name == BASE and names):
+            self.adapter = None if name == BASE else name
+            self._note(f"{name} answers from now on")
+        elif not names:
+            self._note("there are no adapters; --adapter NAME=PATH brings some")
+        else:
+            known = f"there are {', '.join((*names, BASE))}"
+            self._note(f"there is no adapter {name}; {known}" if name else f"{self.adapter or BASE} answers; {known}")
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:

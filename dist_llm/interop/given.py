@@ -1,0 +1,65 @@
+"""An adapter that a user names, for a base: a checkpoint of ours, or PEFT's folder. Its name, what fits beside what."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_llm.config.schema import AdapterConfig, ModelConfig
+from dist_llm.errors import UsageError
+from dist_llm.interop.peft_folder import PeftFolder, is_adapter, name_in
+from dist_llm.train.base import Base
+from dist_llm.train.folder import MANIFEST, open_checkpoint
+from dist_llm.train.overlay import require_base
+from dist_llm.train.parts import Parts
+
+
+@dataclass(frozen=True)
+class Given:
+    """An adapter for a base. model: the base's with the adapter; identity: what tells it from others."""
+
+    model: ModelConfig
+    matrices: Parts | PeftFolder
+    identity: str
+    close: Callable[[], object]
+
+
+def open_adapter(path: Path, base: Base) -> Given:
+    """An adapter for a base: a checkpoint of ours, or PEFT's folder. Raises UsageError where it was trained on another one."""
+    if is_adapter(path):
+        folder = PeftFolder.open(path, base.model)
+        if folder.base is not None and folder.base != base.identity:
+            expected, found = f"base {folder.base[:16]}", f"{base.identity[:16]}, of {base.path}"
+            raise UsageError("the adapter was trained on another base", where=str(path), expected=expected, found=found)
+        identity = hashlib.sha256(b"".join(file_hash(file).encode() for file in sorted(path.glob("adapter_*")))).hexdigest()
+        return Given(folder.model, folder, identity, lambda: None)
+    opened = open_checkpoint(path)
+    if not opened.config.model.adapter.rank:
+        what = "this is a whole model and no adapter"
+        raise UsageError(what, where=str(opened.path), expected="a run with model.adapter.rank above 0, or PEFT's folder")
+    require_base(opened, base)
+    identity = hashlib.sha256((opened.path / MANIFEST).read_bytes()).hexdigest()
+    return Given(opened.config.model, opened.parts, identity, opened.parts.close)
+
+
+def name_of(path: Path) -> str:
+    """What an adapter is called: as it says itself, or where it says nothing as its folder. Raises CheckpointError, UsageError."""
+    folder = path.expanduser()
+    said = name_in(folder) if is_adapter(folder) else open_checkpoint(folder).config.model.adapter.name
+    return folder.resolve().name if said in (None, AdapterConfig().name) else said
+
+
+def require_alike(first: ModelConfig, other: ModelConfig, *, where: str) -> None:
+    """Raises UsageError where two adapters correct differently quantized weights: there is no one base under both."""
+    kept = [f"{model.adapter.quantize}, blocks of {model.adapter.block}" for model in (first, other)]
+    if first.adapter.quantize != other.adapter.quantize or (first.adapter.quantize != "none" and kept[0] != kept[1]):
+        what = "the adapters were trained on differently quantized weights"
+        raise UsageError(what, where=where, expected=kept[0], found=kept[1], next="one at a time")
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
