@@ -217,7 +217,7 @@ class DataConfig(Section):
 
 
 def fill_packing(given: dict[str, Any]) -> dict[str, Any]:
-    """A data section as written and what follows from it: conversations are packed by best fit, and what shares a sequence is kept apart."""
+    """A data section as written and what follows from it: conversations are packed by best fit, and what shares one is kept apart."""
     chat = _as_dict(given.get("chat"))
     packing = given.get("packing", "best_fit" if chat and chat.get("format", "auto") is not None else "concat")
     shares = packing == "best_fit" or chat.get("format") == "preference"  # both sides of a pair lie in one
@@ -374,10 +374,10 @@ def fill_across(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         filled["data"] = {**data, "tokenizer": {**tokenizer, "vocab": values["vocab"]}}
         notes["data.tokenizer.vocab"] = "= model.vocab"
     preference, chat = _as_dict(given.get("preference")), data.get("chat", {})
-    if preference and preference.get("loss", "sigmoid") is not None and isinstance(chat, (dict, BaseModel)):
-        if _as_dict(chat).get("format") in (None, "auto") and isinstance(given.get("data", {}), dict):
-            filled["data"] = {**_as_dict(filled.get("data", {})), "chat": {**_as_dict(chat), "format": "preference"}}
-            notes["data.chat.format"] = "= preference"
+    on, plain = bool(preference) and preference.get("loss", "sigmoid") is not None, isinstance(given.get("data", {}), dict)
+    if on and plain and isinstance(chat, (dict, ChatConfig)) and _as_dict(chat).get("format") in (None, "auto"):
+        filled["data"] = {**filled.get("data", {}), "chat": {**_as_dict(chat), "format": "preference"}}
+        notes["data.chat.format"] = "= preference"
     return filled, notes
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_llm.config.hub import MARK
-from dist_llm.data import chat, python_corpus, skills
+from dist_llm.data import chat, preferences, python_corpus, skills
 from dist_llm.data.chat import Reading
 from dist_llm.data.entropy import MarkovSource
 from dist_llm.data.readers import BadLines, Document, Take, find_files, is_table, read_files, size_of
@@ -96,6 +96,9 @@ def _open_one(source: str, *, seed: int, text_key: str, bad: BadLines, home: Pat
 
 def _open_chat(source: str, *, seed: int, bad: BadLines, reading: Reading, home: Path | None) -> Corpus:
     """A source of conversations."""
+    if source == "skills" and reading.shape == "preference":
+        identity = ("skills", "preference", seed)
+        return Corpus("skills", identity, lambda: _skill_pairs(seed), GENERATED, endless=True, shuffled=True, shape="preference")
     if source == "skills":
         identity = ("skills", "chat", seed)
         return Corpus("skills", identity, lambda: _skill_chats(seed), GENERATED, endless=True, shuffled=True, shape="messages")
@@ -106,16 +109,26 @@ def _open_chat(source: str, *, seed: int, bad: BadLines, reading: Reading, home:
         if reading.shape == "auto":
             what, expected = "the shape of conversations on the hub is to be named", "one of " + ", ".join(chat.KEYS)
             raise UsageError(what, where="data.chat.format", expected=expected, found="auto")
-        take = chat.taker(reading.shape, train_on=reading.train_on)
+        take = _taker(reading.shape, reading)
         corpus = _hub(source, text_key="text", bad=bad, home=home, take=take)
         return replace(corpus, identity=("chat", reading.shape, reading.train_on, corpus.identity), shape=reading.shape)
     files = find_files(source)
     chat.require_objects(files)
     shape = reading.shape if reading.shape != "auto" else chat.find_format(files)
-    take = chat.taker(shape, train_on=reading.train_on)
+    if shape == "preference" and reading.shape == "auto":
+        what, way = "the source holds preferences: answers that are chosen and rejected", "preference.loss=sigmoid trains them (DPO)"
+        raise UsageError(what, where=f"data.source: {source}", expected="conversations, or a preference section", next=way)
+    take = _taker(shape, reading)
     corpus = _files(source, files, text_key="text", bad=bad, take=take)
     found = f"{source} holds conversations of the shape {shape}" + (", as its first object says" if reading.shape == "auto" else "")
     return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, notes=(*corpus.notes, found))
+
+
+def _taker(shape: chat.Format, reading: Reading) -> Take:
+    """What makes documents of the objects of a shape."""
+    if shape == "preference":
+        return preferences.taker(train_on=reading.train_on)
+    return chat.taker(shape, train_on=reading.train_on)
 
 
 def _python() -> Corpus:
@@ -187,6 +200,14 @@ def _skill_chats(seed: int) -> Iterator[Document]:
     for index in itertools.count():
         one = skills.pair(seed, index)
         yield Document(chat.spell([chat.Turn("user", one.prompt), chat.Turn("assistant", one.answer)]), f"skills:{index}")
+
+
+def _skill_pairs(seed: int) -> Iterator[Document]:
+    """The same questions, each with its right answer and a wrong one."""
+    for index in itertools.count():
+        one = skills.pair(seed, index)
+        sides = [[chat.Turn("user", one.prompt), chat.Turn("assistant", text)] for text in (one.answer, skills.wrong(seed, index))]
+        yield Document(preferences.spell(*sides, 1), f"skills:{index}")
 
 
 def _entropy(seed: int) -> Iterator[Document]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+TRIES = 16  # answers that are looked at for one that is wrong
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
@@ -139,6 +140,14 @@ def pair(seed: int, index: int) -> Pair:
     skill = SKILLS[draws.below(len(SKILLS))]
     argument = skill.draw(draws)
     return Pair(skill.name, f"{skill.ask}: {argument}", skill.solve(argument))
+
+
+def wrong(seed: int, index: int) -> str:
+    """A wrong answer to that question, of the kind of the right one: the answer to another question of the same skill."""
+    draws, right = Draws(seed, "skills", index), pair(seed, index)
+    skill = SKILLS[draws.below(len(SKILLS))]
+    others = (skill.solve(skill.draw(Draws(seed, "wrong", index, attempt))) for attempt in range(TRIES))
+    return next((answer for answer in others if answer not in ("", right.answer)), right.answer + right.answer)
 
 
 def check(prompt: str, answer: str) -> bool:

@@ -239,7 +239,7 @@ class Head(nn.Module):
         self.roles, self.softcap = roles, model.logit_softcap
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, S, D) -> the summed cross-entropy over the context's labels, each times its weight, float64; of pairs what they make of it."""
+        """(B, S, D) -> the summed cross-entropy over the context's labels, each times its weight, float64; or what pairs make of it."""
         rules: dict[str, Any] = {"weights": context.weights, "pairs": context.pairs, "softcap": self.softcap, "smooth": context.training}
         return self.roles.loss(x, self.norm, self.head.weight, context.labels, **rules)
 

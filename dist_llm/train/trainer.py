@@ -106,7 +106,7 @@ class Trainer:
             raise diagnose(self.engine, Contexts(self, batches, step), samples, totals, targets=weight, step=step + 1)
         rate = learning_rate(step, self.config.schedule, peak=self.config.optimizer.lr)
         tokens = self.config.batch.global_ * self.config.data.sequence
-        figures = dict(zip(FIGURES[1:], (value / weight for value in totals.figures), strict=False))
+        figures = pair_figures(totals.figures, weight)
         return Step(step, totals.loss / weight, totals.norm, rate, tokens, targets, waited, self.skipped > 0, figures)
 
     def take(self, step: int) -> list[MicroBatch]:
@@ -130,6 +130,12 @@ class Trainer:
     def context(self, batch: MicroBatch, *, step: int, training: bool) -> Context:
         """A micro-batch on the engine's device, as the model takes it."""
         return context_of(batch, self.config, device=self.engine.device, dtype=self.engine.dtype, step=step, training=training)
+
+
+def pair_figures(sums: Sequence[float], pairs: float) -> dict[str, float]:
+    """Means over pairs of what their loss has summed beside itself, and by how much the chosen answers lead; {} of other losses."""
+    found = {name: value / pairs for name, value in zip(FIGURES[1:], sums, strict=False)}
+    return found | ({"reward_margin": found["reward_chosen"] - found["reward_rejected"]} if found else {})
 
 
 def context_of(batch: MicroBatch, config: Config, *, device: torch.device, dtype: torch.dtype, step: int = 0, training: bool) -> Context:
