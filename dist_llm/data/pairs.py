@@ -98,7 +98,7 @@ class PairBatches(PackedBatches):
     def cut(self, ids: np.ndarray, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """As `Batches.cut`, with the pairs of each row and what is known of them."""
         batches = super().cut(ids, dp_rank=dp_rank, dp_size=dp_size, micro=micro)
-        return [self._paired(batch, ids[batch.rows].tolist()) for batch in batches]
+        return [self._paired(batch, ids[batch.rows.numpy()].tolist()) for batch in batches]
 
     def _paired(self, batch: MicroBatch, samples: Sequence[int]) -> MicroBatch:
         counts = torch.tensor([len(self.pairs(number)) for number in samples])
