@@ -259,7 +259,9 @@ def known(path: Path) -> dict[int, float]:
     return {at: value for at, value in enumerate(numbers.tolist()) if value == value}
 
 
-@pytest.mark.parametrize("adapter", [pytest.param([], id="whole"), pytest.param(["model.adapter.rank=4"], id="adapter", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param([], id="whole"), pytest.param(["model.adapter.rank=4"], id="adapter", marks=pytest.mark.long)]
+)
 def test_it_goes_on_under_other_layouts_with_the_same_reference(commands: Commands, home: Path, adapter: list[str]) -> None:
     """As the run that was not cut; the reference is read again, the base gives what more steps ask for, and all of it where it was lost."""
     words = [*FEW, *STEPS, *adapter, "--dtype", "float64", "--nproc", "2"]

@@ -79,7 +79,7 @@ def run_sentence(run: Run) -> str:
 
 
 def run_figures(run: Run) -> dict[str, Figure]:
-    """The figures that the run has data for: `loss`, of a preference `reward_margin` and `accuracy`, `grad_norm`, `learning_rate`, `tokens_per_second`, `memory`."""
+    """The figures that the run has data for, by name; `reward_margin` and `accuracy` are of a preference."""
     made = {
         "loss": _loss_figure(run.steps),
         "reward_margin": _pair_figure(run.steps, "reward_margin", "reward margin", "%{y:.4f}", {}),
