@@ -210,6 +210,7 @@ def system_of(record: dict[str, Any]) -> list[Turn]:
 
 
 def wanted_text(value: Any, name: str, *, empty: bool = False) -> str:
+    """A text with something in it. Raises WrongError for anything else; `empty`: it may be without."""
     if why := wrong_text(value, name):
         raise WrongError(why)
     if not empty and not value.strip():

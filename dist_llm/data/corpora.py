@@ -206,8 +206,8 @@ def _skill_pairs(seed: int) -> Iterator[Document]:
     """The same questions, each with its right answer and a wrong one."""
     for index in itertools.count():
         one = skills.pair(seed, index)
-        sides = [[chat.Turn("user", one.prompt), chat.Turn("assistant", text)] for text in (one.answer, skills.wrong(seed, index))]
-        yield Document(preferences.spell(*sides, 1), f"skills:{index}")
+        right, wrong = ([chat.Turn("user", one.prompt), chat.Turn("assistant", text)] for text in (one.answer, skills.wrong(seed, index)))
+        yield Document(preferences.spell(right, wrong, 1), f"skills:{index}")
 
 
 def _entropy(seed: int) -> Iterator[Document]:

@@ -112,12 +112,13 @@ class ChatEncoder:
             else:
                 ids, weights, fault = encoded.ids, encoded.weights, None
         if fault:
-            return self._bad(document, fault, messages)
+            self.note_bad(document, fault, messages)
+            return None
         digest = hashlib.blake2b(np.array(ids, "<i8").tobytes() + np.array(weights, "<f8").tobytes(), digest_size=16).digest()
         text_bytes = sum(len(message["content"].encode()) for message in messages)
         return Ids(ids, digest, place_of(key_of(document.text)), text_bytes, weights)
 
-    def _bad(self, document: Document, fault: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    def note_bad(self, document: Document, fault: str, messages: Sequence[Mapping[str, Any]]) -> None:
         """Notes what cannot be encoded. Raises DataError when it is too much."""
         excerpt = messages[-1]["content"][:200]
         self.faulty.append([document.name, fault, excerpt])

@@ -49,7 +49,7 @@ def pack_pairs(store: TokenStore, *, sequence: int, best_fit: bool, too_long: To
             sums[number] *= not same
         else:
             sums[number] = 0.0
-    places *= (sums[:, :, 0] > 0).all(1)[:, None]
+    places[~np.all(sums[:, :, 0] > 0, axis=1)] = 0
     kept = np.flatnonzero(places[:, 0])
     rows = fit(places[kept].sum(1), room=sequence) if best_fit else [[at] for at in range(len(kept))]
     order = np.array([side for row in rows for at in row for side in (2 * kept[at], 2 * kept[at] + 1)], dtype=np.int64)
@@ -73,7 +73,7 @@ def _left(store: TokenStore, number: int, places: np.ndarray) -> tuple[np.ndarra
         counts = store.weights.read(start, size + 1)
         sums[side] = counts.sum(), np.count_nonzero(counts)
         texts.append(ids)
-    return sums, np.array_equal(*texts)
+    return sums, np.array_equal(texts[0], texts[1])
 
 
 class PairBatches(PackedBatches):

@@ -119,10 +119,12 @@ class PairEncoder(ChatEncoder):
         found = self.template.encode_batch([pair[name] for name in SIDES], self.tokenizer, train_on=self.train_on)
         for name, side in zip(SIDES, found, strict=True):
             if isinstance(side, DataError):
-                return self._bad(document, f"{name!r}: {side.what}" + (f" ({side.found})" if side.found else ""), pair[name])
+                self.note_bad(document, f"{name!r}: {side.what}" + (f" ({side.found})" if side.found else ""), pair[name])
+                return None
         chosen, rejected = (side for side in found if isinstance(side, Encoded))
         if chosen.ids == rejected.ids:
-            return self._bad(document, "'chosen' and 'rejected' are the same tokens", pair["chosen"])
+            self.note_bad(document, "'chosen' and 'rejected' are the same tokens", pair["chosen"])
+            return None
         ids, weights = chosen.ids + rejected.ids, chosen.weights + rejected.weights
         digest = hashlib.blake2b(np.array(ids, "<i8").tobytes() + np.array(weights, "<f8").tobytes(), digest_size=16)
         digest.update(len(chosen.ids).to_bytes(8, "little"))

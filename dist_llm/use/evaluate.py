@@ -119,7 +119,7 @@ def measure_text(
         mine[number] = [value.hex() for value in sum(losses[1:], losses[0]).view(-1).tolist()]
     sums = [0.0]
     for values in share.together(mine, count):
-        sums = [a + float.fromhex(b) for a, b in zip_longest(sums, values, fillvalue=0.0)]
+        sums = [a + b for a, b in zip_longest(sums, map(float.fromhex, values), fillvalue=0.0)]
     weight = sum(batches.weight(number) for number in range(count))
     if not weight:
         return None
