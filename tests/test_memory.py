@@ -77,6 +77,8 @@ CASES: list[Case] = [
     ("dp=1", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "nf4"}}),
     ("dp=2,zero=3", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "nf4"}, "layers": 6, "micro": 1}),
     ("tp=2", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "int8", "block": 32}}),
+    ("dp=1", "float32", {"preference": {"beta": 0.1}, "vocab": 2048}),
+    ("tp=2", "float32", {"preference": {"beta": 0.1}, "adapter": {"rank": 8}}),
     ("dp=4,zero=3,shard=2", "float32", {"micro": 1, "sequence": 64}),
     ("dp=4,zero=2,shard=2,reduce=step", "float32", {"micro": 1, "sequence": 64}),
 ]

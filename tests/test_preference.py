@@ -165,6 +165,17 @@ def test_both_sides_share_a_sequence_and_each_pair_comes_once(tmp_path: Path) ->
     assert isinstance(held_out, PairBatches) and sum(held_out.weight(at) for at in range(held_out.num_batches)) >= 1
 
 
+def test_pairs_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:
+    """What is asked decides: nothing that is validated was asked in training."""
+    records = [{**TEXTS, "prompt": f"Hi {number % 40}", "rejected": f"Go {number}"} for number in range(120)]
+    prepared = prepare(data_of(tmp_path, written(tmp_path / "pairs.jsonl", records), validation=0.3), seed=0)
+    asked = [
+        {prepared.tokenizer.decode(store.document(number).tolist()).split("<|im_end|>")[0] for number in range(store.manifest.documents)}
+        for store in (*prepared.train, *prepared.validation)
+    ]
+    assert len(asked) == 2 and not asked[0] & asked[1] and len(asked[0] | asked[1]) == 40
+
+
 def test_too_long_is_of_both_sides_together(tmp_path: Path) -> None:
     long, short = "x" * 40, "y"
     records = [{**TEXTS, "chosen": long}, {**TEXTS, "chosen": long + "1", "rejected": long + "2"}, {**TEXTS, "chosen": short}]
