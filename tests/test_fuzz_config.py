@@ -45,6 +45,8 @@ BASES = (
     "data: {source: skills, packing: best_fit, chat: {format: auto, template: chatml, train_on: last, too_long: drop},\n"
     "  tokenizer: {kind: file, path: a}}\n",
     "data: {source: [skills, a.jsonl], document_mask: true, chat: {template: model}, packing: none}\n",
+    "model: {family: llama}\ndata: {source: skills, chat: {train_on: last}, packing: none}\n"
+    "preference: {loss: sigmoid, beta: 0.2, label_smoothing: 0.1, length_normalised: on, sft: 1}\n",
 )  # fmt: skip
 SCALARS = (
     *("null", "~", "yes", "no", "on", "off", "True", "tRue", "0", "1", "-1", "2", "3", "4", "5", "6", "8", "16", "31", "64", "257"),
