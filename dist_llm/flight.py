@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 from zlib import crc32
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "update", "validate", "sample", "save", "end")
+PHASES = ("start", "data", "forward", "backward", "reduce", "update", "validate", "sample", "save", "end", "reference")
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "barrier")
 DTYPES = ("float32", "bfloat16", "float64", "float16", "int64", "int32", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", "another dtype")
 BEGUN, WAITED_FOR, DONE = range(3)

@@ -186,10 +186,14 @@ SCHEMA: dict[str, Any] = {
         "validation": number(lambda value: 0 <= value <= 0.5), "text_key": words, "max_bad_lines": WHOLE, "dir": words,
         "max_tokens": or_null(COUNT), "seed": or_null(SEED),
         "chat": {
-            "format": or_null(choice("auto alpaca sharegpt messages prompt_completion text")), "template": words,
+            "format": or_null(choice("auto alpaca sharegpt messages prompt_completion text preference")), "template": words,
             "train_on": choice("assistant all last"), "too_long": choice("refuse drop truncate"),
         },
         "skills": {"tasks": or_null(tasks), "length": or_null(from_to), "apart": switch},
+    },
+    "preference": {
+        "loss": or_null(choice("sigmoid ipo hinge")), "beta": POSITIVE, "label_smoothing": number(lambda value: 0 <= value < 0.5),
+        "length_normalised": switch, "sft": NUMBER,
     },
     "batch": {"global": COUNT, "micro": COUNT},
     "optimizer": {
@@ -334,6 +338,8 @@ def own_world(text: str) -> int | None:
 
 def rules(given: dict[str, dict[str, Any]], world: int) -> dict[str, bool]:
     """Each rule by name, and whether it is broken."""
+    if prefers(given) and given["data"].get("chat", {}).get("format") in (None, "auto"):
+        given = {**given, "data": {**given["data"], "chat": {**given["data"].get("chat", {}), "format": "preference"}}}
     model, layout = given["model"], given["layout"]
     tp, pp, cp, ep = (layout.get(axis, 1) for axis in ("tp", "pp", "cp", "ep"))
     rest = tp * pp * cp
@@ -360,7 +366,23 @@ def rules(given: dict[str, dict[str, Any]], world: int) -> dict[str, bool]:
     place = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": dp, "zero": zero, "engine": engine, "shard": shard, "data": data}
     place["reduce"], place["unshard"] = layout.get("reduce") or early, (layout.get("unshard") or early) if zero == 3 else "step"
     place["offload"], place["recompute"] = layout.get("offload", "none"), layout.get("recompute", "none")
-    return broken | engine_rules(given, place) | machine_rules(given, place, world) | value_rules(given)
+    return broken | preference_rules(given, engine) | engine_rules(given, place) | machine_rules(given, place, world) | value_rules(given)
+
+
+def prefers(given: dict[str, dict[str, Any]]) -> bool:
+    return bool(given["preference"]) and given["preference"].get("loss", "sigmoid") is not None
+
+
+def preference_rules(given: dict[str, dict[str, Any]], engine: str) -> dict[str, bool]:
+    preference, chat, on = given["preference"], given["data"].get("chat", {}), prefers(given)
+    return {
+        "pairs": on != (chat.get("format") == "preference"),
+        "trained prompt": on and chat.get("train_on") == "all",
+        "wrong pairs": on and preference.get("label_smoothing", 0) > 0 and preference.get("loss", "sigmoid") != "sigmoid",
+        "smoothed tokens": on and given["optimizer"].get("label_smoothing", 0) > 0,
+        "engine of pairs": on and engine != "native",
+        "graph of pairs": on and given["runtime"].get("cuda_graph", False),
+    }
 
 
 def engine_rules(given: dict[str, dict[str, Any]], at: dict[str, Any]) -> dict[str, bool]:
@@ -400,7 +422,7 @@ def chat_rules(data: dict[str, Any], track: dict[str, Any]) -> dict[str, bool]:
     return {
         "skills": (drawn or track.get("questions", 0) > 0) and "skills" not in flat,
         "packing": on == (packing == "concat"),
-        "apart": on and packing == "best_fit" and not apart,
+        "apart": on and (packing == "best_fit" or chat.get("format") == "preference") and not apart,
         "conversations": on and bool({"python", "entropy"} & set(flat)),
         "own template": on and chat.get("template") == "model" and data["tokenizer"].get("kind", "bpe") != "file",
     }

@@ -36,12 +36,21 @@ MODEL: dict[str, Any] = {"family": "llama", "layers": 4, "dim": 16, "heads": 4, 
 
 
 def config(
-    *, micro: int = 1, batch: int = 4, sequence: int = 8, document_mask: bool = False, optimizer: dict[str, Any] | None = None, **model: Any
+    *,
+    micro: int = 1,
+    batch: int = 4,
+    sequence: int = 8,
+    document_mask: bool = False,
+    optimizer: dict[str, Any] | None = None,
+    preference: dict[str, Any] | None = None,
+    **model: Any,
 ) -> dict[str, Any]:
     """A small run as a dict: clipping, weight decay and accumulation are on."""
+    masks = {"document_mask": document_mask} if preference is None else {}
     given = {
         "model": {**MODEL, **model},
-        "data": {"source": "skills", "tokenizer": {"kind": "bpe", "vocab": 31}, "sequence": sequence, "document_mask": document_mask},
+        "data": {"source": "skills", "tokenizer": {"kind": "bpe", "vocab": 31}, "sequence": sequence, **masks},
+        "preference": preference or {},
         "batch": {"global": batch, "micro": micro},
         "optimizer": {"lr": 1e-2, "clip": 0.5, "weight_decay": 0.1, **(optimizer or {})},
         "schedule": {"kind": "cosine", "warmup": 2, "steps": 6},
@@ -80,7 +89,8 @@ def build(given: dict[str, Any], layout: dict[str, Any], rank: int, dtype: str) 
     settings = Config.model_validate(given)
     mesh = make_mesh(settings, Layout(**layout), rank)
     engine = make_engine(settings, mesh, device=torch.device("cpu"), dtype=DTYPES[dtype])
-    order = MadeUp(settings.model.vocab, settings.data.sequence, settings.batch.global_, settings.runtime.seed)
+    sizes, pairs = (settings.model.vocab, settings.data.sequence, settings.batch.global_), settings.preference.loss is not None
+    order = MadeUp(*sizes, settings.runtime.seed, pairs=pairs)
     return settings, engine, Trainer(settings, mesh, engine, order)
 
 

@@ -56,6 +56,9 @@ MODELS["int8"] = {**QLORA, "tied": True, "bias": True, "adapter": {"rank": 2, "q
 MODELS["padded"] = {**MODELS["llama"], "layers": 2, "tied": True}
 # Labels that count unequally, as those of conversations do.
 MODELS["weighted"] = {**MODELS["llama"], "vocab": 79, "tied": True}
+# Answers preferred to others: the loss is of pairs, divided by their number; with a trained and with an untrained table of the output.
+MODELS["pairs"] = {**MODELS["llama"], "vocab": 71}
+MODELS["lora pairs"] = {**MODELS["lora"], "vocab": 59, "tied": True}
 # What other families of models do besides: windows, norms behind a half of a block or over all heads, capped scores and logits.
 WIDER: dict[str, dict[str, Any]] = {
     "mistral": {
@@ -101,12 +104,15 @@ WIDER: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
     },
 }
+PAIRS = {**DATA, "source": "skills", "chat": {"format": "preference"}}
 EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
     "padded": {"data": {**DATA, "tokenizer": {**DATA["tokenizer"], "vocab": 70}}},
     "one kv head": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "llama": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
     "weighted": {"data": {**DATA, "source": "skills", "chat": {"format": "messages"}}, "optimizer": {**OPTIMIZER, "label_smoothing": 0.05}},
     "noisy": {"data": {**DATA, "document_mask": True}},
+    "pairs": {"data": PAIRS, "preference": {"beta": 0.05, "label_smoothing": 0.1, "sft": 0.2}, "optimizer": OPTIMIZER},
+    "lora pairs": {"data": PAIRS, "preference": {"loss": "ipo", "beta": 2.0, "length_normalised": True}},
     "mistral": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "gemma2": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
 }
@@ -212,6 +218,23 @@ NAMED: list[tuple[str, str]] = [
     ("weighted", "tp=2,sp=off"),
     ("weighted", "pp=2"),
     ("weighted", "dp=2,tp=2,pp=2,zero=1"),
+    # The loss of a pair needs both of its sides; the log probabilities come from the vocabulary in slices, on the last stage.
+    ("pairs", "dp=2"),
+    ("pairs", "dp=2,zero=1"),
+    ("pairs", "dp=2,zero=2"),
+    ("pairs", "dp=2,zero=3"),
+    ("pairs", "tp=2"),
+    ("pairs", "tp=2,sp=off"),
+    ("pairs", "pp=2,schedule=gpipe"),
+    ("pairs", "pp=2"),
+    ("pairs", "pp=2,schedule=interleaved,chunks=2"),
+    ("pairs", "dp=2,tp=2,pp=2,zero=1"),
+    ("pairs", "dp=4,zero=3,shard=2"),
+    ("pairs", "dp=2,tp=2,zero=3,recompute=full"),
+    ("lora pairs", "dp=2,zero=2"),
+    ("lora pairs", "tp=2"),
+    ("lora pairs", "pp=2"),
+    ("lora pairs", "dp=2,tp=2,zero=3"),
     # Hybrid sharding: shards inside a group, replicas across.
     ("llama", "dp=4,zero=1,shard=2"),
     ("llama", "dp=4,zero=1,shard=2,reduce=micro_batch"),
@@ -286,6 +309,9 @@ LATER: set[tuple[str, str]] = {
     *(("lora dropped", text) for text in ("dp=2,zero=1", "tp=2,sp=off,recompute=full", "pp=2,schedule=interleaved")),
     *(("dora dropped", text) for text in ("dp=2,zero=3", "tp=4,sp=off")),
     *(("noisy", text) for text in ("dp=2,zero=3", "dp=2,tp=2,sp=off")),
+    *(("pairs", text) for text in ("dp=2", "dp=2,zero=1", "dp=2,zero=2", "tp=2,sp=off", "pp=2", "dp=4,zero=3,shard=2")),
+    *(("pairs", text) for text in ("pp=2,schedule=interleaved,chunks=2", "dp=2,tp=2,zero=3,recompute=full", "dp=2,tp=2,pp=2,zero=1")),
+    *(("lora pairs", text) for text in ("dp=2,zero=2", "pp=2", "dp=2,tp=2,zero=3")),
     *(("weighted", text) for text in ("dp=2,zero=1", "dp=2,zero=2", "tp=2,sp=off")),
 }
 
@@ -316,7 +342,7 @@ def drawn(seed: int, *, largest: int = 8, models: dict[str, dict[str, Any]] = MO
     dice = random.Random(seed)
     seen = set()
     for _ in range(100_000):
-        model = dice.choice([name for name in models if name not in ("padded", "weighted")])
+        model = dice.choice([name for name in models if name not in ("padded", "weighted", "pairs", "lora pairs")])
         axes = {"dp": dice.choice([1, 1, 2, 2, 3, 4]), "tp": dice.choice([1, 1, 2, 2, 4, 8]), "pp": dice.choice([1, 1, 2, 2, 3, 4])}
         text = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1 or axis == "dp")
         text += f",zero={dice.randrange(4)}" + dice.choice(["", ",reduce=step", ",reduce=micro_batch"])

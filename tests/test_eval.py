@@ -107,7 +107,18 @@ def test_intervals_are_those_of_scipy() -> None:
     assert found["a"]["share"] == 0.5 and found["c"]["share"] is None and found["all"]["right"] == 1 and found["all"]["count"] == 3
 
 
-@pytest.mark.parametrize("more", [(), ("data.validation=0",), ("data.chat.template=plain",)], ids=["split", "nothing held out", "chat"])
+SHORT = ("data.skills.length=[1, 2]", "data.skills.apart=true", "data.validation=0.3")  # the text has nearly all that can be asked
+KINDS = {
+    "split": (),
+    "nothing held out": ("data.validation=0",),
+    "chat": ("data.chat.template=plain",),
+    "short": SHORT,
+    "short chat": (*SHORT, "data.chat.template=plain"),
+    "short preference": (*SHORT, "data.chat.template=plain", "preference.beta=0.1"),
+}
+
+
+@pytest.mark.parametrize("more", KINDS.values(), ids=KINDS)
 def test_no_question_was_trained_on(tmp_path: Path, more: tuple[str, ...]) -> None:
     """What the run trains on is read as text: no question is in it, and each is there once."""
     config = load_config(TINY, [f"data.dir={tmp_path}", "data.max_tokens=60_000", "data.validation=0.1", *more]).config
@@ -120,7 +131,8 @@ def test_no_question_was_trained_on(tmp_path: Path, more: tuple[str, ...]) -> No
         mine = [pair.prompt for pair in found if pair.skill == task]
         assert len(set(mine)) == len(mine) == 12
         assert not [prompt for prompt in mine if f"{prompt}\n" in text or f"{prompt}<" in text]
-    assert sum(skills.pair(7, index).prompt in text for index in range(50)) > 30, "this is how a question looks that was"
+    how = skills.mixture_of(config.data.skills)
+    assert sum(skills.pair(7, index, how).prompt in text for index in range(50)) > 30, "this is how a question looks that was"
 
 
 def test_questions_look_as_the_run_has_seen_them() -> None:

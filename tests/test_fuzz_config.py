@@ -46,6 +46,8 @@ BASES = (
     "  tokenizer: {kind: file, path: a}}\n",
     "data: {source: skills, skills: {tasks: [copy, add], length: [2, 5], apart: true}}\ntrack: {questions: 4}\n",
     "data: {source: [skills, a.jsonl], document_mask: true, chat: {template: model}, packing: none}\n",
+    "model: {family: llama}\ndata: {source: skills, chat: {train_on: last}, packing: none}\n"
+    "preference: {loss: sigmoid, beta: 0.2, label_smoothing: 0.1, length_normalised: on, sft: 1}\n",
 )  # fmt: skip
 SCALARS = (
     *("null", "~", "yes", "no", "on", "off", "True", "tRue", "0", "1", "-1", "2", "3", "4", "5", "6", "8", "16", "31", "64", "257"),

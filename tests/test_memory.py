@@ -83,6 +83,8 @@ CASES: list[Case] = [
     ("dp=1", "float32", {"adapter": {"rank": 8, "dropout": 0.1}}),
     ("tp=2", "float32", {"adapter": {"rank": 8, "dropout": 0.1, "dora": True}, "micro": 8, "batch": 16, "layers": 2}),
     ("tp=2", "float32", {"neftune": 5.0, "layers": 1}),
+    ("dp=1", "float32", {"preference": {"beta": 0.1}, "vocab": 2048}),
+    ("tp=2", "float32", {"preference": {"beta": 0.1}, "adapter": {"rank": 8}}),
     ("dp=4,zero=3,shard=2", "float32", {"micro": 1, "sequence": 64}),
     ("dp=4,zero=2,shard=2,reduce=step", "float32", {"micro": 1, "sequence": 64}),
 ]

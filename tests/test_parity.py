@@ -44,7 +44,7 @@ class Prover:
         job = {"config": tree, "steps": STEPS, "dtype": "float64", "optimizers": [tree["optimizer"], SGD]}
         records = self.ranks.run(layout.world, "dist_llm.train.proof:proof_rank", job, asdict(layout), str(folder))
         shape = Shape(config.model, layout, config.data.sequence, config.batch.micro, num_micro_batches(config, layout), "float64",
-                      config.optimizer.label_smoothing > 0)  # fmt: skip
+                      config.optimizer.label_smoothing > 0, pairs=config.preference.loss is not None)  # fmt: skip
         for rank, record in enumerate(records):
             at = coordinate(rank, layout)
             expected = sent_bytes(shape, pp=at.pp, tp=at.tp)

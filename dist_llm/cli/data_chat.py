@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dist_llm.config.preference import SIDES
 from dist_llm.errors import SpaceError, plain
 
 if TYPE_CHECKING:
@@ -20,12 +22,17 @@ LONGEST_CHARACTER = 4  # bytes, and so tokens that may be needed to show one
 
 
 def chat_preview(config: Config, prepared: Prepared, batches: PackedBatches, *, step: int, rows: int, tokens: int) -> dict[str, Any]:
-    """The first `rows` conversations of a step, and counts of all, as data. pieces: the text of the tokens in `ids`, with their weight."""
+    """The first `rows` conversations of a step, and counts of all, as data. pieces: the text of the tokens in `ids`, with their weight.
+
+    Of pairs both sides of the first `rows`, each with its name under `side`.
+    """
     template, tokenizer = prepared.template, prepared.tokenizer
     assert template is not None
     names = {number: name for name, number in tokenizer.special.items()}
+    sides = SIDES if batches.each == 2 else (None,)
     shown = [
-        {"row": place, **_pieces(tokenizer, ids[:tokens], weights[:tokens])} for place, ids, weights in batches.conversations(step)[:rows]
+        {"row": place, **({"side": side} if side else {}), **_pieces(tokenizer, ids[:tokens], weights[:tokens])}
+        for side, (place, ids, weights) in zip(cycle(sides), batches.conversations(step)[: rows * len(sides)], strict=False)
     ]
     return {
         "version": 1,
@@ -33,6 +40,7 @@ def chat_preview(config: Config, prepared: Prepared, batches: PackedBatches, *, 
         "step": step,
         "sequence": config.data.sequence,
         "packing": config.data.packing,
+        "noun": batches.noun,
         "target_tokens": batches.targets(step),
         "weight": batches.weight(step),
         "template": template.name,
@@ -49,13 +57,14 @@ def print_chat(preview: dict[str, Any]) -> None:
     """Trained tokens in colour on a terminal, others dim; in [ ] elsewhere, with a weight other than 1 before them."""
     counts = preview["counts"]
     typer.echo(f"template {plain(preview['template'])}, format {', '.join(preview['formats'])}, trained on {preview['train_on']}")
-    typer.echo(f"{counts['samples']:,} conversations, {counts['tokens']:,} tokens, {counts['trained_share']:.1%} of them trained")
+    typer.echo(f"{counts['samples']:,} {preview['noun']}, {counts['tokens']:,} tokens, {counts['trained_share']:.1%} of them trained")
     packed, alone = counts["padding_share"], counts["padding_share_unpacked"]
     lengths = f"longest {counts['longest']:,} tokens, {counts['too_long']:,} too long, {counts['left_out']:,} left out"
     typer.echo(f"{counts['sequences']:,} sequences of {preview['sequence']}: padding {packed:.1%}, {alone:.1%} without packing; {lengths}")
     for row in preview["rows"]:
         trained = sum(len(ids) for ids, weight in zip(row["ids"], row["weights"], strict=True) if weight)
-        typer.echo(f"\nsequence {row['row']}: of {sum(map(len, row['ids']))} tokens {trained} are trained")
+        side = f", {row['side']}" if "side" in row else ""
+        typer.echo(f"\nsequence {row['row']}{side}: of {sum(map(len, row['ids']))} tokens {trained} are trained")
         if sys.stdout.isatty():
             _print_colours(row)
         else:

@@ -78,6 +78,7 @@ def table(found: dict[str, Any]) -> list[str]:
         over = f"{text['targets']:,} tokens, {text['batches']} of {text['of_batches']} batches, {text['source']}"
         lines += [f"text        {over}", f"loss        {text['loss']:.4f}"]
         lines += [f"perplexity  {text['perplexity']:.3f}"] if text["perplexity"] is not None else []
+        lines += [f"pairs right {text['accuracy']:.1%}, margin {text['reward_margin']:.4f}"] if "accuracy" in text else []
         lines += [f"bits/byte   {text['bits_per_byte']:.4f}"] if text["bits_per_byte"] is not None else []
     elif skills is not None:
         lines.append("text        not measured")

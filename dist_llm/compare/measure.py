@@ -17,6 +17,7 @@ from dist_llm import comm
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import Config
 from dist_llm.data.batches import training_batches
+from dist_llm.data.pairs import PairBatches
 from dist_llm.data.prepare import prepare
 from dist_llm.mesh import coordinate
 from dist_llm.plan.predict import predicted, shape_of
@@ -24,6 +25,7 @@ from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.schedule.actions import Kind, Span, parse
 from dist_llm.schedule.simulate import simulate, summary
 from dist_llm.train.memory import LiveMemory
+from dist_llm.train.reference import samples_of, work_out
 from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, settle_rank
 from dist_llm.train.trainer import Trainer
 
@@ -61,6 +63,8 @@ def speed_rank(rank: int, world: int, say: Callable, config: dict[str, Any], lay
     mesh = make_mesh(settings, shape, rank)
     engine = make_engine(settings, mesh, device=device, dtype=choose_dtype(settings.runtime, device))
     trainer = Trainer(settings, mesh, engine, order)
+    if isinstance(order, PairBatches):
+        work_out(trainer, [(order, samples_of(order, WARMUP + steps + 2))])
     losses = [trainer.step(step).loss for step in range(WARMUP)]
     comm.ledger.take()
     comm.barrier(mesh.world)

@@ -33,7 +33,7 @@ class Problem:
 def problems(config: Config, layout: Layout) -> list[Problem]:
     """Every rule that `config` breaks under `layout`; empty when it can run."""
     shape = (_not_available, _axes, _width, _depth, _batch, _schedule, _engine, _adapter, _offload)
-    rules = (*shape, _fp8, _graph, _numbers, _text, _chat, _skills, _machine)
+    rules = (*shape, _fp8, _graph, _numbers, _text, _chat, _skills, _preference, _machine)
     return [problem for rule in rules for problem in rule(config, layout)]
 
 
@@ -300,8 +300,9 @@ def _chat(config: Config, layout: Layout) -> Iterator[Problem]:
     if data.packing == "concat":
         yield Problem("data.packing", "concat cuts conversations wherever a sequence ends; best_fit keeps them whole, none pads each")
     for key in ("document_mask", "reset_positions"):
-        if data.packing == "best_fit" and not getattr(data, key):
-            yield Problem(f"data.{key}", "conversations that share a sequence would see each other; leave it out, best_fit turns it on")
+        if (data.packing == "best_fit" or data.chat.format == "preference") and not getattr(data, key):
+            by = "best_fit" if data.packing == "best_fit" else "preference"
+            yield Problem(f"data.{key}", f"conversations that share a sequence would see each other; leave it out, {by} turns it on")
     for source in sources_of(data):
         if source in ("python", "entropy"):
             yield Problem("data.source", f"{source} holds no conversations; skills and JSON lines do")
@@ -317,6 +318,29 @@ def _skills(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("data.skills", "says which pairs source=skills draws, the source is another; leave it out, or data.source=skills")
     if config.track.questions:
         yield Problem("track.questions", "questions with a known answer are those of data.source=skills; 0 for another source")
+
+
+def _preference(config: Config, layout: Layout) -> Iterator[Problem]:
+    """Pairs and the loss that is made for them need each other; it lives in the head of our own engine."""
+    preference, chat = config.preference, config.data.chat
+    if preference.loss is None:
+        if chat.format == "preference":
+            yield Problem("preference.loss", "pairs are trained by a preference's loss, which is off; preference.loss=sigmoid turns it on")
+        return
+    if chat.format != "preference":
+        yield Problem("data.chat.format", f"a preference is learned from pairs, the format is {chat.format}; leave it out")
+    if chat.train_on == "all":
+        yield Problem("data.chat.train_on", "a preference is between answers, all trains what was asked too; assistant or last")
+    if preference.label_smoothing and preference.loss != "sigmoid":
+        text = f"{preference.label_smoothing:g} says how many pairs are wrong to loss=sigmoid alone, loss is {preference.loss}"
+        yield Problem("preference.label_smoothing", text)
+    if config.optimizer.label_smoothing:
+        text = f"{config.optimizer.label_smoothing:g} is of tokens, a preference's log probabilities have none; set it to 0"
+        yield Problem("optimizer.label_smoothing", text)
+    if layout.engine != "native":
+        yield Problem("layout.engine", f"engine={layout.engine} trains on tokens alone; with preference it is engine=native")
+    if config.runtime.cuda_graph:
+        yield Problem("runtime.cuda_graph", "batches have more or fewer pairs, and a graph repeats one shape; set it to false")
 
 
 def _machine(config: Config, layout: Layout) -> Iterator[Problem]:

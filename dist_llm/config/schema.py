@@ -190,7 +190,7 @@ class MixItem(Section):
 class ChatConfig(Section):
     """Conversations in the place of text. On where any key is given: then a format left out is auto. format null: off."""
 
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] | None = None
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference"] | None = None
     template: Text = "auto"  # chatml, llama3, qwen, plain, model, or a path; auto: the model's own where it has one, else plain
     train_on: Literal["assistant", "all", "last"] = "assistant"
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"  # what becomes of conversations longer than a sequence
@@ -251,11 +251,30 @@ def sources_of(data: DataConfig) -> list[str]:
 
 
 def fill_packing(given: dict[str, Any]) -> dict[str, Any]:
-    """A data section as written and what follows from it: conversations are packed by best fit, and what is packed so is kept apart."""
+    """A data section as written and what follows from it: conversations are packed by best fit, and what shares one is kept apart."""
     chat = _as_dict(given.get("chat"))
     packing = given.get("packing", "best_fit" if chat and chat.get("format", "auto") is not None else "concat")
-    apart = {"document_mask": True, "reset_positions": True} if packing == "best_fit" else {}
+    shares = packing == "best_fit" or chat.get("format") == "preference"  # both sides of a pair lie in one
+    apart = {"document_mask": True, "reset_positions": True} if shares else {}
     return {**apart, **given, "packing": packing}
+
+
+class PreferenceConfig(Section):
+    """Answers that are preferred to others (DPO, arXiv:2305.18290). On where any key is given: then a loss left out is sigmoid.
+
+    h is by how much the chosen answer has gained over the rejected one, in log probability, since the run began.
+    """
+
+    loss: Literal["sigmoid", "ipo", "hinge"] | None = None  # -log sigmoid(beta h); (h - 1 / (2 beta))^2; max(0, 1 - beta h)
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Strict(), Field(ge=0, lt=0.5)] = 0.0  # sigmoid: the part of pairs that may be the wrong way round
+    length_normalised: Switch = False  # log probabilities a trained token, not of the whole answer
+    sft: Number = 0.0  # times the chosen answer's loss a token, which is added (arXiv:2404.19733)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return {"loss": "sigmoid", **given} if isinstance(given, dict) and given else given
 
 
 class BatchConfig(Section):
@@ -355,6 +374,7 @@ class Config(Section):
     base: Text | None = None  # weights to begin with: a run or step folder of ours, or a Hugging Face folder; model and tokenizer are its
     model: ModelConfig
     data: DataConfig = DataConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -373,7 +393,7 @@ def fill_across(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """`given` with the values that one section takes from another, and their origins by dotted key.
 
     Learned positions need a row for each place of a sequence. A model's vocabulary is its tokenizer's, and a tokenizer still to be trained
-    learns as many tokens as the model has. What is given, or fixed by a preset, stays.
+    learns as many tokens as the model has. Preferences are learned from pairs. What is given, or fixed by a preset, stays.
     """
     model, data = given.get("model", {}), _as_dict(given.get("data", {}))
     tokenizer = _as_dict(data.get("tokenizer", {}))
@@ -388,6 +408,11 @@ def fill_across(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     if known is None and tokenizer.get("kind", "bpe") == "bpe" and isinstance(given.get("data", {}), dict):
         filled["data"] = {**data, "tokenizer": {**tokenizer, "vocab": values["vocab"]}}
         notes["data.tokenizer.vocab"] = "= model.vocab"
+    preference, chat = _as_dict(given.get("preference")), data.get("chat", {})
+    on, plain = bool(preference) and preference.get("loss", "sigmoid") is not None, isinstance(given.get("data", {}), dict)
+    if on and plain and isinstance(chat, (dict, ChatConfig)) and _as_dict(chat).get("format") in (None, "auto"):
+        filled["data"] = {**filled.get("data", {}), "chat": {**_as_dict(chat), "format": "preference"}}
+        notes["data.chat.format"] = "= preference"
     return filled, notes
 
 

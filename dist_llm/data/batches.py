@@ -40,6 +40,8 @@ class MicroBatch:
     tokens, labels, positions, documents: (B, S). labels: the next token, or -100. positions: place in the sequence, or
     in the document. documents: number of the document within the row, for masks. rows: (B,), place in the global batch.
     weights: (B, S) float64, what the loss of each label counts; None where every one counts 1, in the whole run.
+    pairs: (B,), how many pairs a row holds; of pair p its documents 2p and 2p + 1 are the chosen and the rejected side. reference:
+    (pairs, 2) float64, the log probabilities of the sides before training; None where they are not known.
     """
 
     tokens: Tensor
@@ -48,10 +50,14 @@ class MicroBatch:
     documents: Tensor
     rows: Tensor
     weights: Tensor | None = None
+    pairs: Tensor | None = None
+    reference: Tensor | None = None
 
     @property
     def weight(self) -> float:
-        """What the labels count together."""
+        """What the loss is divided by, added up over a global batch: what the labels count together, or the number of pairs."""
+        if self.pairs is not None:
+            return float(self.pairs.sum())
         return float(self.targets) if self.weights is None else float(self.weights[self.labels >= 0].sum())
 
     @property
@@ -176,10 +182,14 @@ class Batches:
 
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """What one data-parallel rank computes in a step: its contiguous block of the global batch, made whole, then cut."""
+        return self.cut(self.sample_ids(step).numpy(), dp_rank=dp_rank, dp_size=dp_size, micro=micro)
+
+    def cut(self, ids: np.ndarray, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
+        """As `micro_batches`, of a global batch of these samples (G,)."""
         assert self.global_batch % (dp_size * micro) == 0, (self.global_batch, dp_size, micro)
         size = self.global_batch // dp_size
         rows = np.arange(dp_rank * size, (dp_rank + 1) * size)
-        tokens, labels, positions, documents, *weights = self._sequences(self.sample_ids(step).numpy()[rows])
+        tokens, labels, positions, documents, *weights = self._sequences(ids[rows])
         arrays = (tokens, labels, positions, documents, rows, *weights)
         return [MicroBatch(*(torch.from_numpy(array[at : at + micro]) for array in arrays)) for at in range(0, size, micro)]
 
@@ -255,9 +265,11 @@ def _order(stores: Sequence[TokenStore], data: DataConfig, **settings: Any) -> B
     if data.chat.format is None:
         masks: dict[str, Any] = {"document_mask": data.document_mask, "reset_positions": data.reset_positions}
         return Batches(stores, sequence=data.sequence, **masks, **settings)
-    from dist_llm.data.packing import PackedBatches  # it is made of the class above
+    from dist_llm.data.packing import PackedBatches  # they are made of the class above
+    from dist_llm.data.pairs import PairBatches
 
-    return PackedBatches(stores, sequence=data.sequence, best_fit=data.packing == "best_fit", too_long=data.chat.too_long, **settings)
+    kind = PairBatches if data.chat.format == "preference" else PackedBatches
+    return kind(stores, sequence=data.sequence, best_fit=data.packing == "best_fit", too_long=data.chat.too_long, **settings)
 
 
 def no_targets(step: int, samples: Iterable[int]) -> DataError:

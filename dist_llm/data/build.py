@@ -132,8 +132,9 @@ def _write(batches: Iterable[list[Encoded]], stores: Stores, *, threshold: float
         for split, part in (("train", trained), ("validation", held_out)):
             if part:
                 digests, text_bytes = b"".join(one.digest for one in part), sum(one.text_bytes for one in part)
-                weights = [one.weights for one in part if one.weights is not None] if stores.weighted else None
-                stores.add(split, [one.ids for one in part], digests=digests, text_bytes=text_bytes, weights=weights)
+                sides = [side for one in part for side in one.sides]
+                weights = [each for _, each in sides if each is not None] if stores.weighted else None
+                stores.add(split, [ids for ids, _ in sides], digests=digests, text_bytes=text_bytes, weights=weights)
         if batch:
             stores.documents, stores.lowest = batch[-1].number + 1, min([stores.lowest, *(one.fraction for one in batch)])
         stores.keep()

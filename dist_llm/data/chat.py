@@ -25,13 +25,14 @@ from dist_llm.data.templates import TrainOn
 from dist_llm.data.weights import LARGEST
 from dist_llm.errors import DataError, UsageError
 
-Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text"]
+Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference"]
 
 KEYS: dict[str, tuple[str, ...]] = {  # what an object of a shape has at least; text, which others carry beside their own, is last
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),  # data/preferences.py
     "text": ("text",),
 }
 ROLES = {"messages": ("user", "assistant", "system"), "sharegpt": ("human", "user", "gpt", "assistant", "system")}
@@ -45,11 +46,11 @@ EXPECTED = "conversations as JSON objects of one shape, one a line"
 class Reading:
     """How conversations are read. shape: auto: found from the first object of a source. train_on: what may have a weight."""
 
-    shape: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto"
+    shape: Literal["auto"] | Format = "auto"
     train_on: TrainOn = "assistant"
 
 
-class _WrongError(ValueError):
+class WrongError(ValueError):
     """What is wrong with an object."""
 
 
@@ -106,8 +107,9 @@ def _only_shape(record: dict[str, Any], where: str) -> Format:
         return found[0]
     keys = ", ".join(printable(key, 20) for key in list(record)[:6])
     what = "the shape of the conversations is not known" if not found else "the conversations may have more than one shape"
-    expected = "; ".join(f"{name}: {', '.join(names)}" for name, names in KEYS.items()) if not found else "one of " + ", ".join(found)
-    way = "name it: data.chat.format=" + "|".join(found or KEYS)
+    known = {name: keys for name, keys in KEYS.items() if name != "preference"}  # which is never meant without its keys
+    expected = "; ".join(f"{name}: {', '.join(names)}" for name, names in known.items()) if not found else "one of " + ", ".join(found)
+    way = "name it: data.chat.format=" + "|".join(found or known)
     raise DataError(what, where=where, expected=expected, found=f"an object with the keys {keys}", next=way)
 
 
@@ -118,8 +120,8 @@ def taker(shape: Format, *, train_on: TrainOn) -> Take:
         try:
             turns = _turns(record, shape)
             if shape != "text":
-                _check_order(turns, train_on=train_on)
-        except _WrongError as error:
+                check_order(turns, train_on=train_on)
+        except WrongError as error:
             return "", str(error)
         return spell(turns), ""
 
@@ -128,8 +130,12 @@ def taker(shape: Format, *, train_on: TrainOn) -> Take:
 
 def spell(turns: Sequence[Turn]) -> str:
     """The one text of a conversation's messages."""
-    messages = [{"content": turn.content, "role": turn.role, **({} if turn.weight is None else {"weight": turn.weight})} for turn in turns]
-    return json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(as_messages(turns), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as a template reads them."""
+    return [{"content": turn.content, "role": turn.role, **({} if turn.weight is None else {"weight": turn.weight})} for turn in turns]
 
 
 def of_pair(question: str, answer: str) -> str:
@@ -148,64 +154,72 @@ def key_of(text: str) -> str:
 
 
 def spoken(text: str) -> str:
-    """What was said alone, one turn a line: for the training of a tokenizer."""
-    return "\n".join(message["content"] for message in messages_of(text))
+    """What was said alone, one turn a line: for the training of a tokenizer. Of a pair both sides."""
+    found: Any = json.loads(text)
+    messages = [*found["chosen"], *found["rejected"][found["asked"] :]] if isinstance(found, dict) else found
+    return "\n".join(message["content"] for message in messages)
 
 
 def _turns(record: dict[str, Any], shape: Format) -> list[Turn]:
-    """The turns of an object of a shape. Raises _WrongError."""
-    missing = [key for key in KEYS[shape] if key not in record]
-    if missing:
-        others = shapes_of(record)
-        looks = f"; it looks like {others[0]}" if others else ""
-        raise _WrongError(f"expected {shape}, found no key {missing[0]!r}{looks}")
+    """The turns of an object of a shape. Raises WrongError."""
+    if why := missing_key(record, shape):
+        raise WrongError(why)
     if shape in ("messages", "sharegpt"):
-        return _listed(record, shape)
+        return [*(system_of(record) if shape == "sharegpt" else []), *listed(record[KEYS[shape][0]], KEYS[shape][0], shape)]
     weight = _weight(record, "the object")
     if shape == "text":
-        return [Turn("text", _text(record["text"], "'text'"), weight)]
+        return [Turn("text", wanted_text(record["text"], "'text'"), weight)]
     if shape == "prompt_completion":
-        return [Turn("user", _text(record["prompt"], "'prompt'")), Turn("assistant", _text(record["completion"], "'completion'"), weight)]
-    asked = _text(record["instruction"], "'instruction'")
+        question = Turn("user", wanted_text(record["prompt"], "'prompt'"))
+        return [question, Turn("assistant", wanted_text(record["completion"], "'completion'"), weight)]
+    asked = wanted_text(record["instruction"], "'instruction'")
     if record.get("input") not in (None, ""):
-        asked += "\n\n" + _text(record["input"], "'input'", empty=True)
-    system = _system(record)
-    return [*system, Turn("user", asked.rstrip("\n")), Turn("assistant", _text(record["output"], "'output'"), weight)]
+        asked += "\n\n" + wanted_text(record["input"], "'input'", empty=True)
+    system = system_of(record)
+    return [*system, Turn("user", asked.rstrip("\n")), Turn("assistant", wanted_text(record["output"], "'output'"), weight)]
 
 
-def _listed(record: dict[str, Any], shape: Format) -> list[Turn]:
-    """The turns of an object that lists them."""
-    key, (role_key, text_key) = KEYS[shape][0], ("role", "content") if shape == "messages" else ("from", "value")
-    listed = record[key]
-    if not isinstance(listed, list):
-        raise _WrongError(f"{key!r} must be an array, found {type_name(listed)}")
-    if not 0 < len(listed) <= MOST_TURNS:
-        raise _WrongError(f"{key!r} has {len(listed)} turns, expected 1 to {MOST_TURNS}")
-    turns = _system(record) if shape == "sharegpt" else []
-    for number, one in enumerate(listed, start=1):
+def missing_key(record: dict[str, Any], shape: Format) -> str:
+    """What an object lacks of a shape; empty when nothing."""
+    missing = [key for key in KEYS[shape] if key not in record]
+    others = shapes_of(record) if missing else []
+    looks = f"; it looks like {others[0]}" if others else ""
+    return f"expected {shape}, found no key {missing[0]!r}{looks}" if missing else ""
+
+
+def listed(values: Any, key: str, shape: Format = "messages") -> list[Turn]:
+    """The turns that an object lists under a key. Raises WrongError."""
+    role_key, text_key = ("from", "value") if shape == "sharegpt" else ("role", "content")
+    if not isinstance(values, list):
+        raise WrongError(f"{key!r} must be an array, found {type_name(values)}")
+    if not 0 < len(values) <= MOST_TURNS:
+        raise WrongError(f"{key!r} has {len(values)} turns, expected 1 to {MOST_TURNS}")
+    turns = []
+    for number, one in enumerate(values, start=1):
         if not isinstance(one, dict):
-            raise _WrongError(f"turn {number} must be an object, found {type_name(one)}")
+            raise WrongError(f"turn {number} must be an object, found {type_name(one)}")
         for name in (role_key, text_key):
             if name not in one:
-                raise _WrongError(f"turn {number} has no key {name!r} (it has {', '.join(printable(k, 20) for k in list(one)[:4])})")
+                raise WrongError(f"turn {number} has no key {name!r} (it has {', '.join(printable(k, 20) for k in list(one)[:4])})")
         role = one[role_key]
         if not isinstance(role, str) or role not in ROLES[shape]:
             shown = repr(printable(role, 20)) if isinstance(role, str) else type_name(role)
-            raise _WrongError(f"turn {number} has the unknown role {shown}; known are {', '.join(ROLES[shape])}")
-        turns.append(Turn(MEANS.get(role, role), _text(one[text_key], f"turn {number}"), _weight(one, f"turn {number}")))
+            raise WrongError(f"turn {number} has the unknown role {shown}; known are {', '.join(ROLES[shape])}")
+        turns.append(Turn(MEANS.get(role, role), wanted_text(one[text_key], f"turn {number}"), _weight(one, f"turn {number}")))
     return turns
 
 
-def _system(record: dict[str, Any]) -> list[Turn]:
+def system_of(record: dict[str, Any]) -> list[Turn]:
     """The system turn that stands beside the others, if there is one."""
-    return [] if record.get("system") in (None, "") else [Turn("system", _text(record["system"], "'system'"))]
+    return [] if record.get("system") in (None, "") else [Turn("system", wanted_text(record["system"], "'system'"))]
 
 
-def _text(value: Any, name: str, *, empty: bool = False) -> str:
+def wanted_text(value: Any, name: str, *, empty: bool = False) -> str:
+    """A text with something in it. Raises WrongError for anything else; `empty`: it may be without."""
     if why := wrong_text(value, name):
-        raise _WrongError(why)
+        raise WrongError(why)
     if not empty and not value.strip():
-        raise _WrongError(f"{name} is empty")
+        raise WrongError(f"{name} is empty")
     return value
 
 
@@ -213,32 +227,32 @@ def _weight(one: dict[str, Any], name: str) -> float | None:
     """The weight that a turn carries, or None."""
     weight, train = one.get("weight"), one.get("train")
     if weight is not None and train is not None:
-        raise _WrongError(f"{name} has both weight and train")
+        raise WrongError(f"{name} has both weight and train")
     if train is not None:
         if not isinstance(train, bool):
-            raise _WrongError(f"{name}: train must be true or false, found {type_name(train)}")
+            raise WrongError(f"{name}: train must be true or false, found {type_name(train)}")
         return None if train else 0.0
     if weight is None:
         return None
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise _WrongError(f"{name}: weight must be a number, found {type_name(weight)}")
+        raise WrongError(f"{name}: weight must be a number, found {type_name(weight)}")
     if not (math.isfinite(weight) and 0 <= weight <= LARGEST):
-        raise _WrongError(f"{name}: weight must be from 0 to {LARGEST:g}, found {printable(str(weight), 20)}")
+        raise WrongError(f"{name}: weight must be from 0 to {LARGEST:g}, found {printable(str(weight), 20)}")
     return float(weight)
 
 
-def _check_order(turns: Sequence[Turn], *, train_on: TrainOn) -> None:
-    """Raises _WrongError where turns do not alternate, nobody answers, or something that is never trained has a weight."""
+def check_order(turns: Sequence[Turn], *, train_on: TrainOn) -> None:
+    """Raises WrongError where turns do not alternate, nobody answers, or something that is never trained has a weight."""
     before = "system"
     for number, turn in enumerate(turns, start=1):
         if turn.role == "system" and number > 1:
-            raise _WrongError(f"turn {number} is a system turn, expected at the beginning alone")
+            raise WrongError(f"turn {number} is a system turn, expected at the beginning alone")
         if turn.role == before != "system":
-            raise _WrongError(f"two {turn.role} turns in a row, {number - 1} and {number}")
+            raise WrongError(f"two {turn.role} turns in a row, {number - 1} and {number}")
         if turn.role == "assistant" and before == "system":
-            raise _WrongError("the assistant speaks first, expected the user")
+            raise WrongError("the assistant speaks first, expected the user")
         if turn.role != "assistant" and turn.weight and train_on != "all":
-            raise _WrongError(f"turn {number} of the {turn.role} has a weight, and train_on={train_on} never trains it")
+            raise WrongError(f"turn {number} of the {turn.role} has a weight, and train_on={train_on} never trains it")
         before = turn.role
     if not any(turn.role == "assistant" for turn in turns):
-        raise _WrongError("no assistant turn")
+        raise WrongError("no assistant turn")

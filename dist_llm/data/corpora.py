@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_llm.config.hub import MARK
-from dist_llm.data import chat, python_corpus, skills
+from dist_llm.data import chat, preferences, python_corpus, skills
 from dist_llm.data.chat import Reading
 from dist_llm.data.entropy import MarkovSource
 from dist_llm.data.readers import BadLines, Document, Take, find_files, is_table, read_files, size_of
@@ -73,7 +73,7 @@ def open_corpus(
     bad = BadLines() if bad is None else bad
     names = (source,) if isinstance(source, str) else source
     parts = [
-        _skills(seed, mixture, chats=reading is not None)
+        _skills(seed, mixture, reading)
         if name == "skills"
         else _open_one(name, seed=seed, text_key=text_key, bad=bad, home=home)
         if reading is None
@@ -105,16 +105,26 @@ def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | Non
         if reading.shape == "auto":
             what, expected = "the shape of conversations on the hub is to be named", "one of " + ", ".join(chat.KEYS)
             raise UsageError(what, where="data.chat.format", expected=expected, found="auto")
-        take = chat.taker(reading.shape, train_on=reading.train_on)
+        take = _taker(reading.shape, reading)
         corpus = _hub(source, text_key="text", bad=bad, home=home, take=take)
         return replace(corpus, identity=("chat", reading.shape, reading.train_on, corpus.identity), shape=reading.shape)
     files = find_files(source)
     chat.require_objects(files)
     shape = reading.shape if reading.shape != "auto" else chat.find_format(files)
-    take = chat.taker(shape, train_on=reading.train_on)
+    if shape == "preference" and reading.shape == "auto":
+        what, way = "the source holds preferences: answers that are chosen and rejected", "preference.loss=sigmoid trains them (DPO)"
+        raise UsageError(what, where=f"data.source: {source}", expected="conversations, or a preference section", next=way)
+    take = _taker(shape, reading)
     corpus = _files(source, files, text_key="text", bad=bad, take=take)
     found = f"{source} holds conversations of the shape {shape}" + (", as its first object says" if reading.shape == "auto" else "")
     return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, notes=(*corpus.notes, found))
+
+
+def _taker(shape: chat.Format, reading: Reading) -> Take:
+    """What makes documents of the objects of a shape."""
+    if shape == "preference":
+        return preferences.taker(train_on=reading.train_on)
+    return chat.taker(shape, train_on=reading.train_on)
 
 
 def _python() -> Corpus:
@@ -175,17 +185,28 @@ def _name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", Path(source).name.split(".")[0]).strip("-").lower()[:32]
 
 
-def _skills(seed: int, mixture: skills.Mixture, *, chats: bool) -> Corpus:
-    """Pairs without end, as text or as conversations; the split goes by the text, so that no question held out is trained on."""
+def _skills(seed: int, mixture: skills.Mixture, reading: Reading | None) -> Corpus:
+    """Questions without end, as text, as conversations, or each with its right answer and a wrong one.
+
+    The split goes by what is asked, so that no question held out is trained on.
+    """
+    kind = "text" if reading is None else "preference" if reading.shape == "preference" else "chat"
 
     def documents() -> Iterator[Document]:
         for index in itertools.count():
             one = skills.pair(seed, index, mixture)
-            yield Document(chat.of_pair(one.prompt, one.answer) if chats else one.text, f"skills:{index}")
+            if kind == "preference":
+                asked = chat.Turn("user", one.prompt)
+                sides = ([asked, chat.Turn("assistant", text)] for text in (one.answer, skills.wrong(seed, index, mixture)))
+                text = preferences.spell(*sides, asked=1)
+            else:
+                text = one.text if kind == "text" else chat.of_pair(one.prompt, one.answer)
+            yield Document(text, f"skills:{index}")
 
     drawn = () if mixture == skills.ALL else (mixture.tasks, mixture.length, mixture.apart)
-    identity = ("skills", *(("chat",) if chats else ()), seed, *drawn)
-    return Corpus("skills", identity, documents, GENERATED, endless=True, shuffled=True, shape="messages" if chats else "")
+    identity = ("skills", *(() if kind == "text" else (kind,)), seed, *drawn)
+    shape = {"text": "", "chat": "messages", "preference": "preference"}[kind]
+    return Corpus("skills", identity, documents, GENERATED, endless=True, shuffled=True, shape=shape)
 
 
 def _entropy(seed: int) -> Iterator[Document]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from dist_llm.errors import DataError
 class Ids:
     """A document as ids, its digest, its place for the split in [0, 1), its bytes of text.
 
-    weights: of each id in the loss, in a conversation; None: of a text, whose end token the store adds.
+    weights: of each id in the loss, in a conversation; None: of a text, whose end token the store adds. second: of a pair, the place
+    of the first id of its rejected side; each side is a document of the store.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -28,6 +29,14 @@ class Ids:
     fraction: float
     text_bytes: int
     weights: list[float] | None = None
+    second: int | None = None
+
+    @property
+    def sides(self) -> list[tuple[Sequence[int] | np.ndarray, list[float] | None]]:
+        """(ids, weights) of each document of a store that it becomes."""
+        if self.second is None or self.weights is None:
+            return [(self.ids, self.weights)]
+        return [(self.ids[part], self.weights[part]) for part in (slice(self.second), slice(self.second, None))]
 
 
 class Encoder(Protocol):
@@ -103,12 +112,17 @@ class ChatEncoder:
             else:
                 ids, weights, fault = encoded.ids, encoded.weights, None
         if fault:
-            self.faulty.append([document.name, fault, messages[-1]["content"][:200]])
-            self.bad.add(document.name, fault, messages[-1]["content"][:200].encode())
+            self.note_bad(document, fault, messages)
             return None
         digest = hashlib.blake2b(np.array(ids, "<i8").tobytes() + np.array(weights, "<f8").tobytes(), digest_size=16).digest()
         text_bytes = sum(len(message["content"].encode()) for message in messages)
         return Ids(ids, digest, place_of(key_of(document.text)), text_bytes, weights)
+
+    def note_bad(self, document: Document, fault: str, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Notes what cannot be encoded. Raises DataError when it is too much."""
+        excerpt = messages[-1]["content"][:200]
+        self.faulty.append([document.name, fault, excerpt])
+        self.bad.add(document.name, fault, excerpt.encode())
 
 
 def identify(document: Document) -> tuple[bytes, float]:

@@ -118,6 +118,9 @@ class PackedBatches(Batches):
     Raises DataError for them, or when there are fewer sequences than a global batch has.
     """
 
+    noun = "conversations"  # what lies in the sequences
+    each = 1  # documents of one
+
     def __init__(
         self,
         stores: TokenStore | Sequence[TokenStore],
@@ -131,11 +134,15 @@ class PackedBatches(Batches):
         sequential: bool = False,
     ) -> None:
         each = [stores] if isinstance(stores, TokenStore) else list(stores)
-        self.packings = [pack(store, sequence=sequence, best_fit=best_fit, too_long=too_long) for store in each]
+        self.packings = [self._pack(store, sequence=sequence, best_fit=best_fit, too_long=too_long) for store in each]
         self.best_fit = best_fit
         self.weighted = any(store.weights is not None and len(store.weights.table) > 2 for store in each)  # other than 0 and 1
         settings: dict[str, Any] = {"weights": weights, "sequential": sequential, "document_mask": True, "reset_positions": True}
         super().__init__(each, sequence=sequence, global_batch=global_batch, seed=seed, **settings)
+
+    def _pack(self, store: TokenStore, **how: Any) -> Packing:
+        """How the conversations of a store lie in sequences."""
+        return pack(store, **how)
 
     def targets(self, step: int) -> int:
         """Trained tokens of the whole global batch: from the index alone."""
@@ -203,12 +210,13 @@ class PackedBatches(Batches):
         short = [store for store, count in zip(self.stores, self.counts, strict=True) if each and count < 1]
         if short or self.num_samples < needed:
             store = short[0] if short else self.stores[0]
-            advice = "more conversations, or a smaller batch.global or data.sequence" if each else "raise data.validation, or set it to 0"
+            documents = sum(one.manifest.documents for one in self.stores)
+            advice = f"more {self.noun}, or a smaller batch.global or data.sequence" if each else "raise data.validation, or set it to 0"
             raise DataError(
-                "there are too few conversations for one global batch" if not short else "no conversation of a source fits",
+                f"there are too few {self.noun} for one global batch" if not short else f"no {self.noun[:-1]} of a source fits",
                 where=str(store.folder),
                 expected=f"at least {1 if short else needed} sequences of {self.sequence}",
-                found=f"{0 if short else self.num_samples} from {sum(one.manifest.documents for one in self.stores)} conversations",
+                found=f"{0 if short else self.num_samples} from {documents // self.each} {self.noun}",
                 next=advice,
             )
 
@@ -230,7 +238,7 @@ class PackedBatches(Batches):
         """What was packed and what was left out, in words."""
         found = self.statistics()
         room = f"{found['sequences']:,} sequences of {self.sequence}, {found['padding_share']:.1%} padding"
-        packed = f"{found['samples']:,} conversations in {room}"
+        packed = f"{found['samples']:,} {self.noun} in {room}"
         trained = f"{found['trained_share']:.1%} of {found['tokens']:,} tokens are trained"
         left = f"; {found['too_long']:,} were longer than a sequence, {found['left_out']:,} were left out" if found["too_long"] else ""
         return f"{packed}; {trained}{left}"
@@ -241,12 +249,12 @@ class PackedBatches(Batches):
         `samples`, `sequences`, `tokens`, `trained_tokens`, `trained_share` (of tokens), `padding_share` (of places),
         `padding_share_unpacked` (with one conversation a sequence), `longest` (tokens), `too_long`, `left_out`, `emptied`.
         """
-        samples = sum(len(packing.order) for packing in self.packings)
-        places = sum(int(packing.places.sum()) for packing in self.packings)
-        tokens = places + samples
+        documents = sum(len(packing.order) for packing in self.packings)
+        places, samples = sum(int(packing.places.sum()) for packing in self.packings), documents // self.each
+        tokens = places + documents
         trained = sum(int(packing.sums[packing.order, 1].sum()) for packing in self.packings)
         room = self.num_samples * self.sequence
-        lengths = [np.diff(store.document_starts) for store in self.stores]
+        lengths = [np.diff(store.document_starts).reshape(-1, self.each).sum(1) for store in self.stores]
         return {
             "samples": samples,
             "sequences": self.num_samples,

@@ -24,6 +24,7 @@ from dist_llm.data.corpora import Corpus, open_corpus
 from dist_llm.data.encoding import ChatEncoder, TextEncoder
 from dist_llm.data.entropy import entropy_rate
 from dist_llm.data.mixture import whole_weights
+from dist_llm.data.preferences import PairEncoder
 from dist_llm.data.publish import NOTE, publish
 from dist_llm.data.readers import BadLines
 from dist_llm.data.sealed import check_seal, read_file, seal, write_durably
@@ -232,7 +233,8 @@ def _store(
     """The folder of one corpus' stores, built when it is not there yet, and the names of its splits."""
     encoder: TextEncoder | ChatEncoder = TextEncoder(tokenizer)
     if work.chat is not None and work.template is not None:
-        encoder = ChatEncoder(work.template, tokenizer, train_on=work.chat.train_on, bad=work.bad)
+        kind = PairEncoder if work.chat.format == "preference" else ChatEncoder
+        encoder = kind(work.template, tokenizer, train_on=work.chat.train_on, bad=work.bad)
 
     def make(target: Path) -> None:
         work.bad.met.clear()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dist_llm.config.schema import SkillsConfig
 
+TRIES = 16  # answers that are looked at for one that is wrong
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 LETTERS = CONSONANTS + VOWELS
 BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -171,11 +172,24 @@ SKILLS = (
 
 def pair(seed: int, index: int, how: Mixture = ALL) -> Pair:
     """Chat pair number `index` of the seed."""
-    draws = Draws(seed, "skills", index, size=1024 if how.length else 64)
+    draws = Draws(seed, "skills", index, size=_size(how))
     chosen = [skill for skill in SKILLS if not how.tasks or skill.name in how.tasks]
     skill = chosen[draws.below(len(chosen))]
     argument = skill.draw(draws, how)
     return Pair(skill.name, f"{skill.ask}: {argument}", skill.solve(argument))
+
+
+def wrong(seed: int, index: int, how: Mixture = ALL) -> str:
+    """A wrong answer to that question, of the kind of the right one: the answer to another question of the same skill."""
+    right = pair(seed, index, how)
+    skill = next(skill for skill in SKILLS if skill.name == right.skill)
+    others = (skill.solve(skill.draw(Draws(seed, "wrong", index, attempt, size=_size(how)), how)) for attempt in range(TRIES))
+    return next((answer for answer in others if answer not in ("", right.answer)), right.answer + right.answer)
+
+
+def _size(how: Mixture) -> int:
+    """Bytes that the draws of a pair share."""
+    return 1024 if how.length else 64
 
 
 def check(prompt: str, answer: str) -> bool:

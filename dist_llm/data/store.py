@@ -185,6 +185,7 @@ class TokenStore:
         self._tokens = ShardReader(self.folder, self.manifest.shards, dtype=self.manifest.dtype)
         self.document_starts = mapped(self.folder / INDEX, "<u8")  # (documents + 1,)
         self.weights: WeightReader | None = None
+        self.reference: np.ndarray | None = None  # of pairs, once a run asks: log probabilities of their sides, (pairs, 2), NaN: not known
         if self.manifest.weights is not None:
             verify_file(self.folder, self.manifest.weights.index)
             self.weights = WeightReader(self.folder, self.manifest.weights)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_llm import comm, flight
+from dist_llm.config.preference import FIGURES
 from dist_llm.config.schema import ModelConfig, OptimizerConfig
 from dist_llm.engines.graph import CudaRecorder, StepGraph
 from dist_llm.engines.offload import HOST, Ferry
@@ -37,11 +38,15 @@ Read = Callable[[str, str, Box, int, int], Tensor]
 
 @dataclass(frozen=True)
 class Totals:
-    """What all ranks know after a step's gradients are complete: the summed loss, the global norm, and whether a rank is to stop."""
+    """What all ranks know after a step's gradients are complete: the summed loss, the global norm, and whether a rank is to stop.
+
+    figures: what a loss of pairs has summed beside itself.
+    """
 
     loss: float
     norm: float
     stop: bool = False
+    figures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ class NativeEngine:
         self.optimizer, self.clip = Optimizer(optimizer, HOST if self.ferry else device), optimizer.clip
         self.moments = [self.optimizer.moments(flat.master) for flat in self.flats]
         self.units = list(dict.fromkeys(row.unit for row in table(model)))
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.scale = torch.zeros((), dtype=torch.float64, device=device)
+        shape = (len(FIGURES),) if options.pairs else ()
+        self.loss = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.scale = torch.zeros(shape, dtype=torch.float64, device=device)  # the slope of the first number alone
         self.stop = torch.zeros((), dtype=torch.float64, device=device)  # 1 where this rank was told to stop: it travels with the norm
         self.graph = StepGraph(self.flats, CudaRecorder(device)) if options.graph else None
         self.totals: Tensor | None = None  # of a step that has been recorded, until it is read
@@ -101,7 +107,7 @@ class NativeEngine:
 
     def run(self, contexts: Sequence[Context], *, targets: float) -> None:
         """Forward and backward of one global batch. targets: what those of all ranks count together: their number, or weight."""
-        self.scale.fill_(1.0 / targets)
+        self.scale.view(-1)[0].fill_(1.0 / targets)
         if self.graph is not None and not self.pipeline.recording:  # spans are marked by the host
             self.totals = self.graph.run(contexts, self._gradients_of)
         else:
@@ -120,14 +126,19 @@ class NativeEngine:
 
         Every data-parallel rank brings the same number of contexts, made with `training=False`.
         """
+        return float(self.figures(contexts).view(-1)[0])
+
+    def figures(self, contexts: Sequence[Context]) -> Tensor:
+        """As `evaluate`, on the host; of pairs all that they make of the losses."""
         with comm.booked_on("control"):
-            return float(comm.all_reduce(self.local_loss(contexts), self.mesh.world))
+            return comm.all_reduce(self.local_loss(contexts), self.mesh.world).cpu()
 
     def local_loss(self, contexts: Sequence[Context]) -> Tensor:
-        """As `evaluate`, this rank's part of the sum alone, a float64 scalar: zero where the last stage is elsewhere."""
+        """As `evaluate`, this rank's part of the sum alone, float64, `Context.loss_shape`: zero where the last stage is elsewhere."""
         forward = [[action for action in actions if action.kind == Kind.F] for actions in self._compute(len(contexts))]
         walk = Pipeline(self.stages, lower(forward, reduce="step"), self.mesh)
-        loss = walk.run(contexts, scale=torch.zeros((), device=self.device), boundary=self._boundary)
+        scale = torch.zeros(contexts[0].loss_shape, dtype=torch.float64, device=self.device)
+        loss = walk.run(contexts, scale=scale, boundary=self._boundary)
         for flat in (*self.flats, *self.frozen):
             flat.end_step()
         return loss if self.mesh.at.tp == 0 else torch.zeros_like(loss)
@@ -138,9 +149,9 @@ class NativeEngine:
         Sums of squares are float64 per unit and added in the order of units, so that the cut into stages cannot change a bit.
         """
         totals, self.totals = self._finish() if self.totals is None else self.totals, None
-        *squares, loss, stop = totals.tolist()  # the host waits for the device here
-        self.norm = sum(squares) ** 0.5
-        return Totals(loss, self.norm, stop > 0)
+        numbers, units = totals.tolist(), len(self.units)  # the host waits for the device here
+        self.norm = sum(numbers[:units]) ** 0.5
+        return Totals(numbers[units], self.norm, numbers[-1] > 0, tuple(numbers[units + 1 : -1]))
 
     def _finish(self) -> Tensor:
         """Global gradients on the ranks that own them -> each unit's sum of squares, the summed loss, ranks that are to stop: float64."""
@@ -151,11 +162,11 @@ class NativeEngine:
             flat.finish(pending)
         for held in self.frozen:
             held.end_step()
-        totals = torch.zeros(len(self.units) + 2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(len(self.units) + self.loss.numel() + 1, dtype=torch.float64, device=self.device)
         for flat in self.flats:
             totals[self.units.index(flat.plan.unit)] += flat.square_sum()
         if self.mesh.at.tp == 0:
-            totals[-2] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
+            totals[len(self.units) : -1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
         totals[-1] = self.stop
         return comm.all_reduce(totals, self.mesh.world)
 

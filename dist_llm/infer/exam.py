@@ -8,10 +8,9 @@ from math import sqrt
 from typing import Any
 
 from dist_llm.config.schema import Config, sources_of
-from dist_llm.data import chat, skills
-from dist_llm.data.build import identify
+from dist_llm.data import chat, preferences, skills
+from dist_llm.data.encoding import place_of
 from dist_llm.data.prepare import Prepared
-from dist_llm.data.readers import Document
 from dist_llm.data.skills import Pair
 from dist_llm.data.templates import Template
 from dist_llm.data.tokenizer import Tokenizer
@@ -72,12 +71,16 @@ def questions(config: Config, prepared: Prepared | None, *, tasks: Sequence[str]
 
 
 def _held_out(one: Pair, config: Config) -> bool:
-    """Whether the split of a run on `skills` keeps a pair from training: the text of the document decides."""
+    """Whether the split of a run on `skills` keeps a pair from training: what is said in its document decides."""
     if not config.data.validation or not uses_skills(config):
         return True
-    chats = config.data.chat.format is not None
-    text = chat.of_pair(one.prompt, one.answer) if chats else one.text
-    return identify(Document(text, ""))[1] < config.data.validation
+    if config.data.chat.format is None:
+        key = one.text
+    elif config.data.chat.format == "preference":
+        key = preferences.key_of([{"role": "user", "content": one.prompt}])
+    else:
+        key = chat.key_of(chat.of_pair(one.prompt, one.answer))
+    return place_of(key) < config.data.validation
 
 
 def _text(prepared: Prepared | None) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,17 +53,56 @@ def whole(weight: Tensor, smoothing: float, softcap: float = 0.0) -> Slice:
     return Slice(0, weight.shape[0], smoothing, lambda known: known, softcap)
 
 
-def loss_alone(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None) -> Tensor:
-    """x (T, D), weight (v, D), labels (T,), weights (T,) -> the summed loss, a float64 scalar."""
+class Objective(Protocol):
+    """What is made of the losses of a micro-batch's tokens; `Counted`, or `Pairs` of model/preference.py."""
+
+    def alone(self, x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> Tensor:
+        """x (T, D), weight (v, D), labels (T,) -> float64; where there are several numbers the first is the loss."""
+
+    def with_gradients(
+        self, x: Tensor, weight: Tensor, labels: Tensor, part: Slice, *, trained: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `alone`, with the gradients of the loss by x (T, D) and by weight (v, D), if it is trained."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Their sum, each times its weight (T,); None: 1."""
+
+    weights: Tensor | None
+
+    def alone(self, x: Tensor, weight: Tensor, labels: Tensor, part: Slice) -> Tensor:
+        """As Objective."""
+        return loss_alone(x, weight, labels, part, self.weights)
+
+    def with_gradients(
+        self, x: Tensor, weight: Tensor, labels: Tensor, part: Slice, *, trained: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As Objective."""
+        return loss_and_gradients(x, weight, labels, part, self.weights, trained=trained)
+
+
+def loss_alone(
+    x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None, *, each: Tensor | None = None
+) -> Tensor:
+    """x (T, D), weight (v, D), labels (T,), weights (T,) -> the summed loss, a float64 scalar. each (T,): takes that of each token."""
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
-        loss += _chunk(x[here], weight, labels[here], part, _some(weights, here))[0]
+        taken = _chunk(x[here], weight, labels[here], part, _some(weights, here))[0]
+        _take(taken, loss, each, here)
     return loss
 
 
 def loss_and_gradients(
-    x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None = None, *, trained: bool = True
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    part: Slice,
+    weights: Tensor | None = None,
+    *,
+    trained: bool = True,
+    each: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `loss_alone` -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D), if it is trained)."""
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -71,7 +111,7 @@ def loss_and_gradients(
     for at in range(0, x.shape[0], CHUNK):
         here = slice(at, at + CHUNK)
         taken, slope = _chunk(x[here], weight, labels[here], part, _some(weights, here))
-        loss += taken
+        _take(taken, loss, each, here)
         slope = slope.to(x.dtype)
         torch.mm(slope, weight, out=by_x[here])
         if by_weight is not None and by_weight.dtype == x.dtype:
@@ -82,12 +122,19 @@ def loss_and_gradients(
     return loss, by_x, None if by_weight is None else by_weight.to(weight.dtype)
 
 
+def _take(taken: Tensor, loss: Tensor, each: Tensor | None, here: slice) -> None:
+    """Adds a chunk's losses up in `loss`, and keeps them where each is asked for."""
+    loss += taken.sum(dtype=torch.float64)
+    if each is not None:
+        each[here] = taken
+
+
 def _some(weights: Tensor | None, here: slice) -> Tensor | None:
     return None if weights is None else weights[here]
 
 
 def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A chunk's summed loss, and the slope of that loss by each logit (chunk, v), in the memory of the logits.
+    """The loss of each token of a chunk, and the slope of their sum by each logit (chunk, v), in the memory of the logits.
 
     Smoothing e mixes the label with the uniform distribution over the global vocabulary (arXiv:1512.00567).
     """
@@ -133,7 +180,7 @@ def _loss_and_slope(
     vocab: int,
     smoothing: float,
 ) -> Tensor:
-    """exp(logit - local_largest) (chunk, v) becomes the slope in place; the rest is of the whole vocabulary, (chunk,). Leaves the loss."""
+    """exp(logit - local_largest) (chunk, v) becomes the slope in place; the rest is of the whole vocabulary, (chunk,). Leaves each loss."""
     inside, local = _local(labels, first=first, rows=slope.shape[1])
     counted, uniform = (labels >= 0).to(slope.dtype), smoothing / vocab
     if weights is not None:
@@ -150,7 +197,7 @@ def _loss_and_slope(
     loss = loss.masked_fill(labels < 0, 0.0)
     if weights is not None:
         loss = loss * weights.to(loss.dtype)
-    return loss.sum(dtype=torch.float64)
+    return loss
 
 
 def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:

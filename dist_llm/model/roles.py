@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dist_llm.model.kernels import activate
-from dist_llm.model.loss import cross_entropy
+from dist_llm.model.loss import IGNORED, cross_entropy
 from dist_llm.model.parts import Draw, Norm, Projection, Projections
+from dist_llm.model.preference import Pairs
 
 
 class Roles:
@@ -54,13 +56,18 @@ class Roles:
         labels: Tensor,
         *,
         weights: Tensor | None = None,
+        pairs: Pairs | None = None,
         softcap: float = 0.0,
         smooth: bool = True,
     ) -> Tensor:
         """(B, S, D) before its norm, weight (V, D), labels and weights of tokens (B, S) -> the summed cross-entropy, a float64 scalar.
 
-        softcap c: logits become c tanh(logits / c). smooth: in training.
+        pairs: what is made of the losses instead of their sum. softcap c: logits become c tanh(logits / c). smooth: in training.
         """
+        if pairs is not None:
+            logits = self.logits(norm(x), weight).flatten(0, 1)
+            logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+            return pairs.figures(F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none").double())
         rules = {"smoothing": self.smoothing if smooth else 0.0, "softcap": softcap}
         counts = None if weights is None else weights.flatten()
         return cross_entropy(norm(x).flatten(0, 1), weight, labels.flatten(), weights=counts, **rules)

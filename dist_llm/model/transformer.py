@@ -24,6 +24,7 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.model.attention import attend
 from dist_llm.model.kernels import RotateInPlace, rotated
 from dist_llm.model.parts import Draw, Make, Norm, Projection, Projections
+from dist_llm.model.preference import Pairs
 from dist_llm.model.roles import Roles
 from dist_llm.model.rotary import rotary_table as rotary_table
 from dist_llm.model.rotary import rotary_tables
@@ -47,11 +48,17 @@ class Context:
     local_mask: Tensor | None = None  # (B or 1, 1, S, S) of windowed layers; None: the window holds all, `mask` serves
     local_rotary: tuple[Tensor, Tensor] | None = None  # of windowed layers; None: as `rotary`
     noise: Tensor | None = None  # (B, S) the largest noise that an embedded token gets, float64 (NEFTune, arXiv:2310.05914)
+    pairs: Pairs | None = None  # what the loss makes of the tokens instead of their sum
 
     @property
     def draw(self) -> Draw | None:
         """The address of random numbers inside blocks, of all tokens; None: nothing is drawn."""
         return None if self.key is None else Draw(self.places, self.key)
+
+    @property
+    def loss_shape(self) -> tuple[int, ...]:
+        """Of what the head leaves: a number, or for pairs several of which the first is the loss."""
+        return () if self.pairs is None else (self.pairs.size,)
 
 
 def make_context(
@@ -65,6 +72,7 @@ def make_context(
     rows: Tensor | None = None,
     weights: Tensor | None = None,
     samples: Tensor | None = None,
+    pairs: Pairs | None = None,
     seed: int = 0,
     step: int = 0,
     training: bool = True,
@@ -74,6 +82,7 @@ def make_context(
     positions (B, S): default 0..S-1 in every sequence. documents (B, S): attention stays inside a document. rows (B,):
     place of each sequence in the global batch; with seed and step they address the dropout masks. weights (B, S), floats:
     what each token's loss counts. samples (B, S): number of the sample that a token belongs to, for NEFTune; None: a row is one.
+    pairs: what is made of the losses instead of their sum.
     """
     (batch, length), device = tokens.shape, tokens.device
     line = torch.arange(length, device=device)
@@ -88,7 +97,7 @@ def make_context(
     key = torch.tensor(halves(key_of(seed, "dropout", step=step)), device=device) if draws else None
     noise = _noise(model, tokens if samples is None else samples, one=samples is None) if training and model.neftune else None
     places = rows[:, None] * length + line
-    return Context(tokens, labels, positions, mask, places, tables[0], key, training, weights, local_mask, tables[1], noise)
+    return Context(tokens, labels, positions, mask, places, tables[0], key, training, weights, local_mask, tables[1], noise, pairs)
 
 
 def _noise(model: ModelConfig, samples: Tensor, *, one: bool) -> Tensor:
@@ -253,8 +262,8 @@ class Head(nn.Module):
         self.roles, self.softcap = roles, model.logit_softcap
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, S, D) -> the summed cross-entropy over the context's labels, each times its weight, a float64 scalar."""
-        rules: dict[str, Any] = {"weights": context.weights, "softcap": self.softcap, "smooth": context.training}
+        """(B, S, D) -> the summed cross-entropy over the context's labels, each times its weight, float64; or what pairs make of it."""
+        rules: dict[str, Any] = {"weights": context.weights, "pairs": context.pairs, "softcap": self.softcap, "smooth": context.training}
         return self.roles.loss(x, self.norm, self.head.weight, context.labels, **rules)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class Options:
     sequence: tokens. micro: sequences in a micro-batch; micro_batches: of one data-parallel rank a step. dtype: of weights
     and activations. fixed: gradients are added in rank order (libraries choose their own). smoothing: of the labels.
     offload_dir: a folder for what is offloaded, instead of host memory, where a library can use one. fp8: how the blocks'
-    matrix products are made (model/products.py). graph: a step is replayed as a CUDA graph (engines/graph.py).
+    matrix products are made (model/products.py). graph: a step is replayed as a CUDA graph (engines/graph.py). pairs: the loss is
+    of pairs (model/preference.py).
     """
 
     sequence: int
@@ -79,6 +80,7 @@ class Options:
     offload_dir: str | None
     fp8: str = "off"
     graph: bool = False
+    pairs: bool = False
 
 
 def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:

@@ -82,7 +82,7 @@ class Stage:
     units: list[Unit]
     first: bool
     last: bool
-    loss: Tensor | None = None  # summed over the micro-batches since `take_loss`, a float64 scalar
+    loss: Tensor | None = None  # summed over the micro-batches since `take_loss`, float64: `Context.loss_shape`
     kept: dict[int, list[Kept]] = field(default_factory=dict)
     reducing: list[FlatUnit] = field(default_factory=list)
 
@@ -232,7 +232,7 @@ class Pipeline:
         """One step: all micro-batches through this rank's stages; returns the summed loss (zero where the last stage is elsewhere).
 
         contexts: each is taken when its micro-batch begins here and dropped when it ends.
-        scale: the slope of the summed loss, 1 / target tokens of the global batch. boundary: an empty tensor (B, S', D).
+        scale: the slope of the summed loss, 1 / target tokens of the global batch, in its shape. boundary: an empty tensor (B, S', D).
         """
         state, clock, marks = InTransit(), Clock(scale.device), []
         for action in self.actions:
@@ -264,7 +264,7 @@ class Pipeline:
             pending.finish()
         self.spans = [Span(self.mesh.at.pp, action, clock.seconds(start), clock.seconds(end)) for action, start, end in marks]
         losses = [loss for stage in self.stages.values() if (loss := stage.take_loss()) is not None]
-        return losses[0] if losses else torch.zeros((), dtype=torch.float64, device=scale.device)
+        return losses[0] if losses else torch.zeros_like(scale)
 
     def _forward(self, action: Action, context: Context, state: InTransit) -> None:
         stage = self.stages[action.stage]

@@ -32,6 +32,7 @@ from dist_llm.mesh import Group
 from dist_llm.model import loss as vocabulary
 from dist_llm.model.kernels import TOKENS, activate, activate_backward, norm, norm_backward
 from dist_llm.model.parts import Draw, Norm, Projection, Projections
+from dist_llm.model.preference import Pairs
 from dist_llm.model.products import Products
 from dist_llm.model.roles import Roles
 from dist_llm.parallel.across import Across
@@ -101,17 +102,18 @@ class TensorRoles(Roles):
         labels: Tensor,
         *,
         weights: Tensor | None = None,
+        pairs: Pairs | None = None,
         softcap: float = 0.0,
         smooth: bool = True,
     ) -> Tensor:
         """Enters with (B, S', D) before its norm and v rows of the output table, leaves with the summed loss of all tokens on each rank.
 
-        weights (B, S): what each token's loss counts.
+        weights (B, S): what each token's loss counts. pairs: what is made of the losses instead of their sum.
         """
         smoothing, group = self.smoothing if smooth else 0.0, self.split.group
         part = vocabulary.Slice(self.first, self.vocab, smoothing, lambda known: _share(known, group), softcap)
-        rule = Rule(norm.kind, norm.eps)
-        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, weights, part, torch.is_grad_enabled(), self.split)
+        rule, objective = Rule(norm.kind, norm.eps), pairs or vocabulary.Counted(None if weights is None else weights.flatten())
+        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, objective, part, torch.is_grad_enabled(), self.split)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Enters with (B, S', D), leaves with this rank's logits (B, S, v)."""
@@ -343,7 +345,7 @@ class VocabularyLoss(Function):
     """The norm of an input and its summed loss over a vocabulary in slices; with `slopes` its gradients are made on the way.
 
     Sends three scalars a token: the largest logit, then the exponentials and the label's logit in one reduction
-    (a fourth, the sum of logits, only under label smoothing).
+    (a fourth, the sum of logits, only under label smoothing); for pairs whose table is trained both ways twice.
     """
 
     @staticmethod
@@ -355,32 +357,32 @@ class VocabularyLoss(Function):
         weight: Tensor,
         rule: Rule,
         labels: Tensor,
-        weights: Tensor | None,
+        objective: vocabulary.Objective,
         part: vocabulary.Slice,
         slopes: bool,
         split: Split,
     ) -> Tensor:
-        """x (B, S', D), weight (v, D), labels and weights (B, S) -> the summed loss, a float64 scalar, the same on each rank."""
-        flat, counts = labels.flatten(), None if weights is None else weights.flatten()
+        """x (B, S', D), weight (v, D), labels (B, S) -> what the objective makes of them, float64, the same on each rank."""
+        flat = labels.flatten()
 
         def gathered() -> Tensor:
             return gather(rule(x, gain, shift), split).flatten(0, 1)
 
         if not slopes:
-            return vocabulary.loss_alone(gathered(), weight, flat, part, counts)
+            return objective.alone(gathered(), weight, flat, part)
         trained = ctx.needs_input_grad[3]
-        loss, by_normed, by_weight = vocabulary.loss_and_gradients(gathered(), weight, flat, part, counts, trained=trained)
+        loss, by_normed, by_weight = objective.with_gradients(gathered(), weight, flat, part, trained=trained)
         by_normed = reduce(by_normed.unflatten(0, (x.shape[0], -1)), split)
         ctx.save_for_backward(*rule.backward(by_normed, x, gain, shift), by_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        """The slope of the summed loss -> by x (B, S', D), by the norm's weight and bias (D,) and by weight (v, D).
+        """The slope of the loss, the first of what came out -> by x (B, S', D), by the norm's weight and bias (D,), by weight (v, D).
 
         Scaled where they lie: autograd refuses a second backward, because what was kept has changed.
         """
-        gradients = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
+        gradients = (None if gradient is None else gradient.mul_(scale.view(-1)[0]) for gradient in ctx.saved_tensors)
         return *gradients, *[None] * 6
 
 

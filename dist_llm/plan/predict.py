@@ -29,6 +29,7 @@ def shape_of(config: Config, layout: Layout, *, dtype: str, device: str = "cpu")
         restarting=config.data.reset_positions,
         fixed=config.runtime.reduce_order == "fixed",
         device=device,
+        pairs=config.preference.loss is not None,
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dist_llm.config.layout import Layout
+from dist_llm.config.preference import FIGURES
 from dist_llm.config.schema import ModelConfig
 from dist_llm.model.cost import forward_flops
 from dist_llm.model.table import Row, table, unit_names, uses
@@ -48,6 +49,7 @@ class Shape:
 
     smoothing: of the labels. moments: of the optimizer, 2 for AdamW, 1 for SGD with momentum, 0 without. masked: attention
     stays inside documents; restarting: so do positions. fixed: gradients are added in rank order. device: cpu or cuda.
+    pairs: the loss is of pairs.
     """
 
     model: ModelConfig
@@ -63,6 +65,7 @@ class Shape:
     restarting: bool = False
     fixed: bool = True
     device: str = "cpu"
+    pairs: bool = False
 
     @property
     def widths(self) -> Widths:
@@ -199,6 +202,7 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
     tokens = shape.micro * shape.sequence
     moved = (t - 1) / t * tokens * shape.model.dim * wide.weight  # one gather or scatter; an all_reduce is two
     scalars = 2 * (t - 1) / t * tokens * wide.statistic * (4 if shape.smoothing else 3)
+    scalars *= 2 if shape.pairs and not shape.model.adapter.rank else 1  # logits are made twice where their table is trained
     again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
     per_block, per_head = (10 if layout.sp else 8) + again, 2
     per_embedding = 1 if layout.sp and shape.model.adapter.rank else 2  # no slope is gathered where the table is not trained
@@ -264,6 +268,6 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
 
 
 def _control(total: defaultdict[str, float], shape: Shape) -> None:
-    """The norm with the loss and the wish to stop: float64 each, one number per unit."""
-    world, numbers = shape.layout.world, len(_rows(shape)) + 2
+    """The norm with the loss, or all that pairs make of it, and the wish to stop: float64 each, one number per unit."""
+    world, numbers = shape.layout.world, len(_rows(shape)) + (len(FIGURES) if shape.pairs else 1) + 1
     total["control"] += 2 * (world - 1) / world * numbers * 8

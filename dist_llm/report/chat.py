@@ -18,11 +18,12 @@ CONTENT = """{% extends "base" %}
 {{ fact_list(facts) }}
 </section>
 <section>
-<h2>Conversations</h2>
+<h2>{{ noun }}</h2>
 <p class="note">What is marked is trained: the model learns to say it. The rest it only reads. An edge in another colour, and a number
 after it, are weights other than 1. Point at a token for its id and weight.</p>
 {% for sample in samples %}
-<div class="sample"><div class="step">sequence {{ sample.sequence }}<br>{{ sample.size }}</div>
+<div class="sample"><div class="step">sequence {{ sample.sequence }}<br>{{ sample.size }}
+{% if sample.side %}<br>{{ sample.side }}{% endif %}</div>
 <div class="turns">{{ sample.text }}</div></div>
 {% endfor %}
 </section>
@@ -42,7 +43,7 @@ def write_chat_page(preview: dict[str, Any], path: Path) -> None:
         ("template", preview["template"]),
         ("format", ", ".join(preview["formats"])),
         ("trained on", preview["train_on"]),
-        ("conversations", show_count(counts["samples"])),
+        (preview["noun"], show_count(counts["samples"])),
         ("tokens", show_count(counts["tokens"])),
         ("trained", f"{show_count(counts['trained_tokens'])}, {show_fraction(counts['trained_share'])}"),
         ("sequences", f"{show_count(counts['sequences'])} of {preview['sequence']} tokens"),
@@ -53,12 +54,17 @@ def write_chat_page(preview: dict[str, Any], path: Path) -> None:
         ("ends a turn", " ".join(preview["stops"])),
     ]
     samples = [
-        {"sequence": row["row"], "size": f"{sum(map(len, row['ids']))} tokens", "text": _tokens(row["pieces"], row["ids"], row["weights"])}
+        {
+            "sequence": row["row"],
+            "size": f"{sum(map(len, row['ids']))} tokens",
+            "side": row.get("side"),
+            "text": _tokens(row["pieces"], row["ids"], row["weights"]),
+        }
         for row in preview["rows"]
     ]
     sentence = f"{show_fraction(counts['trained_share'])} of {show_count(counts['tokens'])} tokens are trained"
     note = "As it is rendered, in a sandbox. What lies between generation and endgeneration is the assistant's."
-    context = {"title": preview["title"], "sentence": sentence, "facts": facts, "samples": samples}
+    context = {"title": preview["title"], "noun": preview["noun"].capitalize(), "sentence": sentence, "facts": facts, "samples": samples}
     write_page(path, CONTENT, {**context, "template": {"note": note, "text": preview["template_text"]}}, {})
 
 

@@ -79,9 +79,11 @@ def run_sentence(run: Run) -> str:
 
 
 def run_figures(run: Run) -> dict[str, Figure]:
-    """The figures that the run has data for: `loss`, `grad_norm`, `learning_rate`, `tokens_per_second`, `memory`."""
+    """The figures that the run has data for, by name; `reward_margin` and `accuracy` are of a preference."""
     made = {
         "loss": _loss_figure(run.steps),
+        "reward_margin": _pair_figure(run.steps, "reward_margin", "reward margin", "%{y:.4f}", {}),
+        "accuracy": _pair_figure(run.steps, "accuracy", "pairs right", "%{y:.1%}", {"range": [0, 1], "tickformat": ".0%"}),
         "grad_norm": _line_figure(_points(run.steps, "grad_norm"), "gradient norm", 4, "%{y:.4g}"),
         "learning_rate": _line_figure(_points(run.steps, "learning_rate"), "learning rate", 2, "%{y:.3e}", {"tickformat": "~e"}),
         "tokens_per_second": _line_figure(_points(run.steps, "tokens_per_second"), "tokens/s", 5, "%{y:,.0f}", {"rangemode": "tozero"}),
@@ -165,6 +167,14 @@ def _loss_figure(steps: list[dict[str, Any]]) -> Figure | None:
     traces += [_trace(means, "training, running mean", 0, "%{y:.4f}")] if means else []
     traces += [_trace(validation, "validation", 1, "%{y:.4f}", mode="lines+markers")] if validation else []
     return _figure(traces, 340, {}) if traces else None
+
+
+def _pair_figure(steps: list[dict[str, Any]], key: str, name: str, hover: str, axis: dict[str, Any]) -> Figure | None:
+    """A figure of a preference's pairs: of the steps, and of the pairs held out."""
+    training, validation = _points(steps, key), _points(steps, f"validation_{key}")
+    traces = [_trace(training, name, 0, hover)] if training else []
+    traces += [_trace(validation, f"{name}, validation", 1, hover, mode="lines+markers")] if validation else []
+    return _figure(traces, 230, axis) if traces else None
 
 
 def _line_figure(points: list[Point], name: str, colour: int, hover: str, axis: dict[str, Any] | None = None) -> Figure | None:

@@ -152,8 +152,8 @@ RUN = """{% extends "base" %}
 </section>
 {% endif %}
 
-{% set small = [("grad_norm", "Gradient norm"), ("learning_rate", "Learning rate"), ("tokens_per_second", "Tokens per second"),
-  ("memory", "Peak memory")] %}
+{% set small = [("reward_margin", "Reward margin"), ("accuracy", "Pairs right"), ("grad_norm", "Gradient norm"),
+  ("learning_rate", "Learning rate"), ("tokens_per_second", "Tokens per second"), ("memory", "Peak memory")] %}
 {% if small | map("first") | select("in", drawn) | list %}
 <section>
 <h2>Steps</h2>

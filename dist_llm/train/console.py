@@ -106,6 +106,7 @@ class Console:
         self.seconds.append(record["step_seconds"])
         left = (self.steps - step) * sorted(self.seconds)[len(self.seconds) // 2]
         text = "not finite, left out  " if record.get("skipped") else f"loss {record['loss']:.4f}  norm {record['grad_norm']:.2f}  "
+        text += f"margin {record['reward_margin']:.3f}  right {record['accuracy']:.0%}  " if "reward_margin" in record else ""
         text += f"lr {record['learning_rate']:.1e}  "
         text += f"{record['tokens_per_second']:,.0f} tokens/s" if record["tokens_per_second"] is not None else "memory watched"
         text += f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
@@ -117,7 +118,10 @@ class Console:
         self._validation(record)
 
     def _validation(self, record: dict[str, Any]) -> None:
-        if (loss := record.get("validation_loss")) is not None:
+        if (loss := record.get("validation_loss")) is not None and "validation_reward_margin" in record:
+            lead = f"margin {record['validation_reward_margin']:.3f}, {record['validation_accuracy']:.1%} of the pairs right"
+            self.line(f"validation at step {record['step']}: loss {loss:.4f}, {lead}")
+        elif loss is not None:
             bits = record["validation_bits_per_byte"]
             more = f", {bits:.3f} bits per byte" if bits is not None else ""
             self.line(f"validation at step {record['step']}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}{more}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dist_llm import flight
 from dist_llm.data.batches import IGNORED, Batches, validation_batches
 from dist_llm.data.prepare import Prepared
 from dist_llm.data.tokenizer import Tokenizer
-from dist_llm.train.trainer import Trainer
+from dist_llm.train.trainer import Trainer, pair_figures
 
 
 class Validation:
@@ -23,7 +24,7 @@ class Validation:
         self.batches = validation_batches(prepared, config.data, global_batch=config.batch.global_)
         self.count = min(config.track.validate_batches, self.batches.num_batches) if self.batches else 0
         self.targets = sum(self.batches.weight(number) for number in range(self.count)) if self.batches else 0.0  # their number, or weight
-        counts = self.batches is not None and self.targets and trainer.mesh.rank == 0
+        counts = self.targets and trainer.mesh.rank == 0 and config.preference.loss is None
         self.text_bytes = text_bytes(self.batches, self.count, prepared.tokenizer) if counts and self.batches else 0.0
 
     def measure(self) -> dict[str, float | None]:
@@ -36,11 +37,15 @@ class Validation:
         flight.enter("validate")
         trainer, place = self.trainer, self.trainer.mesh.at
         where = {"dp_rank": place.dp, "dp_size": trainer.mesh.layout.dp, "micro": trainer.config.batch.micro}
-        total = 0.0
+        sums: list[float] = []
         for number in range(self.count):
             batches = self.batches.micro_batches(number, **where)
-            total += trainer.engine.evaluate([trainer.context(batch, step=0, training=False) for batch in batches])
-        return {f"validation_{name}": value for name, value in figures(total, self.targets, self.text_bytes).items()}
+            found = trainer.engine.figures([trainer.context(batch, step=0, training=False) for batch in batches])
+            sums = [a + b for a, b in zip_longest(sums, found.view(-1).tolist(), fillvalue=0.0)]
+        told = figures(sums[0], self.targets, self.text_bytes)
+        if len(sums) > 1:  # a loss of pairs is of no text
+            told = {**dict.fromkeys(told), "loss": told["loss"], **pair_figures(sums[1:], self.targets)}
+        return {f"validation_{name}": value for name, value in told.items()}
 
 
 def figures(total: float, targets: float, text_bytes: float) -> dict[str, float | None]:

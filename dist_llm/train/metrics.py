@@ -1,7 +1,10 @@
 """What is kept of every step: one JSON object a line in RUN/metrics.jsonl, and samples in RUN/samples.jsonl.
 
 step                 optimizer updates made, so the first line is step 1
-loss, loss_hex       mean training loss in nats per target token, and the same number to the bit (float.hex)
+loss, loss_hex       mean training loss in nats per target token (of a preference per pair), and the same number to the bit (float.hex)
+reward_chosen, reward_rejected, reward_margin   of a preference's pairs: means of beta times what the answers have gained
+accuracy             part of the pairs whose chosen answer has gained more, half of a tie
+logp_chosen, logp_rejected   mean log probabilities of the answers
 grad_norm            global, before clipping            learning_rate   of this update
 tokens               trained on since the run began     target_tokens   of this step's global batch
 step_seconds         of this step                       tokens_per_second   of all ranks; null where memory was watched
@@ -9,7 +12,8 @@ mfu, mfu_causal      part of the devices' peak, attention counted in full or cau
 peak_memory_bytes    of rank 0: on CUDA so far; on CPU the live tensors of the second step, watched once, which slows it down
 sent_bytes           by rank 0 in this step, per axis   data_wait_seconds   for this step's batch
 skipped              true where the numbers were not finite and the step changed nothing (loss and grad_norm are null)
-validation_loss, validation_perplexity, validation_bits_per_byte   in steps that end in a validation
+validation_loss, validation_perplexity, validation_bits_per_byte   in steps that end in a validation; of a preference its loss, with
+                      validation_reward_margin, validation_accuracy and the rest of the figures above
 answers              where questions were asked: by task, `right`, `count`, `share` and its 95 % interval `low`, `high`
 
 A run from a base begins with a line of step 0, which has the last four alone: what the base says of the held-out split.
@@ -118,6 +122,7 @@ class Meter:
             "step": taken.step + 1,
             "loss": None if taken.skipped else taken.loss,
             "loss_hex": taken.loss.hex(),
+            **({} if taken.skipped else taken.figures),
             "grad_norm": None if taken.skipped else taken.norm,
             "learning_rate": taken.learning_rate,
             "tokens": taken.tokens * (taken.step + 1),

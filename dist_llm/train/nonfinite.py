@@ -85,7 +85,7 @@ def replay(engine: NativeEngine, contexts: Sequence[Context], mine: dict[str, An
     for flat in engine.flats:
         flat.gradient, flat.seen = None, look
     engine.run(contexts, targets=targets)
-    mine["loss"] = not finite(engine.loss.view(1))
+    mine["loss"] = not finite(engine.loss)
     totals = engine.finish_gradients()
     for flat in engine.flats:
         flat.seen = None

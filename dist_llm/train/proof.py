@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class MadeUp:
     """Batches of addressed random tokens with very unequal masks: row r of the global batch keeps 5 to 100 % of its labels.
 
     vocab: tokens that can occur, fewer than the model's where its vocabulary is padded. weighted: the labels count unequally, as in
-    conversations.
+    conversations. pairs: a row holds one or two pairs, of sides of unequal length.
     """
 
     vocab: int
@@ -50,6 +50,7 @@ class MadeUp:
     global_batch: int
     seed: int
     weighted: bool = False
+    pairs: bool = False
 
     def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, micro: int) -> list[MicroBatch]:
         """As `Batches.micro_batches`."""
@@ -68,11 +69,39 @@ class MadeUp:
         starts = torch.where(ends, line + 1, 0).roll(1, 1)
         starts[:, 0] = 0
         positions = line - starts.cummax(1).values
-        parts: tuple[torch.Tensor, ...] = (text[:, :-1], labels, positions, documents, rows)
+        parts: dict[str, torch.Tensor] = {"tokens": text[:, :-1], "labels": labels, "positions": positions, "documents": documents}
+        parts["rows"] = rows
+        if self.pairs:
+            parts |= self._paired(text, keep, rows, step)
         if self.weighted:
             counts = 2.0 * uniform(place[:, 1:], key_of(self.seed, "proof weights", step=step)).double()
-            parts = (*parts, counts * (labels != IGNORED))
-        return [MicroBatch(*(part[at : at + micro].contiguous() for part in parts)) for at in range(0, size, micro)]
+            parts["weights"] = counts * (parts["labels"] != IGNORED)
+        found = []
+        for at in range(0, size, micro):
+            batch = MicroBatch(**{name: part[at : at + micro].contiguous() for name, part in parts.items()})
+            found.append(replace(batch, reference=self._reference(batch, step)) if batch.pairs is not None else batch)
+        return found
+
+    def _paired(self, text: torch.Tensor, keep: torch.Tensor, rows: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        """Labels, positions and documents of rows cut into sides, and how many pairs each row holds; its end is padding."""
+        pairs = 1 + bits(rows, key_of(self.seed, "proof pairs", step=step)).remainder(2)  # (rows,)
+        line = torch.arange(self.sequence).expand(len(rows), -1)
+        number = torch.arange(4)
+        parts = 1.0 + uniform(4 * rows[:, None] + number, key_of(self.seed, "proof sides", step=step)).double()  # (rows, 4)
+        parts = parts.where(number < 2 * pairs[:, None], 0.0).cumsum(1) / parts.where(number < 2 * pairs[:, None], 0.0).sum(1, keepdim=True)
+        ends = (parts * (self.sequence - 3)).long()  # where each side stops
+        documents = (line[..., None] >= ends[:, None, :]).sum(-1).minimum(2 * pairs[:, None])
+        starts = torch.cat([torch.zeros_like(ends[:, :1]), ends], 1).gather(1, documents)
+        positions = line - starts
+        labels = text[:, 1:].where((keep | (positions == 0)) & (documents < 2 * pairs[:, None]), IGNORED)  # each side has one at least
+        return {"labels": labels, "positions": positions, "documents": documents, "pairs": pairs}
+
+    def _reference(self, batch: MicroBatch, step: int) -> torch.Tensor:
+        """Made-up log probabilities of the sides, about as large as those of untrained weights."""
+        assert batch.pairs is not None
+        pairs = torch.cat([4 * row + torch.arange(2 * int(count)) for row, count in zip(batch.rows, batch.pairs, strict=True)])
+        nats = 0.5 + uniform(pairs, key_of(self.seed, "proof reference", step=step)).double()
+        return -torch.log(torch.tensor(self.vocab)).double() * (nats * self.sequence / 4).view(-1, 2)
 
     def targets(self, step: int) -> int:
         """As `Batches.targets`."""
@@ -135,7 +164,8 @@ def _train(config: Config, mesh: Mesh, device: torch.device, dtype: torch.dtype,
     """A run of `steps` steps from the initial weights; its tensors are kept from step number `first` on."""
     engine = make_engine(config, mesh, device=device, dtype=dtype)
     vocab = min(config.model.vocab, config.data.tokenizer.vocab or config.model.vocab)
-    order = MadeUp(vocab, config.data.sequence, config.batch.global_, config.runtime.seed, config.data.chat.format is not None)
+    kinds = {"weighted": config.data.chat.format is not None, "pairs": config.preference.loss is not None}
+    order = MadeUp(vocab, config.data.sequence, config.batch.global_, config.runtime.seed, **kinds)
     trainer = Trainer(config, mesh, engine, order)
     comm.ledger.take()
     for step in range(steps):

@@ -23,7 +23,7 @@ from dist_llm.errors import NumericError, UsageError
 from dist_llm.mesh import Group, whole_world
 from dist_llm.model.table import table
 from dist_llm.ranks import run_ranks
-from dist_llm.train import checkpoint
+from dist_llm.train import checkpoint, reference
 from dist_llm.train.base import Base
 from dist_llm.train.begin import begin
 from dist_llm.train.durable import Disk
@@ -36,7 +36,7 @@ from dist_llm.train.storage import together
 from dist_llm.train.trainer import Trainer
 
 # What the order of samples and the meaning of the state depend on: a resumed run may not change it.
-FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "data.packing", "data.chat", "optimizer.kind")
+FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "data.packing", "data.chat", "preference.loss", "optimizer.kind")
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -155,13 +155,28 @@ def train_rank(
     stop.listen()
     trainer = Trainer(settings, mesh, engine, order, stop_asked=stop.asked)
     start = 0
-    if base is not None and (settings.model.adapter.rank or not candidates):
+    lacking = settings.preference.loss is not None and not has_reference(trainer, prepared, Path(folder), resumed=bool(candidates))
+    if base is not None and (settings.model.adapter.rank or not candidates or lacking):
         start = begin(engine, base, tell=tell)
+    if lacking:
+        reference.work_out(trainer, reference.asked(settings, prepared), tell=tell)
+        reference.keep(Path(folder), trainer, prepared)
     if candidates:
         start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell)
     if base is not None:
         base.close()
     return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
+
+
+def has_reference(trainer: Trainer, prepared: Prepared, run: Path, *, resumed: bool) -> bool:
+    """Whether what the run's pairs were worth at its beginning is known on every rank; every rank calls it."""
+    config, engine = trainer.config, trainer.engine
+
+    def look() -> bool:
+        found = reference.find(run, config, prepared, dtype=None if resumed else engine.dtype)
+        return found and reference.is_complete(reference.asked(config, prepared))
+
+    return all(together(trainer.mesh, engine.device, look))
 
 
 def make_room(run: Path, config: Config, *, dtype: torch.dtype, world: int) -> None:
@@ -197,6 +212,9 @@ def resume(trainer: Trainer, prepared: Prepared, candidates: list[Path], *, run:
 def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> None:
     """Raises UsageError when the checkpoint is of another model, tokenizer, text or order of samples: each difference is listed."""
     before, differences = found.config, []
+    if found.imported and config.preference.loss is not None:
+        what, way = "imported weights have no reference beside them", "base: the folder; of an adapter merged first (dist-llm merge)"
+        raise UsageError(what, where=str(found.path), expected="a preference that begins with its base", next=way)
     fixed = () if found.imported else FIXED  # before a first step nothing depends on them
     rows = {row.name: row.shape for row in table(config.model) if row.trained}
     if rows != found.shapes:

@@ -138,6 +138,7 @@ def make_engine(config: Config, mesh: Mesh, *, device: torch.device, dtype: torc
         offload_dir=config.runtime.offload_dir,
         fp8=config.runtime.fp8,
         graph=config.runtime.cuda_graph,
+        pairs=config.preference.loss is not None,
     )
     module, name = ENGINES[mesh.layout.engine].split(":")
     engine = getattr(import_module(module), name)(config.model, config.optimizer, mesh, options)

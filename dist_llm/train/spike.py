@@ -43,7 +43,7 @@ def examine(trainer: Trainer, step: int) -> dict[str, Any]:
     """
     engine, place = trainer.engine, trainer.mesh.at
     batches = trainer.take(step)
-    sums = [float(engine.local_loss([trainer.context(batch, step=step, training=False)])) for batch in batches]
+    sums = [float(engine.local_loss([trainer.context(batch, step=step, training=False)]).view(-1)[0]) for batch in batches]
     targets = [batch.weight for batch in batches]
     ids = [trainer.sample_ids(batch, step) for batch in batches]
     mine = {"dp": place.dp, "sums": sums, "targets": targets, "ids": ids}

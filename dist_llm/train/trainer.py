@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from dist_llm import flight
-from dist_llm.config.schema import Config
+from dist_llm.config.preference import FIGURES
+from dist_llm.config.schema import Config, PreferenceConfig
 from dist_llm.data.batches import MicroBatch, no_targets
 from dist_llm.engines.native import NativeEngine
 from dist_llm.mesh import Mesh
+from dist_llm.model.preference import Pairs
 from dist_llm.model.transformer import Context, make_context
 from dist_llm.train.learning_rate import learning_rate
 from dist_llm.train.nonfinite import all_finite, diagnose
@@ -39,7 +41,7 @@ def weight_of(order: Order, step: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did: mean loss per target token (by their weights), global gradient norm before clipping, rate, and token counts."""
+    """What one step did: mean loss per target token (by their weights) or pair, global norm before clipping, rate, and token counts."""
 
     step: int
     loss: float
@@ -49,6 +51,7 @@ class Step:
     targets: int
     data_wait: float  # seconds
     skipped: bool = False  # its numbers were not finite, and it changed nothing
+    figures: dict[str, float] = field(default_factory=dict)  # of pairs: means of what their loss adds up beside itself
 
 
 class Contexts(Sequence[Context]):
@@ -103,7 +106,8 @@ class Trainer:
             raise diagnose(self.engine, Contexts(self, batches, step), samples, totals, targets=weight, step=step + 1)
         rate = learning_rate(step, self.config.schedule, peak=self.config.optimizer.lr)
         tokens = self.config.batch.global_ * self.config.data.sequence
-        return Step(step, totals.loss / weight, totals.norm, rate, tokens, targets, waited, self.skipped > 0)
+        figures = pair_figures(totals.figures, weight)
+        return Step(step, totals.loss / weight, totals.norm, rate, tokens, targets, waited, self.skipped > 0, figures)
 
     def take(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
@@ -128,6 +132,12 @@ class Trainer:
         return context_of(batch, self.config, device=self.engine.device, dtype=self.engine.dtype, step=step, training=training)
 
 
+def pair_figures(sums: Sequence[float], pairs: float) -> dict[str, float]:
+    """Means over pairs of what their loss has summed beside itself, and by how much the chosen answers lead; {} of other losses."""
+    found = {name: value / pairs for name, value in zip(FIGURES[1:], sums, strict=False)}
+    return found | ({"reward_margin": found["reward_chosen"] - found["reward_rejected"]} if found else {})
+
+
 def context_of(batch: MicroBatch, config: Config, *, device: torch.device, dtype: torch.dtype, step: int = 0, training: bool) -> Context:
     """A micro-batch on a device, as the model takes it. step: addresses masks and noise, in training."""
     data = config.data
@@ -137,6 +147,17 @@ def context_of(batch: MicroBatch, config: Config, *, device: torch.device, dtype
         "rows": batch.rows.to(device),
         "samples": batch.documents.to(device) if config.model.neftune and (data.document_mask or data.packing != "concat") else None,
         "weights": None if batch.weights is None else batch.weights.to(device),
+        "pairs": None if batch.pairs is None else pairs_of(batch, config.preference, device=device),
     }
     addressed: dict[str, Any] = {"seed": config.runtime.seed, "step": step, "training": training, "dtype": dtype}
     return make_context(config.model, batch.tokens.to(device), batch.labels.to(device), **optional, **addressed)
+
+
+def pairs_of(batch: MicroBatch, rule: PreferenceConfig, *, device: torch.device) -> Pairs:
+    """The sides of a micro-batch, numbered row after row."""
+    assert batch.pairs is not None
+    number, before = 2 * int(batch.pairs.sum()), 2 * (batch.pairs.cumsum(0) - batch.pairs)
+    sides = torch.where(batch.documents < 2 * batch.pairs[:, None], before[:, None] + batch.documents, number)
+    counts = (batch.labels >= 0).double() if batch.weights is None else batch.weights
+    reference = None if batch.reference is None else batch.reference.to(device)
+    return Pairs(sides.flatten().to(device), counts.flatten().to(device), number, reference, rule)

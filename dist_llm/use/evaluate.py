@@ -7,15 +7,18 @@ the numbers are the same to the bit on any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_llm import comm
 from dist_llm.config.schema import Config, TokenizerConfig
 from dist_llm.data.batches import Batches, validation_batches
+from dist_llm.data.pairs import PairBatches
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError, UsageError
@@ -24,8 +27,9 @@ from dist_llm.infer.model import Model
 from dist_llm.mesh import whole_world
 from dist_llm.train.evaluate import figures, text_bytes
 from dist_llm.train.folder import Checkpoint
+from dist_llm.train.reference import FILE, find
 from dist_llm.train.setup import settle_rank
-from dist_llm.train.trainer import context_of
+from dist_llm.train.trainer import context_of, pair_figures
 from dist_llm.use.conversation import choose_template
 from dist_llm.use.load import Hear, Place, load_here, open_sound
 
@@ -108,22 +112,34 @@ def measure_text(
     if batches is None:
         return None
     count = min(exam.batches or batches.num_batches, batches.num_batches)
+    if isinstance(batches, PairBatches) and not (count := judged(batches, count)):
+        what, way = "nothing is known of these pairs but what they are worth now", "--no-text --skills N, or beside the run's own folder"
+        raise UsageError(what, where=exam.checkpoint, expected=f"{FILE} of the run, and the pairs it holds out", next=way)
     settings: dict[str, Any] = {"device": model.device, "dtype": model.dtype, "training": False}
     mine = {}
     for number in share.mine(count, "text"):
         micro = batches.micro_batches(number, dp_rank=0, dp_size=1, micro=config.batch.micro)
         losses = [model.loss(context_of(batch, config, **settings)) for batch in micro]
-        mine[number] = float(sum(losses[1:], losses[0])).hex()
-    total = 0.0
-    for value in share.together(mine, count):
-        total += float.fromhex(value)
+        mine[number] = [value.hex() for value in sum(losses[1:], losses[0]).view(-1).tolist()]
+    sums = [0.0]
+    for values in share.together(mine, count):
+        sums = [a + b for a, b in zip_longest(sums, map(float.fromhex, values), fillvalue=0.0)]
     weight = sum(batches.weight(number) for number in range(count))
     if not weight:
         return None
-    found = figures(total, weight, text_bytes(batches, count, tokenizer))
+    if len(sums) > 1:  # of pairs, which are no text
+        found = {**dict.fromkeys(figures(1.0, 1.0, 0.0)), "loss": sums[0] / weight, **pair_figures(sums[1:], weight)}
+    else:
+        found = figures(sums[0], weight, text_bytes(batches, count, tokenizer))
     targets = sum(batches.targets(number) for number in range(count))
     about = {"targets": targets, "batches": count, "of_batches": batches.num_batches, "source": exam.data or "held out"}
     return {**found, "loss_hex": float(found["loss"] or 0.0).hex(), **about}
+
+
+def judged(batches: PairBatches, count: int) -> int:
+    """How many of the first batches have pairs whose worth before training is known, all of them."""
+    known = (not any(np.isnan(batches.reference(int(one))).any() for one in batches.sample_ids(number)) for number in range(count))
+    return next((number for number, good in enumerate(known) if not good), count)
 
 
 def held_out(prepared: Prepared, config: Config, *, whole: bool) -> Batches | None:
@@ -152,6 +168,8 @@ def _prepared(opened: Checkpoint, tokenizer: Tokenizer, data: str | None, share:
         what, expected = "the text has other tokens than the model", f"tokenizer {tokenizer.hash[:16]}, the checkpoint's"
         way = "dist-llm eval CKPT --data PATH, which takes the checkpoint's tokenizer"
         raise UsageError(what, where=settings.dir, expected=expected, found=f"tokenizer {prepared.tokenizer.hash[:16]}", next=way)
+    if config.preference.loss is not None and data is None:
+        find(opened.path.parents[1], config, replace(prepared, base=opened.manifest.get("base")), dtype=None)
     return prepared
 
 
