@@ -13,7 +13,7 @@ from dist_llm.config.rules import problems
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.mesh import build_mesh
 from dist_llm.model.kernels import activate
-from dist_llm.model.loss import CHUNK, Slice
+from dist_llm.model.loss import CHUNK, Counted, Slice
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import compiled, tensor
@@ -117,11 +117,11 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {  # w
     "row": (lambda x, w: tensor.Row.apply("none", single(), w, x), [(2, 4, 4), (6, 4)]),
     "embed": (lambda w: tensor.Embed.apply(LABELS.clamp(min=0), w, 0, single()), [(5, 6)]),
     "loss": (
-        lambda x, g, w: tensor.VocabularyLoss.apply(x, g, None, w, RMS, LABELS, None, SLICE, True, single()),
+        lambda x, g, w: tensor.VocabularyLoss.apply(x, g, None, w, RMS, LABELS, Counted(None), SLICE, True, single()),
         [(2, 4, 6), (6,), (5, 6)],
     ),
     "loss, layer": (
-        lambda x, g, s, w: tensor.VocabularyLoss.apply(x, g, s, w, LAYER, LABELS, None, SLICE, True, single()),
+        lambda x, g, s, w: tensor.VocabularyLoss.apply(x, g, s, w, LAYER, LABELS, Counted(None), SLICE, True, single()),
         [(2, 4, 6), (6,), (6,), (5, 6)],
     ),
     "compiled column": (
@@ -264,7 +264,7 @@ def test_the_head_holds_one_chunk_of_logits_and_its_gradients_once(dim: int, row
     labels = torch.randint(rows, (1, tokens))
 
     def call() -> None:
-        loss = tensor.VocabularyLoss.apply(x, gain, None, weight, RMS, labels, None, part, True, single())
+        loss = tensor.VocabularyLoss.apply(x, gain, None, weight, RMS, labels, Counted(None), part, True, single())
         torch.autograd.backward((torch.autograd.graph.get_gradient_edge(loss),), (torch.tensor(0.5, dtype=torch.float64),))
 
     most = 2 * x.nbytes + weight.nbytes + CHUNK * rows * 4
