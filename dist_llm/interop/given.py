@@ -29,7 +29,7 @@ class Given:
 def open_adapter(path: Path, base: Base) -> Given:
     """An adapter for a base: a checkpoint of ours, or PEFT's folder. Raises UsageError where it was trained on another one."""
     if is_adapter(path):
-        folder = PeftFolder.open(path, base.model)
+        folder = PeftFolder.open(path, base.model, base.source())
         if folder.base is not None and folder.base != base.identity:
             expected, found = f"base {folder.base[:16]}", f"{base.identity[:16]}, of {base.path}"
             raise UsageError("the adapter was trained on another base", where=str(path), expected=expected, found=found)

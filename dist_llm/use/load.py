@@ -103,7 +103,7 @@ def _load_adapted(opened: Checkpoint, adapters: Named, **options: Any) -> Model:
         for _, path in adapters:
             found.append(open_adapter(Path(path), base))
             require_alike(found[0].model, found[-1].model, where=path)
-        model = Model(overlay(base, found[0].model, over=found[0].matrices), base.model, **options)
+        model = Model(overlay(base, found[0].model, over=found[0].matrices).beneath, base.model, **options)
         for (name, _), given in zip(adapters, found, strict=True):
             model.add(name, given.model, given.matrices)
         return model
