@@ -7,8 +7,8 @@
 
 PEFT names targets by the ends of module names. A module of ours that Hugging Face keeps with others in one matrix (GPT-2's q, k and
 v) has no adapter of its own there, and cannot be written. Of what is trained whole it asks whether a module's whole name ends with the
-one given, so that "norm" is "input_layernorm" too: whole names are written. A table that is the output matrix too stays one under
-`ensure_weight_tying` alone; PEFT then writes it under both names, or under the first.
+one given, so that "norm" is "input_layernorm" too: whole names are written. A table that is the output matrix too stays one where
+`ensure_weight_tying` is set and lm_head is named (or a table called embed_tokens); PEFT then has it under both names, and needs both.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def adapter_keys(model: ModelConfig) -> dict[str, str]:
 
 
 def tied_key(model: ModelConfig) -> str:
-    """Where PEFT may have the table of tokens a second time, where it is the output matrix too."""
+    """Where PEFT has the table of tokens a second time, where it is the output matrix too."""
     return f"{PREFIX}{place(model, 'head.weight').key}"
 
 
@@ -84,7 +84,10 @@ def _whole_modules(model: ModelConfig) -> dict[str, str | None]:
 
 
 def saved_modules(values: Mapping[str, Any], model: ModelConfig, *, where: str) -> dict[str, str]:
-    """Their module -> our end, of what a config says is trained whole; of a tied table the first. Raises UsageError for what is not done here."""
+    """Their module -> our end, of what a config says is trained whole; of a tied table the first.
+
+    Raises UsageError for what is not done here.
+    """
     names, ours, found = values.get("modules_to_save") or [], _whole_modules(model), dict[str, str]()
     for name in names if isinstance(names, list) else [names]:
         met = {module: end for module, end in ours.items() if isinstance(name, str) and name and module.endswith(name)}
@@ -95,12 +98,10 @@ def saved_modules(values: Mapping[str, Any], model: ModelConfig, *, where: str) 
             raise UsageError("the adapter trains modules whole that stay as they are here", where=where, expected=expected, found=seen)
         found |= {module: end for module, end in met.items() if end is not None}
     table_of, output = (place(model, name).key.removesuffix(".weight") for name in ("embedding.weight", "head.weight"))
-    if not model.tied or not {table_of, output} & found.keys():
-        return found
-    if values.get("ensure_weight_tying") is not True:
-        what = "the adapter trains embedding and output apart, which are one table in the base"
-        raise UsageError(what, where=where, expected="ensure_weight_tying true", found=str(values.get("ensure_weight_tying"))[:40])
-    return {module: end for module, end in found.items() if module != output} | {table_of: "embedding"}
+    if model.tied and output in found:
+        del found[output]
+        found[table_of] = "embedding"
+    return found
 
 
 def _shortest(module: str, modules: Iterable[str]) -> str:
@@ -117,6 +118,7 @@ def write_adapter_config(model: ModelConfig, *, base: str) -> dict[str, Any]:
     modules = _modules(model)
     names = sorted(_shortest(module, modules) for module, target in modules.items() if target in adapter.targets)
     whole = [place(model, row.name).key.rpartition(".")[0] for row in table(model) if row.trained and not row.beside]
+    shared = model.tied and "embedding" in adapter.modules_to_save
     transposed = place(model, "blocks.0.attention.o.weight").transposed
     return {
         "peft_type": "LORA",
@@ -131,8 +133,8 @@ def write_adapter_config(model: ModelConfig, *, base: str) -> dict[str, Any]:
         "fan_in_fan_out": transposed,
         "inference_mode": True,
         "use_dora": adapter.dora,
-        "modules_to_save": list(dict.fromkeys(whole)) or None,
-        "ensure_weight_tying": model.tied and "embedding" in adapter.modules_to_save,
+        "modules_to_save": list(dict.fromkeys(whole)) + [tied_key(model).removeprefix(PREFIX).removesuffix(".weight")] * shared or None,
+        "ensure_weight_tying": shared,
     }
 
 

@@ -41,6 +41,7 @@ from dist_llm.train.storage import storing
 
 RECEIPT = "dist_llm.json"  # beside their files: the identity of the base, the adapter's name, the hashes of these files, and its own
 LARGEST = 1 << 20  # bytes of their config
+TABLE = "embedding.weight"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -135,35 +136,42 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _tensors(file: SafeFile, model: ModelConfig, saved: Collection[str], under: Source) -> dict[str, Tensor]:
     """All that is trained by name. saved: their modules that the config names; the rest of what we train with them is the base's."""
-    rows, every, tied = {row.name: row for row in table(model)}, adapter_keys(model), tied_key(model) if model.tied else None
+    rows, every = {row.name: row for row in table(model)}, adapter_keys(model)
     keys = {name: key for name, key in every.items() if rows[name].beside or key.removeprefix(PREFIX).rpartition(".")[0] in saved}
-    if tied in file.tensors and "embedding.weight" in keys:
-        keys["head.weight"] = str(tied)
-    lacking, more = sorted({*keys.values()} - {*file.tensors}), sorted({*file.tensors} - {*keys.values()})
+    twice = tied_key(model) if model.tied and TABLE in keys else None
+    wanted = {*keys.values(), *([twice] if twice in file.tensors else [])}
+    lacking, more = sorted(wanted - {*file.tensors}), sorted({*file.tensors} - wanted)
     if lacking or more:
         what = "the adapter lacks matrices" if lacking else "the adapter has matrices that its config does not name"
         raise unsound(
-            what, file.path, expected=f"{len(keys)} tensors", found=f"{(lacking or more)[0][:120]} and {len(lacking or more) - 1} more"
+            what, file.path, expected=f"{len(wanted)} tensors", found=f"{(lacking or more)[0][:120]} and {len(lacking or more) - 1} more"
         )
-    found = {}
-    for name, key in keys.items():
-        stored = file.tensors[key]
-        shape = rows["embedding.weight" if key == tied else name].shape
-        if stored.shape != shape or stored.dtype not in TORCH:
-            seen = f"{stored.dtype} {list(stored.shape)}"
-            raise unsound("a matrix of the adapter does not fit the base", file.path, expected=f"{key} {list(shape)}", found=seen)
-        values = torch.empty(prod(stored.shape), dtype=TORCH[stored.dtype])
-        file.read_into(values.view(torch.uint8).numpy().data, stored.start)
-        if not torch.isfinite(values).all():
-            raise unsound("a matrix of the adapter is not finite", file.path, expected="finite numbers", found=key)
-        found[name] = values.view(stored.shape)
-    if "head.weight" in found and model.tied and not torch.equal(found.pop("head.weight"), found["embedding.weight"]):
-        what = "the adapter's embedding and output differ, which are one table in the base"
-        raise unsound(what, file.path, expected=f"{every['embedding.weight']} and {tied} alike")
+    found = {name: _tensor(file, key, rows[name].shape) for name, key in keys.items()}
+    if twice is not None and (twice not in wanted or not torch.equal(_tensor(file, twice, rows[TABLE].shape), found[TABLE])):
+        what, seen = (
+            "the adapter has embedding and output apart, which are one table in the base",
+            "others" if twice in wanted else "one of them",
+        )
+        raise UsageError(
+            what, where=str(file.path), expected=f"{keys[TABLE]} and {twice} alike, as ensure_weight_tying leaves them", found=seen
+        )
     for name in every.keys() - found.keys():
         shape = rows[name].shape
         found[name] = under.read("weight", name, tuple((0, extent) for extent in shape), 0, prod(shape)).view(shape)
     return found
+
+
+def _tensor(file: SafeFile, key: str, shape: tuple[int, ...]) -> Tensor:
+    """A whole matrix of a file, on the CPU."""
+    stored = file.tensors[key]
+    if stored.shape != shape or stored.dtype not in TORCH:
+        seen = f"{stored.dtype} {list(stored.shape)}"
+        raise unsound("a matrix of the adapter does not fit the base", file.path, expected=f"{key} {list(shape)}", found=seen)
+    values = torch.empty(prod(stored.shape), dtype=TORCH[stored.dtype])
+    file.read_into(values.view(torch.uint8).numpy().data, stored.start)
+    if not torch.isfinite(values).all():
+        raise unsound("a matrix of the adapter is not finite", file.path, expected="finite numbers", found=key)
+    return values.view(stored.shape)
 
 
 def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor], *, base: str, identity: str) -> int:
@@ -174,7 +182,10 @@ def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor
     keys = adapter_keys(model)
     if target.exists():
         raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
-    weights = save({keys[name]: tensors[name].contiguous() for name in keys}, metadata={"format": "pt"})
+    stored = {keys[name]: tensors[name].contiguous() for name in keys}
+    if model.tied and TABLE in keys:
+        stored[tied_key(model)] = stored[keys[TABLE]].clone()  # PEFT does not load the folder without it
+    weights = save(stored, metadata={"format": "pt"})
     texts = {WEIGHTS: weights, CONFIG: json.dumps(write_adapter_config(model, base=base), indent=2).encode() + b"\n"}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
     texts[RECEIPT] = _receipt(identity, model.adapter.name, hashes)
