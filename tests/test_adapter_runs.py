@@ -15,6 +15,7 @@ from tests.commands import Commands, Result
 DATA = ["data.source=skills", "data.sequence=32", "data.max_tokens=20000", "data.validation=0.05"]
 STEPS = ["batch.global=4", "batch.micro=1", "schedule.kind=constant", "track.validate_batches=2"]
 ADAPTER = ["model.adapter.rank=4", "optimizer.lr=0.02"]
+ENDS = ["model.adapter.modules_to_save=[embedding, head]"]
 MODEL = "model: {family: llama, layers: 2, dim: 32, heads: 4, kv_heads: 2, ffn: 64, tied: false}\ndata: {tokenizer: {kind: bytes}}\n"
 
 
@@ -224,3 +225,73 @@ def test_what_is_refused_before_it_starts(commands: Commands, home: Path) -> Non
     said = refused(train(commands, home, "adapter", "x", *STEPS, *ADAPTER, "model.adapter.quantize=nf4", "model.adapter.block=40"))
     assert "model.adapter.block: dim is cut at 32" in said
     assert "model.adapter.rank above 0" in refused(train(commands, home, "adapter", "x", *STEPS, "model.adapter.quantize=nf4"))
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, commands: Commands) -> Path:
+    """An adapter with both ends of the model trained whole: four steps under one layout, and cut in two under others."""
+    words = [*STEPS, *ADAPTER, *ENDS, "--dtype", "float64", "--nproc", "2"]
+    ok(train(commands, home, "adapter", "ends", *words, "schedule.steps=4", "--layout", "zero=1"))
+    for steps, layout, *resume in ((2, "zero=3"), (4, "tp=2", "--resume", "auto")):
+        ok(train(commands, home, "adapter", "ends-cut", *words, f"schedule.steps={steps}", "--layout", layout, *resume))
+    return home
+
+
+def test_what_is_trained_whole_begins_at_the_base(whole: Path, commands: Commands) -> None:
+    """Under every layout: the first loss is that of the base; the checkpoint holds the ends, and they have moved."""
+    home = whole
+    ours, theirs = ([float.fromhex(loss) for loss in losses(home / run)] for run in ("ends-cut", "ends"))
+    assert len(ours) == 4 and all(abs(a / b - 1) < 1e-10 for a, b in zip(ours, theirs, strict=True))
+    words = [*STEPS, *ADAPTER, "--dtype", "float64", "schedule.steps=1"]
+    ok(train(commands, home, "adapter", "without", *words))
+    assert abs(float.fromhex(losses(home / "without")[0]) / theirs[0] - 1) < 1e-12, "B is zero: the first loss is the base's"
+    manifest = json.loads((home / "ends-cut/checkpoints/step-00000004/manifest.json").read_text())
+    assert {name for name, _ in manifest["rows"] if "lora" not in name} == {"embedding.weight", "head.weight", "norm.weight"}
+    different = refused(train(commands, home, "adapter", "ends-cut", *words, "--resume", "auto"))
+    assert "which this model has not" in different
+
+
+def test_it_is_merged_and_peft_and_we_agree(whole: Path, commands: Commands, ranks: Any) -> None:
+    """The merged folder, PEFT on our folder, and our own run; with a weight the ends go a part of the way; two in one place are refused."""
+    home, base = whole, str(whole / "base")
+    ok(commands.run("export", str(home / "ends"), str(home / "peft-ends")))
+    ok(commands.run("merge", base, str(home / "peft-ends"), str(home / "merged-ends"), "--dtype", "float64"))
+    ok(commands.run("merge", base, str(home / "ends"), str(home / "lora"), str(home / "part"), "--weights", "0.25,1", "--dtype", "float64"))
+    assert json.loads((home / "merged-ends/merge.json").read_text())["drift"] < 1e-6
+    (found,) = ranks.run(1, "tests.test_adapter_runs:ends_in_peft", str(home), timeout_seconds=120)
+    assert found["merged"] < 1e-6 and found["part"] < 1e-6, found
+    said = refused(commands.run("merge", base, str(home / "ends"), str(home / "ends-cut"), str(home / "x")))
+    assert "same matrix whole" in said and "embedding.weight" in said and not (home / "x").exists()
+    ok(commands.run("import", str(home / "peft-ends"), str(home / "imported-ends"), "--base", base))
+    asked = ("--json", "--prompt", "ab", "--tokens", "12", "--temperature", "0", "--dtype", "float64")
+    alone = {
+        run: json.loads(ok(commands.run("sample", str(home / run), *asked)).stdout)["text"] for run in ("base", "ends", "imported-ends")
+    }
+    given = ("--adapter", f"ends={home}/ends", "--adapter", f"lora={home}/lora")
+    lines = json.loads(ok(commands.run("sample", base, *asked, *given)).stdout)["samples"]
+    assert alone["ends"] == alone["imported-ends"] == lines[0]["text"] != alone["base"]
+    scores = json.loads(ok(commands.run("eval", base, "--json", "--skills", "0", "--batches", "1", "--dtype", "float64", *given)).stdout)
+    own = json.loads(ok(commands.run("eval", base, "--json", "--skills", "0", "--batches", "1", "--dtype", "float64")).stdout)
+    assert scores["text"]["loss_hex"] == own["text"]["loss_hex"], "the base beside adapters is the base"
+
+
+def ends_in_peft(rank: int, world: int, say: Callable, home: str) -> dict[str, float]:
+    """The largest differences of logits between PEFT on our folder and the merged one; of the base's ends, a quarter of the way."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
+    tokens = torch.arange(40)[None] * 5 % 250
+
+    def plain(folder: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(f"{home}/{folder}", **options)
+
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(plain("hf"), f"{home}/peft-ends")(input_ids=tokens).logits
+        ours, without = (plain(name)(input_ids=tokens).logits for name in ("merged-ends", "hf"))
+        tables = [plain(name).model.embed_tokens.weight for name in ("part", "hf", "merged-ends")]
+        way = tables[1] + 0.25 * (tables[2] - tables[1])
+    assert float((theirs - without).abs().max()) > 1e-3 and float((tables[1] - tables[2]).abs().max()) > 1e-3
+    return {"merged": float((ours - theirs).abs().max() / theirs.abs().max()), "part": float((tables[0] - way).abs().max())}
