@@ -27,7 +27,7 @@ from dist_llm.data.tokenizer import load
 from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
 from dist_llm.interop.exporting import Subject, Weights, export_model
-from dist_llm.interop.given import Given, file_hash, open_adapter, require_alike
+from dist_llm.interop.given import Given, file_hash, grown, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.model.table import num_parameters, table
 from dist_llm.sharding import Box
@@ -119,7 +119,11 @@ def merge(
         overlays = [overlay(base, one.model, over=one.matrices) for one in opened]
         parts = [(beside, one.model.adapter.scale, weight) for beside, one, weight in zip(overlays, opened, weights, strict=True)]
         merged, plain = Merged(parts, under), opened[0].model.model_copy(update={"adapter": AdapterConfig()})
-        subject = Subject(base.path, plain, merged, base.beside_files(), base.sequence)
+        spoken = [found for found in (grown(one, base) for one in opened) if found is not None]
+        if len({found.manifest["tokenizer"] for found in spoken}) > 1:
+            raise UsageError("the adapters were trained with different new tokens", where=str(paths[-1]), next="one at a time")
+        tokenizer, beside = (spoken[0].path, spoken[0].beside) if spoken else (base.path, base.beside_files())
+        subject = Subject(tokenizer, plain, merged, beside, base.sequence)
         found: list[Receipt] = []
 
         def check(folder: Path) -> None:
