@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.engines.whole import Whole
 from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.interop.peft_folder import PeftFolder, write_adapter
 from dist_llm.model.parts import Adapter, Draw
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, make_context
+from dist_llm.sharding import Box
 from tests.family_oracles import MODELS, SMALL, nothing_narrowed, our_tensors, parameters_of, plain_of, theirs_of
 from tests.oracles import batch, worst
 
@@ -34,6 +37,11 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {  # family -> adapter
     "gpt2, dora": ("gpt2", {"rank": 5, "alpha": 6.0, "dora": True, "rank_stabilized": True, "targets": ["o", "up", "down"]}),
     "llama, dropped": ("llama", {"rank": 3, "dropout": 0.3}),
     "llama, dora, dropped": ("llama, biases", {"rank": 2, "dropout": 0.2, "dora": True, "targets": ["q", "o", "up", "down"]}),
+    "llama, and ends": ("llama", {"rank": 2, "targets": ["q"], "modules_to_save": ["embedding", "head"]}),
+    "llama, tied, and table": ("llama, tied, wide heads", {"rank": 2, "targets": ["o"], "modules_to_save": ["embedding"]}),
+    "gpt2, and ends": ("gpt2", {"rank": 2, "targets": ["up"], "modules_to_save": ["embedding", "head"]}),
+    "gpt2, untied, and head": ("gpt2, untied", {"rank": 2, "dora": True, "targets": ["up"], "modules_to_save": ["head"]}),
+    "gemma3, and ends": ("gemma3", {"rank": 2, "targets": ["k"], "modules_to_save": ["head", "embedding"]}),
     "gemma3, dora": ("gemma3", {"rank": 2, "dora": True, "targets": ["v", "gate"]}),
 }
 
@@ -60,14 +68,18 @@ def with_peft(model: ModelConfig, folder: Path) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             if ".lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return made.double()
 
 
 def matrices(made: nn.Module, model: ModelConfig, take: Callable[[nn.Parameter], Any]) -> dict[str, Tensor]:
-    """Something of each LoRA matrix of theirs under our names."""
-    theirs = {name.replace(".default.weight", ".weight"): take(parameter) for name, parameter in made.named_parameters()}
+    """Something of each LoRA matrix of theirs, and of what is trained whole, under our names."""
+    theirs = {
+        name.replace(".modules_to_save", "").replace(".default.", "."): take(parameter) for name, parameter in made.named_parameters()
+    }
     theirs |= {name.replace("vector.weight", "vector"): value for name, value in theirs.items() if ".lora_magnitude_vector." in name}
     return {ours: theirs[key] for ours, key in adapter_keys(model).items()}
 
@@ -104,6 +116,37 @@ def against_peft(rank: int, world: int, say: Say, folder: str) -> dict[str, dict
     return {name: _differences(model_of(name), Path(folder)) for name in ADAPTED}
 
 
+class Given:
+    """Weights of a base by our names, as PeftFolder reads them."""
+
+    bytes_read = 0
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+
+    def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a box."""
+        return self.weights[name][tuple(slice(low, high) for low, high in box)].flatten()[start:stop]
+
+
+def _through_folders(
+    made: nn.Module, model: ModelConfig, tokens: Tensor, logits: Tensor, weights: dict[str, Tensor], folder: Path
+) -> float:
+    """What the folder that PEFT saves holds, read by ours; and the logits of PEFT with the folder that we write: the largest difference."""
+    from peft import PeftModel
+
+    mine = f"{model.family}-{len(list(folder.iterdir()))}"
+    made.save_pretrained(folder / mine / "theirs", save_embedding_layers=False)
+    found = PeftFolder.open(folder / mine / "theirs", bare(model), Given({}))
+    trained = {row.name: weights[row.name] for row in table(model) if row.trained}
+    assert found.tensors.keys() == trained.keys() and all(torch.equal(found.whole(name), trained[name]) for name in trained)
+    write_adapter(folder / mine / "ours", model, trained, base="base", identity="b" * 64)
+    with warnings.catch_warnings(), nothing_narrowed(), torch.no_grad():
+        warnings.filterwarnings("error", message=".*(missing|tie_word)")
+        again = PeftModel.from_pretrained(theirs_of(bare(model), torch.float64), folder / mine / "ours").double()
+        return worst({"logits": again(input_ids=tokens, use_cache=False).logits}, {"logits": logits})[0]
+
+
 def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
     data = {name: tensor for name, tensor in batch(model.vocab).items() if name in ("tokens", "labels")}
     made = with_peft(model, folder)
@@ -114,7 +157,9 @@ def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
         logits = made(input_ids=data["tokens"], use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), ignore_index=-100, reduction="sum")
     loss.backward()
-    base = {name.replace(".base_layer", ""): p.data for name, p in parameters_of(made.get_base_model()).items()}
+    base = {
+        name.replace(".base_layer", "").replace(".original_module", ""): p.data for name, p in parameters_of(made.get_base_model()).items()
+    }
     weights = our_tensors(base, bare(model)) | matrices(made, model, lambda parameter: parameter.data)
     gradients = matrices(made, model, lambda parameter: parameter.grad)
     plain = plain_of(model, weights, torch.float64)
@@ -123,6 +168,7 @@ def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
     found = {name: parameter.grad for name, parameter in plain.by_name.items() if parameter.grad is not None}
     theirs = {name for name, parameter in made.named_parameters() if parameter.grad is not None}
     return {
+        "folders": _through_folders(made, model, data["tokens"], logits, weights, folder) if model.adapter.modules_to_save else 0.0,
         "logits": worst({"logits": ours}, {"logits": logits})[0],
         "loss": abs(float(summed.detach() / loss.detach()) - 1),
         "trained": found.keys() == gradients.keys() == {row.name for row in table(model) if row.trained} and len(theirs) == len(found),

@@ -45,9 +45,15 @@ MODELS["lora on some"] = {
 MODELS["dora"] = {**MODELS["llama"], "bias": True, "adapter": {"rank": 3, "alpha": 8.0, "dora": True}}
 MODELS["lora dropped"] = {**MODELS["llama"], "ffn": 46, "adapter": {"rank": 3, "dropout": 0.3}}
 MODELS["dora dropped"] = {**MODELS["tied"], "adapter": {"rank": 2, "dropout": 0.2, "dora": True, "targets": ["v", "o", "gate", "down"]}}
+# Beside an adapter: the two ends of a model, the table with learned positions that is the output matrix too, the output matrix alone.
+ENDS = ["embedding", "head"]
+MODELS["lora and ends"] = {**MODELS["llama"], "vocab": 59, "adapter": {"rank": 2, "modules_to_save": ENDS}}
+ON_ENDS = {"rank": 2, "dora": True, "targets": ["o", "up"], "modules_to_save": ["embedding"]}
+MODELS["dora and table"] = {**MODELS["gpt2"], "tied": True, "adapter": ON_ENDS}
 # Noise on embedded tokens, as much as the documents are long.
 MODELS["noisy"] = {**MODELS["llama"], "neftune": 5.0, "vocab": 23}
 QLORA = {**MODELS["llama"], "head_dim": 8, "ffn": 64, "vocab": 53}
+MODELS["nf4 and head"] = {**QLORA, "adapter": {"rank": 2, "quantize": "nf4", "block": 8, "modules_to_save": ["head"]}}
 MODELS["nf4"] = {**QLORA, "adapter": {"rank": 4, "quantize": "nf4", "block": 8}}
 ON_SOME = {"dora": True, "targets": ["k", "o", "up", "down"]}
 MODELS["nf4 dora"] = {**QLORA, "kv_heads": 2, "adapter": {"rank": 4, "quantize": "nf4", "block": 8, **ON_SOME}}
@@ -190,6 +196,18 @@ NAMED: list[tuple[str, str]] = [
     ("dora dropped", "tp=2,recompute=selective"),
     ("dora dropped", "dp=2,zero=3"),
     ("dora dropped", "tp=4,sp=off"),
+    ("lora and ends", "dp=2,zero=3"),
+    ("lora and ends", "dp=2,tp=2,zero=2,reduce=micro_batch"),
+    ("lora and ends", "tp=4,sp=off"),
+    ("lora and ends", "pp=2,schedule=interleaved"),
+    ("lora and ends", "dp=2,pp=2,zero=1,offload=optimizer"),
+    ("dora and table", "tp=2,pp=2"),
+    ("dora and table", "dp=2,tp=2,zero=3,recompute=full"),
+    ("dora and table", "dp=2,pp=2,zero=3,unshard=micro_batch"),
+    ("dora and table", "dp=2,zero=1"),
+    ("nf4 and head", "tp=2,pp=2"),
+    ("nf4 and head", "dp=2,zero=3"),
+    ("nf4 and head", "dp=4,zero=2,shard=2"),
     ("noisy", "tp=2"),  # each rank its tokens' noise
     ("noisy", "dp=2,zero=3"),
     ("noisy", "pp=2"),
@@ -308,6 +326,10 @@ LATER: set[tuple[str, str]] = {
     *(("nf4 dora", text) for text in ("dp=2,zero=3", "tp=2,pp=2")),
     *(("lora dropped", text) for text in ("dp=2,zero=1", "tp=2,sp=off,recompute=full", "pp=2,schedule=interleaved")),
     *(("dora dropped", text) for text in ("dp=2,zero=3", "tp=4,sp=off")),
+    *(("lora and ends", text) for text in ("dp=2,tp=2,zero=2,reduce=micro_batch", "tp=4,sp=off", "pp=2,schedule=interleaved")),
+    ("lora and ends", "dp=2,pp=2,zero=1,offload=optimizer"),
+    *(("dora and table", text) for text in ("dp=2,tp=2,zero=3,recompute=full", "dp=2,pp=2,zero=3,unshard=micro_batch", "dp=2,zero=1")),
+    *(("nf4 and head", text) for text in ("tp=2,pp=2", "dp=2,zero=3", "dp=4,zero=2,shard=2")),
     *(("noisy", text) for text in ("dp=2,zero=3", "dp=2,tp=2,sp=off")),
     *(("pairs", text) for text in ("dp=2", "dp=2,zero=1", "dp=2,zero=2", "tp=2,sp=off", "pp=2", "dp=4,zero=3,shard=2")),
     *(("pairs", text) for text in ("pp=2,schedule=interleaved,chunks=2", "dp=2,tp=2,zero=3,recompute=full", "dp=2,tp=2,pp=2,zero=1")),

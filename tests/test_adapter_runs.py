@@ -15,6 +15,7 @@ from tests.commands import Commands, Result
 DATA = ["data.source=skills", "data.sequence=32", "data.max_tokens=20000", "data.validation=0.05"]
 STEPS = ["batch.global=4", "batch.micro=1", "schedule.kind=constant", "track.validate_batches=2"]
 ADAPTER = ["model.adapter.rank=4", "optimizer.lr=0.02"]
+ENDS = ["model.adapter.modules_to_save=[embedding, head]"]
 MODEL = "model: {family: llama, layers: 2, dim: 32, heads: 4, kv_heads: 2, ffn: 64, tied: false}\ndata: {tokenizer: {kind: bytes}}\n"
 
 
@@ -225,3 +226,107 @@ def test_what_is_refused_before_it_starts(commands: Commands, home: Path) -> Non
     said = refused(train(commands, home, "adapter", "x", *STEPS, *ADAPTER, "model.adapter.quantize=nf4", "model.adapter.block=40"))
     assert "model.adapter.block: dim is cut at 32" in said
     assert "model.adapter.rank above 0" in refused(train(commands, home, "adapter", "x", *STEPS, "model.adapter.quantize=nf4"))
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, commands: Commands) -> Path:
+    """An adapter with both ends of the model trained whole: four steps under one layout, and cut in two under others."""
+    words = [*STEPS, *ADAPTER, *ENDS, "--dtype", "float64", "--nproc", "2"]
+    ok(train(commands, home, "adapter", "ends", *words, "schedule.steps=4", "--layout", "zero=1"))
+    for steps, layout, *resume in ((2, "zero=3"), (4, "tp=2", "--resume", "auto")):
+        ok(train(commands, home, "adapter", "ends-cut", *words, f"schedule.steps={steps}", "--layout", layout, *resume))
+    return home
+
+
+def test_what_is_trained_whole_begins_at_the_base(whole: Path, commands: Commands) -> None:
+    """Under every layout: the first loss is that of the base; the checkpoint holds the ends, and they have moved."""
+    home = whole
+    ours, theirs = ([float.fromhex(loss) for loss in losses(home / run)] for run in ("ends-cut", "ends"))
+    assert len(ours) == 4 and all(abs(a / b - 1) < 1e-10 for a, b in zip(ours, theirs, strict=True))
+    words = [*STEPS, *ADAPTER, "--dtype", "float64", "schedule.steps=1"]
+    ok(train(commands, home, "adapter", "without", *words))
+    assert abs(float.fromhex(losses(home / "without")[0]) / theirs[0] - 1) < 1e-12, "B is zero: the first loss is the base's"
+    manifest = json.loads((home / "ends-cut/checkpoints/step-00000004/manifest.json").read_text())
+    assert {name for name, _ in manifest["rows"] if "lora" not in name} == {"embedding.weight", "head.weight", "norm.weight"}
+    different = refused(train(commands, home, "adapter", "ends-cut", *words, "--resume", "auto"))
+    assert "which this model has not" in different
+
+
+def test_what_is_trained_whole_is_merged(whole: Path, commands: Commands) -> None:
+    """With a weight the ends go a part of the way; two in one place are refused."""
+    home, base, table = whole, str(whole / "base"), "model.embed_tokens.weight"
+    ok(commands.run("merge", base, str(home / "ends"), str(home / "lora"), str(home / "part"), "--weights", "0.25,1", "--dtype", "float64"))
+    ok(commands.run("export", str(home / "ends"), str(home / "peft-ends")))
+    part, before = (load_file(home / name / "model.safetensors")[table] for name in ("part", "hf"))
+    after = load_file(home / "peft-ends/adapter_model.safetensors")[f"base_model.model.{table}"]
+    assert abs(after - before).max() > 1e-3 and abs(part - (before + 0.25 * (after - before))).max() < 1e-6
+    said = refused(commands.run("merge", base, str(home / "ends"), str(home / "ends-cut"), str(home / "x")))
+    assert "same matrix whole" in said and "embedding.weight" in said and not (home / "x").exists()
+
+
+@pytest.mark.long
+def test_what_is_trained_whole_is_that_of_peft(whole: Path, commands: Commands, ranks: Any) -> None:
+    """The merged folder, PEFT on our folder, our own run, and a name beside others; the base beside them is the base."""
+    home, base = whole, str(whole / "base")
+    if not (home / "peft-ends").exists():
+        ok(commands.run("export", str(home / "ends"), str(home / "peft-ends")))
+    ok(commands.run("merge", base, str(home / "peft-ends"), str(home / "merged-ends"), "--dtype", "float64"))
+    assert json.loads((home / "merged-ends/merge.json").read_text())["drift"] < 1e-6
+    (found,) = ranks.run(1, "tests.test_adapter_runs:ends_in_peft", str(home), timeout_seconds=120)
+    assert found < 1e-6
+    ok(commands.run("import", str(home / "peft-ends"), str(home / "imported-ends"), "--base", base))
+    asked = ("--json", "--prompt", "ab", "--tokens", "12", "--temperature", "0", "--dtype", "float64")
+    alone = {
+        run: json.loads(ok(commands.run("sample", str(home / run), *asked)).stdout)["text"] for run in ("base", "ends", "imported-ends")
+    }
+    given = ("--adapter", f"ends={home}/ends", "--adapter", f"lora={home}/lora")
+    lines = json.loads(ok(commands.run("sample", base, *asked, *given)).stdout)["samples"]
+    assert alone["ends"] == alone["imported-ends"] == lines[0]["text"] != alone["base"]
+    scores = json.loads(ok(commands.run("eval", base, "--json", "--skills", "0", "--batches", "1", "--dtype", "float64", *given)).stdout)
+    own = json.loads(ok(commands.run("eval", base, "--json", "--skills", "0", "--batches", "1", "--dtype", "float64")).stdout)
+    assert scores["text"]["loss_hex"] == own["text"]["loss_hex"], "the base beside adapters is the base"
+
+
+def ends_in_peft(rank: int, world: int, say: Callable, home: str) -> float:
+    """The largest difference of logits between PEFT on our folder and the merged one."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
+    tokens = torch.arange(40)[None] * 5 % 250
+
+    def plain(folder: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(f"{home}/{folder}", **options)
+
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(plain("hf"), f"{home}/peft-ends")(input_ids=tokens).logits
+        ours, without = (plain(name)(input_ids=tokens).logits for name in ("merged-ends", "hf"))
+    assert float((theirs - without).abs().max()) > 1e-3, "it does something"
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def test_tokens_that_a_template_adds_have_rows_to_train(commands: Commands, tmp_path: Path) -> None:
+    """A base with rows to spare learns a template's tokens; under an adapter that leaves its ends alone this is said, before any work."""
+    home, said = tmp_path, "never saw <|im_end|> <|im_start|>, and their rows stay as they are"
+    (home / "base.yaml").write_text(MODEL.replace("tied: false", "tied: true, vocab: 272"))
+    ok(train(commands, home, "base", "base", *STEPS, "schedule.steps=2"))
+    (home / "chat.yaml").write_text(f"base: {home}/base\ndata: {{chat: {{format: messages, template: chatml}}, sequence: 200}}\n")
+    words = [*STEPS, *ADAPTER, "schedule.steps=2"]
+    data = ["data.source=skills", "data.max_tokens=20000", "data.validation=0.05", f"data.dir={home}/data"]
+    config = str(home / "chat.yaml")
+    assert said in " ".join(ok(commands.run("check", config, *data, *words)).stdout.split())
+    first = ok(commands.run("train", config, *data, *words, "--run-dir", str(home / "frozen")))
+    assert said in " ".join((first.stdout + first.stderr).split())
+    whole = [*words, "model.adapter.modules_to_save=[embedding]"]
+    second = ok(commands.run("train", config, *data, *whole, "--run-dir", str(home / "learned")))
+    assert "never saw" not in second.stdout + second.stderr
+    assert "never saw" not in ok(commands.run("check", config, *data, *whole)).stdout
+    assert "name the run itself" in refused(
+        commands.run("sample", str(home / "base"), "--adapter", f"a={home}/learned", "--prompt", "ab", "--tokens", "2")
+    )
+    ok(commands.run("merge", str(home / "base"), str(home / "learned"), str(home / "merged")))
+    for kept in ("learned/checkpoints/step-00000002", "merged"):
+        assert "<|im_start|>" in (home / kept / "tokenizer.json").read_text()
+        assert "im_start" in (home / kept / "tokenizer_config.json").read_text(), "the template"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dist_llm.config.rules import problems
 from dist_llm.config.schema import AdapterConfig, Config, ModelConfig
@@ -21,7 +23,7 @@ from dist_llm.model.table import table
 from dist_llm.model.transformer import Embedding, make_context
 from dist_llm.train.sample import with_whole_weights
 from dist_llm.train.trainer import context_of
-from tests.adapter_oracles import ADAPTED, ALL, bare, model_of
+from tests.adapter_oracles import ADAPTED, ALL, Given, bare, model_of
 from tests.engine_cases import build, config, layout_of
 from tests.family_oracles import SMALL
 from tests.ranks import Ranks
@@ -35,10 +37,10 @@ def differences(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.mark.parametrize("name", ADAPTED)
 def test_loss_and_gradients_are_those_of_peft(differences: dict[str, dict[str, Any]], name: str) -> None:
-    """float64, random A and B: logits, loss, every gradient; and nothing else has one."""
+    """float64, random A and B: logits, loss, every gradient; and nothing else has one. With modules trained whole: folders both ways."""
     found = differences[name]
     assert found["trained"]
-    assert found["logits"] < 1e-10 and found["loss"] < 1e-10 and found["gradient"][0] < 1e-9, found
+    assert found["logits"] < 1e-10 and found["loss"] < 1e-10 and found["folders"] < 1e-10 and found["gradient"][0] < 1e-9, found
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -46,7 +48,12 @@ def test_a_config_of_peft_is_read_back(differences: dict[str, dict[str, Any]], n
     adapter = model_of(name).adapter
     targets = {target for target in adapter.targets if any(f".{target}." in row.name for row in table(model_of(name)) if row.trained)}
     found = differences[name]["read back"]
-    assert {**found, "targets": set(found["targets"])} == {**adapter.model_dump(), "targets": targets}
+    ends = {"modules_to_save": {*found["modules_to_save"]}}
+    assert {**found, "targets": {*found["targets"]}, **ends} == {
+        **adapter.model_dump(),
+        "targets": targets,
+        "modules_to_save": {*adapter.modules_to_save},
+    }
 
 
 def test_what_peft_cannot_hold_is_refused() -> None:
@@ -160,6 +167,7 @@ def test_nothing_is_dropped_in_evaluation() -> None:
     [
         ({"adapter": {"dora": True}}, {}, "model.adapter.dora: is part of an adapter"),
         ({"adapter": {"dropout": 0.1}}, {}, "model.adapter.dropout: is part of an adapter"),
+        ({"adapter": {"modules_to_save": ["head"]}}, {}, "model.adapter.modules_to_save: is part of an adapter"),
         ({"adapter": {"rank": 2, "dora": True}}, {"fp8": "rowwise", "dtype": "bfloat16"}, "runtime.fp8: model.adapter.dora makes products"),
         ({"adapter": {"rank": 2}}, {"compile": True}, "runtime.compile: blocks with an adapter are not compiled"),
     ],
@@ -170,6 +178,11 @@ def test_what_does_not_go_together_is_said(model: dict[str, Any], runtime: dict[
 
 
 # --- PEFT's folders --------------------------------------------------------------------------------------------------------
+
+
+def opened_on(folder: Path, model: ModelConfig) -> PeftFolder:
+    """A folder on a base of sevens."""
+    return PeftFolder.open(folder, model, Given({row.name: torch.full(row.shape, 7.0) for row in table(model)}))
 
 
 def small_adapter(folder: Path) -> ModelConfig:
@@ -184,28 +197,78 @@ def test_any_changed_byte_of_an_adapter_is_refused(tmp_path: Path) -> None:
     """F11: every byte of each of its files, two values each; a file cut, longer, or gone."""
     folder = tmp_path / "adapter"
     model = bare(small_adapter(folder))
-    assert PeftFolder.open(folder, model).base == "b" * 64
+    assert opened_on(folder, model).base == "b" * 64
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         spoiled = [content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :] for at in range(len(content)) for bit in (1, 0x80)]
         for other in (*spoiled, content[:-1], content + b"x", b""):
             path.write_bytes(other)
             with pytest.raises((CheckpointError, UsageError)):
-                PeftFolder.open(folder, model)
+                opened_on(folder, model)
         path.unlink()
         if path.name != RECEIPT:
             with pytest.raises((CheckpointError, UsageError)):
-                PeftFolder.open(folder, model)
+                opened_on(folder, model)
         path.write_bytes(content)
-    assert PeftFolder.open(folder, model).base == "b" * 64
+    assert opened_on(folder, model).base == "b" * 64
 
 
 def test_a_folder_without_a_receipt_is_peft_s_own(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     model = bare(small_adapter(folder))
     (folder / RECEIPT).unlink()
-    opened = PeftFolder.open(folder, model)
+    opened = opened_on(folder, model)
     assert opened.base is None and float(opened.whole("blocks.0.attention.k.lora_a").sum()) == 0.5 * SMALL["dim"]
+
+
+def test_a_part_of_an_end_is_the_rest_s_base(tmp_path: Path) -> None:
+    """PEFT's usual embed_tokens and lm_head leave the last norm out: it is the base's."""
+    model = model_of("llama, and ends")
+    folder, names = tmp_path / "adapter", [row.name for row in table(model) if row.trained]
+    write_adapter(folder, model, {row.name: torch.full(row.shape, 0.5) for row in table(model) if row.trained}, base="x", identity="b" * 64)
+    (folder / RECEIPT).unlink()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value for key, value in tensors.items() if "norm" not in key}, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="lacks"):
+        opened_on(folder, bare(model))
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**values, "modules_to_save": ["embed_tokens", "lm_head"]}))
+    found = opened_on(folder, bare(model))
+    assert found.model.adapter.modules_to_save == ("embedding", "head") and found.tensors.keys() == {*names}
+    assert {name: float(found.whole(name).unique()) for name in names if "lora" not in name} == {
+        "embedding.weight": 0.5,
+        "head.weight": 0.5,
+        "norm.weight": 7.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("llama, and ends", {"modules_to_save": ["norm"]}, "layernorm too"),
+        ("llama, and ends", {"modules_to_save": ["score"]}, "score"),
+        ("llama, and ends", {"modules_to_save": "lm_head["}, "lm_head["),
+    ],
+)
+def test_modules_that_cannot_be_whole_are_refused(name: str, change: dict[str, Any], says: str) -> None:
+    written = {**write_adapter_config(model_of(name), base="x"), **change}
+    with pytest.raises(UsageError) as caught:
+        read_adapter_config(written, bare(model_of(name)), where="adapter_config.json")
+    assert says in f"{caught.value.expected} {caught.value.found}", caught.value
+
+
+def test_a_tied_table_is_there_twice_and_alike(tmp_path: Path) -> None:
+    """What PEFT trains without `ensure_weight_tying` is two tables, or a new one and the base's."""
+    model, folder = model_of("llama, tied, and table"), tmp_path / "adapter"
+    write_adapter(folder, model, {row.name: torch.full(row.shape, 0.5) for row in table(model) if row.trained}, base="x", identity="b" * 64)
+    (folder / RECEIPT).unlink()
+    assert float(opened_on(folder, bare(model)).whole("embedding.weight").unique()) == 0.5
+    file, output = folder / "adapter_model.safetensors", "base_model.model.lm_head.weight"
+    tensors = load_file(file)
+    for spoiled in ({**tensors, output: tensors[output] * 2}, {key: value for key, value in tensors.items() if key != output}):
+        save_file(spoiled, file)
+        with pytest.raises(UsageError, match="apart"):
+            opened_on(folder, bare(model))
 
 
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
@@ -214,7 +277,7 @@ def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (folder / RECEIPT).unlink()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UsageError, match="pickled"):
-        PeftFolder.open(folder, model)
+        opened_on(folder, model)
 
 
 # --- quantized -----------------------------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ CASES: list[Case] = [
     ("dp=2,zero=3", "float32", {"ffn": 384, "adapter": {"rank": 8, "quantize": "nf4", "dora": True}, "layers": 6, "micro": 1}),
     ("dp=1", "float32", {"adapter": {"rank": 8, "dropout": 0.1}}),
     ("tp=2", "float32", {"adapter": {"rank": 8, "dropout": 0.1, "dora": True}, "micro": 8, "batch": 16, "layers": 2}),
+    ("dp=2,zero=2", "float32", {"adapter": {"rank": 8, "modules_to_save": ["embedding", "head"]}}),
+    ("tp=2", "bfloat16", {"sequence": 64, "tied": True, "adapter": {"rank": 4, "modules_to_save": ["embedding"]}}),
     ("tp=2", "float32", {"neftune": 5.0, "layers": 1}),
     ("dp=1", "float32", {"preference": {"beta": 0.1}, "vocab": 2048}),
     ("tp=2", "float32", {"preference": {"beta": 0.1}, "adapter": {"rank": 8}}),

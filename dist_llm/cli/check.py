@@ -52,7 +52,7 @@ def check(
     model = explained.model_line(loaded.config, parameters, num_trained(loaded.config.model))
     for line in [model, *equations, *_predictions(loaded, concrete)]:
         typer.echo(f"  {line}")
-    for line in _missing_here(loaded):
+    for line in [*_missing_here(loaded), *explained.new_rows(loaded.config.model, _added(loaded))]:
         typer.echo(f"  note: {plain(line)}")
     if draw or draw_to is not None:
         _draw(loaded, concrete, draw_to)
@@ -157,6 +157,21 @@ def _check_base(loaded: Loaded) -> None:
     base.close()
     found = bytes_tokenizer() if wanted.kind == "bytes" else load(Path(str(wanted.path)).expanduser())
     base.require_tokenizer(found.hash, where=f"data.tokenizer ({loaded.origins['data.tokenizer.kind']})")
+
+
+def _added(loaded: Loaded) -> list[str]:
+    """The special tokens that a template adds to a base's tokenizer, where its files are here."""
+    config, path = loaded.config, loaded.config.data.tokenizer.path
+    chat, known = config.data.chat, config.data.tokenizer.kind == "file" and path is not None and os.path.exists(path)
+    if config.base is None or chat.format is None or not known:
+        return []
+    from dist_llm.data.template_files import choose_template
+    from dist_llm.data.tokenizer import load
+
+    file = Path(str(path)).expanduser()
+    tokenizer = load(file)
+    template = choose_template(chat.template, end=tokenizer.end, tokenizer=file)
+    return sorted({*template.special} - tokenizer.special.keys())
 
 
 def _check_tokenizer(loaded: Loaded) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dist_llm.config.layout import Layout, equation
 from dist_llm.config.load import Loaded, flat
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.config.yaml_file import flow
 
 
@@ -38,6 +39,16 @@ def model_line(config: Config, parameters: int, trained: int) -> str:
     shape = f"{m.layers} layers, dim {m.dim}, {m.heads} heads over {m.kv_heads} kv heads of {m.head_dim}, ffn {m.ffn}, vocab {m.vocab}"
     some = f", {trained:,} of them trained" if trained < parameters else ""
     return f"{m.preset or m.family}: {parameters:,} parameters{some}; {shape}{', tied' if m.tied else ''}"
+
+
+def new_rows(model: ModelConfig, added: Sequence[str]) -> list[str]:
+    """What is to be said where a template adds tokens to a base's tokenizer whose rows an adapter leaves as they are."""
+    lacking = [end for end in ("embedding", "head") if end not in model.adapter.modules_to_save and not (end == "head" and model.tied)]
+    if not added or not model.adapter.rank or not lacking:
+        return []
+    wanted = "embedding" if model.tied else "embedding, head"
+    names = " ".join(added)
+    return [f"the base never saw {names}, and their rows stay as they are under this adapter: model.adapter.modules_to_save=[{wanted}]"]
 
 
 def as_data(loaded: Loaded, layout: Layout, *, parameters: int, explain: bool) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
 def _adapter(config: Config, layout: Layout) -> Iterator[Problem]:
     """Blocks of a scale lie inside rows, and inside what a rank has of them."""
     model, adapter = config.model, config.model.adapter
-    for name in ("dora", "dropout"):
+    for name in ("dora", "dropout", "modules_to_save"):
         if getattr(adapter, name) and not adapter.rank:
             yield Problem(f"model.adapter.{name}", "is part of an adapter: it needs model.adapter.rank above 0")
     if (adapter.dora or adapter.dropout) and config.runtime.fp8 != "off":

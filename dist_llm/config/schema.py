@@ -71,6 +71,7 @@ class Section(BaseModel):
 
 
 AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+SavedModule = Literal["embedding", "head"]
 
 
 class AdapterConfig(Section):
@@ -78,6 +79,8 @@ class AdapterConfig(Section):
 
     name: how it is called where there are several, in checkpoints and PEFT's folders.
     dora: each row of W + alpha / rank B A has a length of its own, which is trained too (arXiv:2402.09353).
+    modules_to_save: trained whole beside it, from the base's values on. embedding: the table of tokens, tied to the output or not, and
+    learned positions; head: the last norm, and the output matrix where it is not tied. So does PEFT call it.
     """
 
     name: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "default"
@@ -89,6 +92,7 @@ class AdapterConfig(Section):
     quantize: Literal["none", "nf4", "int8"] = "none"  # how the matrices under it are kept (QLoRA, arXiv:2305.14314)
     block: Annotated[Count, Field(multiple_of=8)] = 64  # neighbours along a row that share a scale there
     targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1), BeforeValidator(_tuple)] = ("q", "k", "v", "o", "gate", "up", "down")
+    modules_to_save: Annotated[tuple[SavedModule, ...], BeforeValidator(_tuple)] = ()
 
     @property
     def scale(self) -> float:

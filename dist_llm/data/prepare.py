@@ -53,6 +53,7 @@ class Prepared:
     validation: stores of the documents held out, with their shares; empty when there are none. entropy_rate: nats per
     token below which no loss can fall, where the source is known (`entropy` with the byte tokenizer). built: whether
     this call wrote anything. notes: what a user should know. template, shapes: of conversations, and of each source's objects.
+    plain, added: the hash of the tokenizer before the template added these special tokens to it.
     base, beside: the identity of the weights that the run begins with, and the files that are carried along with them.
     """
 
@@ -66,6 +67,8 @@ class Prepared:
     notes: tuple[str, ...] = ()
     template: Template | None = None
     shapes: tuple[str, ...] = ()
+    plain: str = ""
+    added: tuple[str, ...] = ()
     base: str | None = None
     beside: dict[str, bytes] = field(default_factory=dict)
 
@@ -95,6 +98,8 @@ class _Work:
     bad: BadLines
     chat: ChatConfig | None = None
     template: Template | None = None
+    plain: str = ""
+    added: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     built: bool = False
 
@@ -142,6 +147,8 @@ def prepare(
         notes=(*(note for corpus in corpora for note in corpus.notes), *work.notes, *_skipped(work.bad)),
         template=work.template,
         shapes=tuple(corpus.shape for corpus in corpora),
+        plain=work.plain or tokenizer.hash,
+        added=work.added,
     )
 
 
@@ -157,7 +164,8 @@ def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[in
     template = work.template = work.template or choose_template(work.chat.template, end=tokenizer.end, tokenizer=path)
     fitted = template.fit(tokenizer)
     if added := fitted.vocab_size - tokenizer.vocab_size:
-        names = " ".join(sorted(fitted.special.keys() - tokenizer.special.keys()))
+        work.plain, work.added = tokenizer.hash, tuple(sorted(fitted.special.keys() - tokenizer.special.keys()))
+        names = " ".join(work.added)
         work.notes.append(f"the template {template.name} added {added} special tokens, {names}: the vocabulary is {fitted.vocab_size} now")
     template.require_end(fitted)
     if fitted is tokenizer:

@@ -226,8 +226,11 @@ class NativeEngine:
 
     @torch.no_grad()
     def load_frozen(self, read: Read) -> None:
-        """Takes the weights that are not trained from `read`, as `load_state` takes the others; `begin_adapter` follows, on all ranks."""
-        for held in self.frozen:
+        """Takes from `read` what a base has of the model: weights that are not trained, and what is trained beside an adapter.
+
+        Moments are zero before the first step; `begin_adapter` follows, on all ranks.
+        """
+        for held in (*self.frozen, *(flat for flat in self.flats if not flat.plan.beside)):
             held.load(lambda slot, start, stop: read("weight", slot.name, slot.box, start, stop))
 
     def begin_adapter(self) -> None:

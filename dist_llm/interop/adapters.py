@@ -2,10 +2,13 @@
 
     adapter_config.json         rank, alpha, targets, rsLoRA, the base's name
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight (R, in), .lora_B.weight (out, R),
-                                with DoRA .lora_magnitude_vector (out,)
+                                with DoRA .lora_magnitude_vector (out,); what is trained whole as in the base,
+                                base_model.model.model.embed_tokens.weight
 
 PEFT names targets by the ends of module names. A module of ours that Hugging Face keeps with others in one matrix (GPT-2's q, k and
-v) has no adapter of its own there, and cannot be written.
+v) has no adapter of its own there, and cannot be written. Of what is trained whole it asks whether a module's whole name ends with the
+one given, so that "norm" is "input_layernorm" too: whole names are written. A table that is the output matrix too stays one where
+`ensure_weight_tying` is set and lm_head is named (or a table called embed_tokens); PEFT then has it under both names, and needs both.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.errors import UsageError
 from dist_llm.interop.families import place
-from dist_llm.model.table import table
+from dist_llm.model.table import ENDS, table
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -27,7 +30,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, True, None),  # whether the base's matrices are transposed: its family says so
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "layers_to_transform": (None, []),
@@ -43,7 +45,14 @@ def adapter_keys(model: ModelConfig) -> dict[str, str]:
         module, _, last = row.name.rpartition(".")
         if last in MATRICES:
             found[row.name] = f"{PREFIX}{_module(model, module)}.{MATRICES[last]}"
+        elif row.trained:
+            found[row.name] = f"{PREFIX}{place(model, row.name).key}"
     return found
+
+
+def tied_key(model: ModelConfig) -> str:
+    """Where PEFT has the table of tokens a second time, where it is the output matrix too."""
+    return f"{PREFIX}{place(model, 'head.weight').key}"
 
 
 def _module(model: ModelConfig, name: str) -> str:
@@ -68,6 +77,33 @@ def _modules(model: ModelConfig) -> dict[str, str]:
     return found
 
 
+def _whole_modules(model: ModelConfig) -> dict[str, str | None]:
+    """Their module -> which end of a model it belongs to, of every module with weights; None: neither of them."""
+    found = {place(model, row.name).key.rpartition(".")[0]: ENDS.get(row.unit) for row in table(model) if not row.beside}
+    return {**found, place(model, "head.weight").key.removesuffix(".weight"): "embedding" if model.tied else "head"}
+
+
+def saved_modules(values: Mapping[str, Any], model: ModelConfig, *, where: str) -> dict[str, str]:
+    """Their module -> our end, of what a config says is trained whole; of a tied table the first.
+
+    Raises UsageError for what is not done here.
+    """
+    names, ours, found = values.get("modules_to_save") or [], _whole_modules(model), dict[str, str]()
+    for name in names if isinstance(names, list) else [names]:
+        met = {module: end for module, end in ours.items() if isinstance(name, str) and name and module.endswith(name)}
+        other = next((module for module, end in met.items() if end is None), None)
+        if not met or other is not None:
+            expected = ", ".join(module for module, end in ours.items() if end is not None)
+            seen = f"modules_to_save {name!r}"[:80] + ("" if other is None else f", which is {other} too")
+            raise UsageError("the adapter trains modules whole that stay as they are here", where=where, expected=expected, found=seen)
+        found |= {module: end for module, end in met.items() if end is not None}
+    table_of, output = (place(model, name).key.removesuffix(".weight") for name in ("embedding.weight", "head.weight"))
+    if model.tied and output in found:
+        del found[output]
+        found[table_of] = "embedding"
+    return found
+
+
 def _shortest(module: str, modules: Iterable[str]) -> str:
     """The shortest end of a module's name that no other module ends with."""
     parts, others = module.split("."), [other for other in modules if other != module]
@@ -81,6 +117,8 @@ def write_adapter_config(model: ModelConfig, *, base: str) -> dict[str, Any]:
     adapter_keys(model)  # raises where PEFT has no such adapter
     modules = _modules(model)
     names = sorted(_shortest(module, modules) for module, target in modules.items() if target in adapter.targets)
+    whole = [place(model, row.name).key.rpartition(".")[0] for row in table(model) if row.trained and not row.beside]
+    shared = model.tied and "embedding" in adapter.modules_to_save
     transposed = place(model, "blocks.0.attention.o.weight").transposed
     return {
         "peft_type": "LORA",
@@ -95,6 +133,8 @@ def write_adapter_config(model: ModelConfig, *, base: str) -> dict[str, Any]:
         "fan_in_fan_out": transposed,
         "inference_mode": True,
         "use_dora": adapter.dora,
+        "modules_to_save": list(dict.fromkeys(whole)) + [tied_key(model).removeprefix(PREFIX).removesuffix(".weight")] * shared or None,
+        "ensure_weight_tying": shared,
     }
 
 
@@ -125,5 +165,6 @@ def read_adapter_config(values: Mapping[str, Any], model: ModelConfig, *, where:
         raise UsageError("the adapter is on modules that are not known", where=where, expected=expected, found=", ".join(unknown)[:200])
     targets: Any = tuple(target for target in dict.fromkeys(ours.values()) if any(target in found for found in met.values()))
     kinds: dict[str, Any] = {"rank_stabilized": values.get("use_rslora") is True, "dora": values.get("use_dora") is True}
-    kinds["dropout"] = float(dropout)
+    ends = saved_modules(values, model, where=where).values()
+    kinds |= {"dropout": float(dropout), "modules_to_save": tuple(end for end in ("embedding", "head") if end in ends)}
     return AdapterConfig(rank=rank, alpha=float(alpha), targets=targets, **kinds)

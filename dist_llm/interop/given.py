@@ -11,25 +11,26 @@ from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.errors import UsageError
 from dist_llm.interop.peft_folder import PeftFolder, is_adapter, name_in
 from dist_llm.train.base import Base
-from dist_llm.train.folder import MANIFEST, open_checkpoint
+from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
 from dist_llm.train.overlay import require_base
 from dist_llm.train.parts import Parts
 
 
 @dataclass(frozen=True)
 class Given:
-    """An adapter for a base. model: the base's with the adapter; identity: what tells it from others."""
+    """An adapter for a base. model: the base's with the adapter; identity: what tells it from others; checkpoint: of ours."""
 
     model: ModelConfig
     matrices: Parts | PeftFolder
     identity: str
     close: Callable[[], object]
+    checkpoint: Checkpoint | None = None
 
 
 def open_adapter(path: Path, base: Base) -> Given:
     """An adapter for a base: a checkpoint of ours, or PEFT's folder. Raises UsageError where it was trained on another one."""
     if is_adapter(path):
-        folder = PeftFolder.open(path, base.model)
+        folder = PeftFolder.open(path, base.model, base.source())
         if folder.base is not None and folder.base != base.identity:
             expected, found = f"base {folder.base[:16]}", f"{base.identity[:16]}, of {base.path}"
             raise UsageError("the adapter was trained on another base", where=str(path), expected=expected, found=found)
@@ -41,7 +42,7 @@ def open_adapter(path: Path, base: Base) -> Given:
         raise UsageError(what, where=str(opened.path), expected="a run with model.adapter.rank above 0, or PEFT's folder")
     require_base(opened, base)
     identity = hashlib.sha256((opened.path / MANIFEST).read_bytes()).hexdigest()
-    return Given(opened.config.model, opened.parts, identity, opened.parts.close)
+    return Given(opened.config.model, opened.parts, identity, opened.parts.close, opened)
 
 
 def name_of(path: Path) -> str:
@@ -57,6 +58,19 @@ def require_alike(first: ModelConfig, other: ModelConfig, *, where: str) -> None
     if first.adapter.quantize != other.adapter.quantize or (first.adapter.quantize != "none" and kept[0] != kept[1]):
         what = "the adapters were trained on differently quantized weights"
         raise UsageError(what, where=where, expected=kept[0], found=kept[1], next="one at a time")
+
+
+def grown(one: Given, base: Base) -> Checkpoint | None:
+    """The adapter's checkpoint, where its tokenizer has tokens that the base's lacks: a template added them."""
+    opened = one.checkpoint
+    return opened if opened is not None and opened.manifest["tokenizer"] != base.tokenizer else None
+
+
+def require_tokens(one: Given, base: Base, *, where: str) -> None:
+    """Raises UsageError where an adapter was trained with tokens that the base's tokenizer lacks: it would never write them."""
+    if grown(one, base) is not None:
+        what, expected = "the adapter was trained with tokens that the base's tokenizer lacks", f"the tokenizer of {base.path}"
+        raise UsageError(what, where=where, expected=expected, found="tokens that a template added", next=f"name the run itself: {where}")
 
 
 def file_hash(path: Path) -> str:

@@ -1,6 +1,7 @@
 """A base and adapters become one model: W + w (W' - W) summed over them, on the weights that they were trained on.
 
-W' is what an adapter makes of W: W + s B A, with DoRA the same with its rows brought to their lengths; w is its weight. That is the sum of
+W' is what an adapter makes of W: W + s B A, with DoRA the same with its rows brought to their lengths, or what was trained in the place
+of W; w is its weight. That is the sum of
 differences itself, as PEFT's add_weighted_adapter has it with `cat`; its `linear`, which adds up A and B apart, approximates it.
 
 Where the base was quantized in training, W is what its codes stand for: merged onto the weights that were never seen, the adapter would
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
+from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
 from dist_llm.interop.exporting import Subject, Weights, export_model
-from dist_llm.interop.given import Given, file_hash, open_adapter, require_alike
+from dist_llm.interop.given import Given, file_hash, grown, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
-from dist_llm.model.table import num_parameters
+from dist_llm.model.table import num_parameters, table
 from dist_llm.sharding import Box
 from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
@@ -44,12 +46,13 @@ class Merged:
 
     def __init__(self, adapters: Sequence[tuple[Overlay, float, float]], under: Weights, *, exact: bool = False) -> None:
         self.adapters, self.under, self.exact = adapters, under, exact
+        self.base = adapters[0][0].beneath  # as it was in training
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def whole(self, name: str) -> Tensor:
         """A whole weight in the dtype of the base, its sum taken in float32 at least."""
         if self._last[0] != name:
-            values = self.adapters[0][0].whole(name)
+            values = self.base.whole(name)
             wide = torch.float64 if values.dtype == torch.float64 else torch.float32
             made = [(adapted(beside, name, values.to(wide), scale), weight) for beside, scale, weight in self.adapters]
             found = [(one, weight) for one, weight in made if one is not None]
@@ -102,7 +105,8 @@ def merge(
     """Writes the merged model as the Hugging Face folder `target`, with its receipt merge.json.
 
     paths: adapters, run or step folders of ours, or PEFT's folders; weights: of each, else 1. Raises UsageError where an adapter was
-    trained on another base (F30), or where they were trained on differently quantized weights.
+    trained on another base (F30), where they were trained on differently quantized weights, or where two of them have another matrix in
+    the place of the same one.
     """
     base, opened = Base(base_path), list[Given]()
     try:
@@ -111,10 +115,15 @@ def merge(
             require_alike(opened[0].model, opened[-1].model, where=str(path))
         weights = list(weights) or [1.0] * len(opened)
         under: Any = base.source()
+        _refuse_two_in_one_place(paths, opened)
         overlays = [overlay(base, one.model, over=one.matrices) for one in opened]
         parts = [(beside, one.model.adapter.scale, weight) for beside, one, weight in zip(overlays, opened, weights, strict=True)]
         merged, plain = Merged(parts, under), opened[0].model.model_copy(update={"adapter": AdapterConfig()})
-        subject = Subject(base.path, plain, merged, base.beside_files(), base.sequence)
+        spoken = [found for found in (grown(one, base) for one in opened) if found is not None]
+        if len({found.manifest["tokenizer"] for found in spoken}) > 1:
+            raise UsageError("the adapters were trained with different new tokens", where=str(paths[-1]), next="one at a time")
+        tokenizer, beside = (spoken[0].path, spoken[0].beside) if spoken else (base.path, base.beside_files())
+        subject = Subject(tokenizer, plain, merged, beside, base.sequence)
         found: list[Receipt] = []
 
         def check(folder: Path) -> None:
@@ -134,6 +143,18 @@ def merge(
         for one in opened:
             one.close()
         base.close()
+
+
+def _refuse_two_in_one_place(paths: Sequence[Path], opened: Sequence[Given]) -> None:
+    """Raises UsageError where a matrix of the base was trained whole under two adapters: half of each is neither of them."""
+    first: dict[str, int] = {}
+    for at, one in enumerate(opened):
+        for row in table(one.model):
+            if row.trained and not row.beside and first.setdefault(row.name, at) != at:
+                what, expected = "two adapters have trained the same matrix whole", "model.adapter.modules_to_save of one of them at most"
+                raise UsageError(
+                    what, where=str(paths[at]), expected=expected, found=f"{row.name}, as {paths[first[row.name]]}", next="one at a time"
+                )
 
 
 def _drift(beside: Any, model: ModelConfig, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:

@@ -1,10 +1,13 @@
-"""PEFT's adapter folders, read and written (adapters.py has the names). Every tensor is small: they are read whole."""
+"""PEFT's adapter folders, read and written (adapters.py has the names). Tensors are read whole: none is larger than an embedding.
+
+What PEFT trains whole may be a part of what we do: an output matrix without the last norm. The rest is the base's.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,17 +20,28 @@ from torch import Tensor
 from dist_llm.config.schema import ModelConfig
 from dist_llm.data.publish import publish
 from dist_llm.errors import CheckpointError, UsageError
-from dist_llm.interop.adapters import CONFIG, WEIGHTS, adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.interop.adapters import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    adapter_keys,
+    read_adapter_config,
+    saved_modules,
+    tied_key,
+    write_adapter_config,
+)
 from dist_llm.interop.safe_file import SafeFile, unsound
 from dist_llm.interop.slices import TORCH
 from dist_llm.model.table import table
 from dist_llm.sharding import Box
 from dist_llm.strict import first_line, read_bounded, strict_json
 from dist_llm.train.durable import Disk
+from dist_llm.train.parts import Source
 from dist_llm.train.storage import storing
 
 RECEIPT = "dist_llm.json"  # beside their files: the identity of the base, the adapter's name, the hashes of these files, and its own
 LARGEST = 1 << 20  # bytes of their config
+TABLE = "embedding.weight"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -45,8 +59,10 @@ class PeftFolder:
     tensors: dict[str, Tensor]  # by our names
 
     @classmethod
-    def open(cls, path: Path, base: ModelConfig) -> PeftFolder:
-        """Raises CheckpointError where a file is not sound or does not fit, UsageError where the adapter does what is not done here."""
+    def open(cls, path: Path, base: ModelConfig, under: Source) -> PeftFolder:
+        """under: the base's weights. Raises CheckpointError where a file is not sound or does not fit, UsageError where the adapter does
+        what is not done here.
+        """
         known, name = _receipt_of(path)
         values = _json(path / CONFIG)
         adapter = read_adapter_config(values, base, where=str(path / CONFIG))
@@ -57,7 +73,7 @@ class PeftFolder:
             raise UsageError(what, where=str(path), expected=WEIGHTS, found="adapter_model.bin", next=way)
         file = SafeFile(path / WEIGHTS)
         try:
-            return cls(path, model, known, _tensors(file, model))
+            return cls(path, model, known, _tensors(file, model, saved_modules(values, base, where=str(path / CONFIG)), under))
         finally:
             file.close()
 
@@ -118,26 +134,44 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _tensors(file: SafeFile, model: ModelConfig) -> dict[str, Tensor]:
-    keys, shapes = adapter_keys(model), {row.name: row.shape for row in table(model)}
-    lacking, more = sorted({*keys.values()} - {*file.tensors}), sorted({*file.tensors} - {*keys.values()})
+def _tensors(file: SafeFile, model: ModelConfig, saved: Collection[str], under: Source) -> dict[str, Tensor]:
+    """All that is trained by name. saved: their modules that the config names; the rest of what we train with them is the base's."""
+    rows, every = {row.name: row for row in table(model)}, adapter_keys(model)
+    keys = {name: key for name, key in every.items() if rows[name].beside or key.removeprefix(PREFIX).rpartition(".")[0] in saved}
+    twice = tied_key(model) if model.tied and TABLE in keys else None
+    wanted = {*keys.values(), *([twice] if twice in file.tensors else [])}
+    lacking, more = sorted(wanted - {*file.tensors}), sorted({*file.tensors} - wanted)
     if lacking or more:
         what = "the adapter lacks matrices" if lacking else "the adapter has matrices that its config does not name"
         raise unsound(
-            what, file.path, expected=f"{len(keys)} tensors", found=f"{(lacking or more)[0][:120]} and {len(lacking or more) - 1} more"
+            what, file.path, expected=f"{len(wanted)} tensors", found=f"{(lacking or more)[0][:120]} and {len(lacking or more) - 1} more"
         )
-    found = {}
-    for name, key in keys.items():
-        stored = file.tensors[key]
-        if stored.shape != shapes[name] or stored.dtype not in TORCH:
-            seen = f"{stored.dtype} {list(stored.shape)}"
-            raise unsound("a matrix of the adapter does not fit the base", file.path, expected=f"{key} {list(shapes[name])}", found=seen)
-        values = torch.empty(prod(stored.shape), dtype=TORCH[stored.dtype])
-        file.read_into(values.view(torch.uint8).numpy().data, stored.start)
-        if not torch.isfinite(values).all():
-            raise unsound("a matrix of the adapter is not finite", file.path, expected="finite numbers", found=key)
-        found[name] = values.view(stored.shape)
+    found = {name: _tensor(file, key, rows[name].shape) for name, key in keys.items()}
+    if twice is not None and (twice not in wanted or not torch.equal(_tensor(file, twice, rows[TABLE].shape), found[TABLE])):
+        what, seen = (
+            "the adapter has embedding and output apart, which are one table in the base",
+            "others" if twice in wanted else "one of them",
+        )
+        raise UsageError(
+            what, where=str(file.path), expected=f"{keys[TABLE]} and {twice} alike, as ensure_weight_tying leaves them", found=seen
+        )
+    for name in every.keys() - found.keys():
+        shape = rows[name].shape
+        found[name] = under.read("weight", name, tuple((0, extent) for extent in shape), 0, prod(shape)).view(shape)
     return found
+
+
+def _tensor(file: SafeFile, key: str, shape: tuple[int, ...]) -> Tensor:
+    """A whole matrix of a file, on the CPU."""
+    stored = file.tensors[key]
+    if stored.shape != shape or stored.dtype not in TORCH:
+        seen = f"{stored.dtype} {list(stored.shape)}"
+        raise unsound("a matrix of the adapter does not fit the base", file.path, expected=f"{key} {list(shape)}", found=seen)
+    values = torch.empty(prod(stored.shape), dtype=TORCH[stored.dtype])
+    file.read_into(values.view(torch.uint8).numpy().data, stored.start)
+    if not torch.isfinite(values).all():
+        raise unsound("a matrix of the adapter is not finite", file.path, expected="finite numbers", found=key)
+    return values.view(stored.shape)
 
 
 def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor], *, base: str, identity: str) -> int:
@@ -148,7 +182,10 @@ def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor
     keys = adapter_keys(model)
     if target.exists():
         raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
-    weights = save({keys[name]: tensors[name].contiguous() for name in keys}, metadata={"format": "pt"})
+    stored = {keys[name]: tensors[name].contiguous() for name in keys}
+    if model.tied and TABLE in keys:
+        stored[tied_key(model)] = stored[keys[TABLE]].clone()  # PEFT does not load the folder without it
+    weights = save(stored, metadata={"format": "pt"})
     texts = {WEIGHTS: weights, CONFIG: json.dumps(write_adapter_config(model, base=base), indent=2).encode() + b"\n"}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
     texts[RECEIPT] = _receipt(identity, model.adapter.name, hashes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.model.table import is_windowed, table, unit_names
+from dist_llm.model.table import is_windowed, table, table_trained, unit_names
 
 Convention = Literal["full", "causal"]
 
@@ -42,5 +42,5 @@ def step_flops_per_token(model: ModelConfig, sequence: int, *, convention: Conve
     Weights that are not trained have no gradient: their products come twice.
     """
     still = sum(2.0 * row.numel for row in table(model) if not row.trained and len(row.shape) == 2 and row.unit.startswith("blocks."))
-    still += 2.0 * model.vocab * model.dim if model.adapter.rank else 0.0
+    still += 0.0 if table_trained(model, "head") else 2.0 * model.vocab * model.dim
     return 3.0 * sum(forward_flops(model, sequence, convention=convention).values()) - still

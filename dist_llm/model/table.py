@@ -14,7 +14,7 @@ from math import prod, sqrt
 from typing import Literal
 
 from dist_llm.config.presets import GATED
-from dist_llm.config.schema import AdapterConfig, ModelConfig
+from dist_llm.config.schema import AdapterConfig, ModelConfig, SavedModule
 
 # How a parameter meets the tensor-parallel axis:
 #   column   output features are split (dim 0)        row      input features are split (dim 1)
@@ -22,6 +22,9 @@ from dist_llm.config.schema import AdapterConfig, ModelConfig
 #   outside  whole, used where activations are whole or split by sequence
 #   inside   whole, used where activations are split by head (q and k norms)
 Role = Literal["column", "row", "vocab", "outside", "inside"]
+ADAPTER = ".adapter"  # ends the names of the units that lie beside a block's own
+# The units of the two ends of a model, by what `model.adapter.modules_to_save` calls them: all of a unit is trained, or none of it.
+ENDS = {"tied": "embedding", "embedding": "embedding", "head": "head"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Row:
     trained: bool = True  # False: as it came, under an adapter
     block: int = 0  # elements along dim 1 that share a scale, where it is kept in 4 or 8 bits; all rows of a unit are alike in both
     zeros: bool = False
+
+    @property
+    def beside(self) -> bool:
+        """Whether it is an adapter's own matrix, which no base has."""
+        return self.unit.endswith(ADAPTER)
 
     @property
     def numel(self) -> int:
@@ -67,8 +75,13 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def num_trained(model: ModelConfig) -> int:
-    """Parameters that are trained: all, or an adapter's."""
+    """Parameters that are trained: all, or an adapter's and what is trained whole beside it."""
     return sum(row.numel for row in table(model) if row.trained)
+
+
+def table_trained(model: ModelConfig, end: SavedModule) -> bool:
+    """Whether the table of tokens (embedding) or the output matrix (head) has a gradient; where they are tied it is one."""
+    return not model.adapter.rank or ("embedding" if model.tied else end) in model.adapter.modules_to_save
 
 
 def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
@@ -82,11 +95,13 @@ def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
 def _units_beside(block: str, adapter: AdapterConfig) -> tuple[str, ...]:
     """The units of a block beside its own: its matrices where they are quantized, and its adapter."""
     quantized = (f"{block}.quantized",) if adapter.quantize != "none" else ()
-    return (*quantized, f"{block}.adapter") if adapter.rank else ()
+    return (*quantized, f"{block}{ADAPTER}") if adapter.rank else ()
 
 
 def _as_it_came(row: Row, adapter: AdapterConfig) -> Row:
     """A row of a model under an adapter; matrices of blocks in a unit of their own where they are quantized."""
+    if ENDS.get(row.unit) in adapter.modules_to_save:
+        return row
     if adapter.quantize == "none" or not row.unit.startswith("blocks.") or len(row.shape) != 2:
         return replace(row, trained=False)
     return replace(row, trained=False, unit=f"{row.unit}.quantized", block=adapter.block)
@@ -104,7 +119,7 @@ def adapter_rows(m: ModelConfig, adapter: AdapterConfig, rows: Sequence[Row]) ->
         *_, target, last = row.name.split(".")
         if last != "weight" or target not in adapter.targets or row.role not in ("column", "row"):
             continue
-        (out, into), unit, name = row.shape, f"{row.unit}.adapter", row.name.removesuffix(".weight")
+        (out, into), unit, name = row.shape, f"{row.unit}{ADAPTER}", row.name.removesuffix(".weight")
         whole: dict[Role, tuple[Role, Role]] = {"column": ("inside", "column"), "row": ("row", "inside")}
         (role_a, role_b), std = whole[row.role], 1 / sqrt(3 * into)
         found.append(Row(f"{name}.lora_a", (adapter.rank, into), role_a, unit, row.parts if role_a == "row" else 1, std))

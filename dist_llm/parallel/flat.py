@@ -70,6 +70,11 @@ class FlatPlan:
         return self.slots[0].row.trained
 
     @property
+    def beside(self) -> bool:
+        """Whether it is an adapter's, which no base has."""
+        return self.slots[0].row.beside
+
+    @property
     def block(self) -> int:
         """Elements that share a scale where the unit is quantized, else 0."""
         return self.slots[0].row.block

@@ -21,7 +21,7 @@ from dist_llm.config.layout import Layout
 from dist_llm.config.preference import FIGURES
 from dist_llm.config.schema import ModelConfig
 from dist_llm.model.cost import forward_flops
-from dist_llm.model.table import Row, table, unit_names, uses
+from dist_llm.model.table import Row, table, table_trained, unit_names, uses
 from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.schedule.actions import SENDS, Action, Kind
 from dist_llm.schedule.cut import cut
@@ -205,7 +205,7 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
     scalars *= 2 if shape.pairs and not shape.model.adapter.rank else 1  # logits are made twice where their table is trained
     again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
     per_block, per_head = (10 if layout.sp else 8) + again, 2
-    per_embedding = 1 if layout.sp and shape.model.adapter.rank else 2  # no slope is gathered where the table is not trained
+    per_embedding = 1 if layout.sp and not table_trained(shape.model, "embedding") else 2  # without a gradient no slope is gathered
     for units in shape.rank_stages(pp).values():
         for name in units:
             each = per_embedding if name == "embedding" else per_head if name == "head" else per_block

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dist_llm.config.presets import GATED
+from dist_llm.config.schema import SavedModule
+from dist_llm.model.table import table_trained
 from dist_llm.plan.traffic import Shape
 
 PIECE = 512  # tokens of an activation at once on a CPU (model/kernels.py: TOKENS)
@@ -62,6 +64,11 @@ class Tensors:
         ends = ("lora_a", "lora_b") if self.model.adapter.rank else ("weight",)
         found = [self.weights[f"{name}.{end}"] for name in names for end in ends if f"{name}.{end}" in self.weights]
         return sum(rows * columns for rows, columns in found) * self.width
+
+    def by_table(self, end: SavedModule) -> int:
+        """The gradient by the table of tokens, or by the output matrix; nothing where it is not trained."""
+        rows, columns = self.weights["head.weight" if end == "head" and not self.model.tied else "embedding.weight"]
+        return rows * columns * self.width if table_trained(self.model, end) else 0
 
     def low(self, *names: str) -> int:
         """(B, S, R) of the adapters on these projections, together."""
@@ -284,7 +291,7 @@ def _embedding(t: Tensors) -> Holds:
     learned = t.stream if t.model.positions == "learned" or t.model.embedding_scale or t.model.neftune else 0
     noise = DRAWN * t.elements if t.model.neftune else 0
     behind = t.stream if t.model.embedding_scale else t.dropped
-    by_table = 0 if t.model.adapter.rank else t.by_weight("embedding")
+    by_table = t.by_table("embedding")
     forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing, noise))
     rows = behind + t.gathered + t.whole + by_table
     return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering, rows))
@@ -292,7 +299,7 @@ def _embedding(t: Tensors) -> Holds:
 
 def _head(t: Tensors) -> Holds:
     """Norm, output projection and loss: all of it in backward, which makes loss and gradients in one pass."""
-    by_table = 0 if t.model.adapter.rank else t.by_weight("embedding" if t.model.tied else "head")
+    by_table = t.by_table("head")
     exact = by_table // t.width * t.exact
     rows = t.weights["embedding.weight" if t.model.tied else "head.weight"][0]
     narrow = t.exact != t.width

@@ -12,6 +12,7 @@ from dist_llm.config.base import Facts
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
+from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES
 from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -63,16 +64,21 @@ class Base:
         return Facts(str(self.path), self.model.model_dump(exclude={"adapter", "neftune"}), str(self.path / "tokenizer.json"))
 
     def require_tokenizer(self, found: str, *, where: str = "data.tokenizer") -> None:
-        """Raises UsageError when a run's tokenizer is another: its ids would mean other things."""
+        """Raises UsageError when a run's tokenizer is another: its ids would mean other things. Tokens that a template adds come after."""
         if found != self.tokenizer:
             what, expected = "the tokenizer is not the one that the base was trained with", f"hash {self.tokenizer[:16]}, of {self.path}"
             advice = "leave data.tokenizer out: the base's own is taken"
             raise UsageError(what, where=where, expected=expected, found=f"hash {found[:16]}", next=advice)
 
     def beside(self, prepared: Prepared) -> Prepared:
-        """The data of a run, with the base's identity and the files that are carried along. Raises UsageError for another tokenizer."""
-        self.require_tokenizer(prepared.tokenizer.hash)
-        return replace(prepared, base=self.identity, beside=self.beside_files())
+        """The data of a run, with the base's identity and the files that are carried along. Raises UsageError for another tokenizer.
+
+        Where a template has added tokens the tokenizer is the run's own, and the base's files of it stay behind.
+        """
+        self.require_tokenizer(prepared.plain)
+        behind = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES) if prepared.added else ()
+        beside = {name: content for name, content in self.beside_files().items() if name not in behind}
+        return replace(prepared, base=self.identity, beside=beside)
 
     def beside_files(self) -> dict[str, bytes]:
         """name -> content of the files beside its weights."""

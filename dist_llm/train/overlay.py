@@ -1,11 +1,11 @@
-"""An adapter's checkpoint as a whole model: its own matrices, and everything else out of the base it was trained on.
+"""An adapter's checkpoint as a whole model: its own matrices, what was trained whole beside it, and the rest out of its base.
 
 Where the base was quantized in training it is quantized here too: what an adapter has learned is a correction of those weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -60,6 +60,11 @@ class Overlay:
         shape = self.rows[name].shape
         return self.read("weight", name, tuple((0, extent) for extent in shape), 0, prod(shape)).view(shape)
 
+    @property
+    def beneath(self) -> Overlay:
+        """The base alone, quantized as it is under the adapter."""
+        return replace(self, rows={row.name: replace(row, trained=False) for row in self.rows.values() if not row.beside})
+
     def close(self) -> None:
         """Lets the files go."""
         self.base.close()
@@ -67,10 +72,11 @@ class Overlay:
 
 
 def adapted(beside: Overlay, name: str, values: Tensor, scale: float) -> Tensor | None:
-    """What an adapter makes of a weight W (out, in), float32 at least: W + s B A, with DoRA its rows brought to their lengths.
-
-    None where it has nothing on it.
+    """What an adapter makes of a weight W (out, in), float32 at least: W + s B A, with DoRA its rows brought to their lengths; or another
+    one in its place, where it was trained whole. A tensor of its own, or None where it has nothing on it.
     """
+    if beside.rows[name].trained:
+        return beside.whole(name).to(values.dtype, copy=True)
     module = name.removesuffix(".weight")
     if f"{module}.lora_a" not in beside.rows:
         return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dist_llm import comm, stop
+from dist_llm.config.explain import new_rows
 from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
@@ -122,7 +123,9 @@ def prepare_data(config: Config, *, tell: Tell) -> Prepared:
     if config.base is not None:
         base = Base(config.base)
         base.close()
-        base.require_tokenizer(prepared.tokenizer.hash)
+        base.require_tokenizer(prepared.plain)
+        for note in new_rows(config.model, prepared.added):
+            tell({"note": note})
     return prepared
 
 
