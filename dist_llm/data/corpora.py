@@ -197,8 +197,8 @@ def _skills(seed: int, mixture: skills.Mixture, reading: Reading | None) -> Corp
             one = skills.pair(seed, index, mixture)
             if kind == "preference":
                 asked = chat.Turn("user", one.prompt)
-                sides = ([asked, chat.Turn("assistant", text)] for text in (one.answer, skills.wrong(seed, index, mixture)))
-                text = preferences.spell(*sides, asked=1)
+                right, wrong = ([asked, chat.Turn("assistant", said)] for said in (one.answer, skills.wrong(seed, index, mixture)))
+                text = preferences.spell(right, wrong, 1)
             else:
                 text = one.text if kind == "text" else chat.of_pair(one.prompt, one.answer)
             yield Document(text, f"skills:{index}")
