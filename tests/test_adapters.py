@@ -117,6 +117,19 @@ def test_magnitudes_begin_at_the_lengths_of_the_rows(ranks: Ranks, tmp_path: Pat
     assert found is not None and found < 1.2e-7
 
 
+def first_loss(rank: int, world: int, say: Callable, given: dict[str, Any], layout: dict[str, Any], dtype: str) -> float:
+    """That of the first step."""
+    return build(given, layout, rank, dtype)[2].step(0).loss
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_model_is_the_base(ranks: Ranks, dtype: str) -> None:
+    """To the bit, as with LoRA, whose B is zero."""
+    work, layout = "tests.test_adapters:first_loss", vars(layout_of("dp=1"))
+    losses = [ranks.run(1, work, config(dim=32, ffn=36, adapter={"rank": 2, "dora": dora}), layout, dtype) for dora in (False, True)]
+    assert losses[0] == losses[1] and losses[0][0] > 0
+
+
 def test_noise_is_as_large_as_its_sample_is_short() -> None:
     """Uniform up to alpha / sqrt(L D), whatever shares the sequence; other noise in every step and place; none in evaluation."""
     model = model_of("llama").model_copy(update={"neftune": 5.0, "dim": 64, "adapter": AdapterConfig()})

@@ -54,7 +54,8 @@ def sample(
         lines = [{**line, "prompt": texts[line["prompt"]]} for line in shown.lines]
         keys = [key for key in ("adapter", "prompt", "text", "tokens", "finish") if len(lines) == 1 and key in lines[0]]
         whole: dict[str, Any] = {"version": 1, "checkpoint": str(opened.path), "seed": writing.choice.seed, "ranks": writing.nproc, **about}
-        whole |= {**{key: lines[0][key] for key in keys}, "samples": lines}
+        whole |= {key: lines[0][key] for key in keys}
+        whole["samples"] = lines
         typer.echo(json.dumps(whole))
     shown.close()
 

@@ -50,7 +50,9 @@ class AdaptedRoles(TensorRoles):
         adapter, group = projection.adapter, self.split.group
         if adapter is None:
             return None
-        norm = None if adapter.m is None else self.norm_of(projection.weight, adapter, None if columns else group)
+        norm = None
+        if adapter.m is not None:  # in the digits of m, so that c is 1 where m begins
+            norm = self.norm_of(projection.weight, adapter, None if columns else group).to(adapter.m.dtype)
         first = 0 if columns else group.index * adapter.width // group.size  # as sharding.split_parts cuts heads and features
         return Correction(adapter, norm, None if draw is None or not adapter.drop else Masks(draw, adapter, first))
 

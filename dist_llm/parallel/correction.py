@@ -61,7 +61,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Correction:
-    """An adapter in one use of its projection. norm: lengths of the rows, float64 (O,), with DoRA; masks: None where nothing is dropped."""
+    """An adapter in one use of its projection. norm: lengths of the rows (O,), with DoRA; masks: None where nothing is dropped."""
 
     adapter: Adapter
     norm: Tensor | None
@@ -71,7 +71,7 @@ class Correction:
     def factor(self) -> Tensor | None:
         """c, (O,)."""
         magnitude = self.adapter.m
-        return None if magnitude is None or self.norm is None else (magnitude / self.norm).to(magnitude.dtype)
+        return None if magnitude is None or self.norm is None else magnitude / self.norm
 
     def _pieces(self, tokens: int) -> Iterator[slice]:
         """All tokens at once, or some at a time where they cost (t, D) or (t, O) beside x."""

@@ -227,7 +227,9 @@ class Block:
         """
         t = self.t
         by_weights += low
-        products = t.stream + t.gathering + t.whole + max(t.reducing + by_weights + t.again(*names), low + t.scaling(*names))
+        travels = t.reducing - t.turned * t.stream * t.layout.sp  # while the gradients are made its sum is not turned back yet
+        gradients = by_weights + max(t.reducing, travels + t.again(*names))
+        products = t.stream + t.gathering + t.whole + max(gradients, low + t.scaling(*names))
         return max(products, by_weights + t.stream + t.norm_backward(t.stream))
 
     def _backward(self, made: int) -> int:
