@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.load import load_text
 from dist_llm.config.schema import Config
+from dist_llm.data.template_files import load_template
+from dist_llm.data.tokenizer import load
 from dist_llm.errors import CheckpointError, NumericError, UsageError
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
@@ -213,6 +216,27 @@ def test_a_run_from_a_base_goes_on_and_refuses_another_base(home: Path, commands
         assert (tmp_path / "out" / name).read_bytes() == (home / "llama" / name).read_bytes(), "carried along through a run"
     assert open_checkpoint(cut).manifest["base"] == Base(home / "llama").identity
     assert Base(cut).model == Base(home / "llama").model
+
+
+def test_the_template_that_a_run_trains_with_goes_with_its_checkpoint(home: Path, commands: Commands, tmp_path: Path) -> None:
+    """Also where the base has another one, or none: what is exported speaks as it was trained to; the rest stays as it was."""
+    for base in ("llama", "gpt2"):
+        text = f"base: {home / base}\n" + DATA % (home / "data") + "schedule: {steps: 1}\nruntime: {dtype: float32}\n"
+        (tmp_path / "run.yaml").write_text(text)
+        short = ["data.skills.tasks=[copy]", "data.skills.length=[1, 2]", "data.skills.apart=true", "data.sequence=64"]
+        more = [*short, "data.chat.template=plain", "track.validate_batches=1", "batch.global=2"]
+        done = commands.run("train", str(tmp_path / "run.yaml"), *more, "--run-dir", str(tmp_path / base))
+        assert done.returncode == 0, done.stderr
+        done = commands.run("export", str(tmp_path / base), str(tmp_path / f"{base}-out"))
+        assert done.returncode == 0, done.stderr
+        theirs = AutoTokenizer.from_pretrained(tmp_path / f"{base}-out")
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ours = load_template("plain", end=load(home / base).end)
+        assert theirs.apply_chat_template(turns, tokenize=False) == ours.render(turns)
+        before, after = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (home / base, tmp_path / f"{base}-out"))
+        assert {key: value for key, value in after.items() if key != "chat_template"} == {
+            key: value for key, value in before.items() if key != "chat_template"
+        }
 
 
 def test_a_base_that_is_not_finite_or_damaged_is_refused(home: Path, ranks: Ranks, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -57,7 +57,7 @@ def questions(config: Config, prepared: Prepared | None, *, tasks: Sequence[str]
     """
     found: dict[str, dict[str, Pair]] = {task: {} for task in tasks}
     known = _text(prepared) if uses_skills(config) and not config.data.validation else ""
-    wanted, mixture = sum(each for _ in tasks), skills.mixture_of(config.data.skills)
+    wanted, mixture = sum(each for _ in tasks), replace(skills.mixture_of(config.data.skills), tasks=tuple(tasks))
     for index in range(DRAWS * max(1, each)):
         if wanted == 0:
             break

@@ -122,7 +122,9 @@ def merge(
         spoken = [found for found in (grown(one, base) for one in opened) if found is not None]
         if len({found.manifest["tokenizer"] for found in spoken}) > 1:
             raise UsageError("the adapters were trained with different new tokens", where=str(paths[-1]), next="one at a time")
-        tokenizer, beside = (spoken[0].path, spoken[0].beside) if spoken else (base.path, base.beside_files())
+        alone = opened[0].checkpoint if len(opened) == 1 else None  # its files have the template that it was trained with
+        speaks = spoken[0] if spoken else alone
+        tokenizer, beside = (speaks.path, speaks.beside) if speaks else (base.path, base.beside_files())
         subject = Subject(tokenizer, plain, merged, beside, base.sequence)
         found: list[Receipt] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,14 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
 from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES
+from dist_llm.strict import strict_json
 from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
     from dist_llm.train.parts import Source
+
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 class Base:
@@ -78,7 +82,8 @@ class Base:
         self.require_tokenizer(prepared.plain)
         behind = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES) if prepared.added else ()
         beside = {name: content for name, content in self.beside_files().items() if name not in behind}
-        return replace(prepared, base=self.identity, beside=beside)
+        own = prepared.tokenizer.chat_template
+        return replace(prepared, base=self.identity, beside=with_template(beside, own) if own and not behind else beside)
 
     def beside_files(self) -> dict[str, bytes]:
         """name -> content of the files beside its weights."""
@@ -103,6 +108,17 @@ class Base:
             self.folder.close()
         elif self.checkpoint is not None and self.checkpoint.opened:
             self.checkpoint.parts.close()
+
+
+def with_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:
+    """A tokenizer's files with the chat template that a run has trained with, as they are where it is theirs."""
+    held = strict_json(files.get(CONFIG, b"{}"))
+    config = held if isinstance(held, dict) else {}
+    given = files[TEMPLATE].decode(errors="replace") if TEMPLATE in files else config.get("chat_template")
+    if given == template:
+        return files
+    kept = {name: content for name, content in files.items() if name != TEMPLATE}
+    return kept | {CONFIG: json.dumps({**config, "chat_template": template}, ensure_ascii=False, indent=2).encode()}
 
 
 def read_base(path: str) -> Facts:
