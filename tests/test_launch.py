@@ -267,9 +267,10 @@ def test_quickstart_from_a_fresh_copy(tmp_path: Path) -> None:
     assert "sample at step 0:" in done.stdout and "sample at step 280:" in done.stdout
     assert (home / "runs/quickstart/compare/report.html").stat().st_size > 100_000
     assert done.stdout.splitlines()[-3].startswith("next ")
-    before, after = (answers_of(done.stdout, step) for step in (0, 2000))
-    assert set(before) == set(after) == {"copy", "reverse", "brackets", "sort", "all"} and before["all"] < 0.05
-    assert min(after["copy"], after["reverse"], after["brackets"]) >= 0.85 and after["all"] >= 0.9, after
+    before, after = (answers_of(done.stdout, step) for step in (0, 3000))
+    assert set(before) == set(after) == {"copy", "reverse", "brackets", "sort", "add", "all"} and before["all"] < 0.05
+    learned = [after[task] for task in ("copy", "reverse", "brackets", "sort")]
+    assert min(learned) >= 0.8 and sum(learned) / 4 >= 0.9, after
 
 
 def answers_of(told: str, step: int) -> dict[str, float]:
