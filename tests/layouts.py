@@ -311,6 +311,13 @@ NAMED += [
 
 # Of those the ones that run behind `long`: what they alone show is little beside the others.
 LATER: set[tuple[str, str]] = {
+    *(("qwen3", text) for text in ("tp=4", "dp=2,tp=2,zero=2")),
+    *(("seven layers", text) for text in ("dp=2,tp=4,zero=3", "pp=4,schedule=1f1b")),
+    *(("llama", text) for text in ("dp=8,zero=3,shard=4", "dp=4,tp=2,zero=3,shard=2")),
+    *(("tied", text) for text in ("dp=4,zero=3,shard=2", "dp=4,pp=2,zero=1,shard=2,schedule=gpipe")),
+    ("gpt2", "dp=4,pp=2,zero=3,shard=2,schedule=interleaved"),
+    ("gemma3", "tp=4,sp=off"),
+    ("weighted", "dp=2,tp=2,pp=2,zero=1"),
     ("one kv head", "tp=8"),
     ("olmo2", "tp=8,sp=off"),
     *(("olmo2", text) for text in ("tp=2,sp=off", "tp=2,recompute=full", "tp=4,recompute=selective", "tp=2,pp=2", "dp=2,tp=2,zero=3")),

@@ -260,8 +260,8 @@ def test_what_is_trained_whole_is_merged(whole: Path, commands: Commands) -> Non
     part, before = (load_file(home / name / "model.safetensors")[table] for name in ("part", "hf"))
     after = load_file(home / "peft-ends/adapter_model.safetensors")[f"base_model.model.{table}"]
     assert abs(after - before).max() > 1e-3 and abs(part - (before + 0.25 * (after - before))).max() < 1e-6
-    said = refused(commands.run("merge", base, str(home / "ends"), str(home / "ends-cut"), str(home / "x")))
-    assert "same matrix whole" in said and "embedding.weight" in said and not (home / "x").exists()
+    said = refused(commands.run("merge", base, str(home / "ends"), str(home / "ends-cut"), str(home / "two wholes")))
+    assert "same matrix whole" in said and "embedding.weight" in said and not (home / "two wholes").exists()
 
 
 @pytest.mark.long
