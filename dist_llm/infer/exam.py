@@ -16,7 +16,7 @@ from dist_llm.data.templates import Template
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.infer.choose import Choice
 from dist_llm.infer.model import Model
-from dist_llm.infer.text import Text
+from dist_llm.infer.text import texts_of
 from dist_llm.infer.write import Writer
 
 NORMAL = 1.959963984540054  # of a 95 % interval
@@ -124,15 +124,7 @@ def answer(
     """The greedy answers to some questions, written at once; room for a little more than the right one."""
     count = max(one.length for one in group) + 4
     writer = Writer(model, [one.ids for one in group], count=count, choice=Choice(temperature=0.0), window=window, ends=ends)
-    texts = [Text(tokenizer, stops=stops, silent=ends) for _ in group]
-    for tokens in writer:
-        for line, token in tokens.items():
-            texts[line].add(token)
-            if texts[line].stopped is not None:
-                writer.stop(line)
-    for text in texts:
-        text.finish()
-    return [text.shown for text in texts]
+    return texts_of(writer, tokenizer, lines=len(group), stops=stops, silent=ends)
 
 
 def marks(results: Sequence[tuple[str, bool]], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.infer.write import Writer
 
 LETTER = 4  # no letter has more bytes
 
@@ -84,3 +85,16 @@ def stream(tokenizer: Tokenizer, tokens: Iterator[int], *, silent: Iterable[int]
             yield piece
     if rest := text.finish():
         yield rest
+
+
+def texts_of(writer: Writer, tokenizer: Tokenizer, *, lines: int, stops: Sequence[str] = (), silent: Iterable[int] = ()) -> list[str]:
+    """What a writer writes in each of its lines, a line no further than its stop string."""
+    texts = [Text(tokenizer, stops=stops, silent=silent) for _ in range(lines)]
+    for tokens in writer:
+        for line, token in tokens.items():
+            texts[line].add(token)
+            if texts[line].stopped is not None:
+                writer.stop(line)
+    for text in texts:
+        text.finish()
+    return [text.shown for text in texts]

@@ -31,7 +31,8 @@ class Base:
         path = Path(given).expanduser()
         if not path.is_dir():
             expected = "a run folder or step folder, or a Hugging Face folder"
-            raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder")
+            way = "train it first, or name another: base=PATH"
+            raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder", next=way)
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
         self.checkpoint: Checkpoint | None = None if self.folder else open_checkpoint(path)
         self.path = path if self.checkpoint is None else self.checkpoint.path

@@ -16,7 +16,7 @@ import torch
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.infer.choose import Choice
 from dist_llm.infer.model import Model
-from dist_llm.infer.text import Text
+from dist_llm.infer.text import texts_of
 from dist_llm.infer.write import Writer
 
 NEW_TOKENS = 256  # of an answer, where nothing is said
@@ -79,15 +79,7 @@ class Scorer:
         room = max(1, self.window - count)  # of a context, of which the end counts
         prompts = [(self.tokenizer.encode(context) or [self.tokenizer.end_id])[-room:] for context in contexts]
         writer = Writer(self.model, prompts, count=count, choice=_choice(settings), window=self.window, ends=ends)
-        texts = [Text(self.tokenizer, stops=stops, silent=ends) for _ in prompts]
-        for tokens in writer:
-            for line, token in tokens.items():
-                texts[line].add(token)
-                if texts[line].stopped is not None:
-                    writer.stop(line)
-        for text in texts:
-            text.finish()
-        return [text.shown for text in texts]
+        return texts_of(writer, self.tokenizer, lines=len(prompts), stops=stops, silent=ends)
 
     def _pieces(self, given: list[int], wanted: list[int]) -> list[Piece]:
         """One piece where all fits into the window with the end of what is given; else several, each as full as it can be."""
