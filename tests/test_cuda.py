@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, apart
+from benchmarks.gpu import PARTS, ROOT, apart
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.model.products import Products
+from dist_llm.model.fused import fuse
+from dist_llm.model.kernels import norm_backward
+from dist_llm.model.loss import loss_and_gradients, whole
+from dist_llm.model.products import Products, add_product, wide_product
+from dist_llm.plan.predict import predicted, shape_of
 from dist_llm.staging import Lane
 from dist_llm.train.profile import Profile
 from dist_llm.train.proof import MadeUp, judge
@@ -86,6 +92,94 @@ def test_a_replayed_step_is_the_step(text: str, compiled: bool) -> None:
     """Attention's backward adds in another order each time: float32 noise."""
     plain, replayed = (losses("float32", text=text, compile=compiled, cuda_graph=graph) for graph in (False, True))
     assert replayed == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["dp=1", "dp=1,recompute=full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_peak_is_as_predicted(dtype: str, text: str) -> None:
+    """The allocator's own count, beside what was there already."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(DEVICE)
+    given = config(micro=4, sequence=1024, batch=8, dim=1024, heads=16, kv_heads=8, ffn=2816, layers=6, vocab=32000)
+    given["runtime"] |= {"device": DEVICE.type}
+    settings = Config.model_validate(given)
+    mesh = make_mesh(settings, layout_of(text), 0)
+    engine = make_engine(settings, mesh, device=DEVICE, dtype=DTYPES[dtype])
+    trainer = Trainer(settings, mesh, engine, MadeUp(32000, 1024, 8, 7))
+    trainer.step(0)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    trainer.step(1)
+    found = torch.cuda.max_memory_allocated(DEVICE) - before
+    need = predicted(shape_of(settings, layout_of(text), dtype=dtype, device="cuda"))["memory_bytes"]["total"]
+    assert found == pytest.approx(need, rel=0.05), (found, need, found / need)
+
+
+def test_products_that_add_up_in_float32() -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    left, right = (torch.randn(*size, generator=generator, device=DEVICE).bfloat16() for size in ((96, 4096), (4096, 160)))
+    exact, total = left.double() @ right.double(), torch.randn(96, 160, device=DEVICE)
+    scale, before = exact.abs().max(), total.double()
+    assert (wide_product(left, right) - exact).abs().max() / scale < 1e-5
+    assert (add_product(total, left, right) - (before + exact)).abs().max() / scale < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(300, 128), (3, 5, 2048), (4096, 4096)])
+def test_the_device_s_own_norm_backward(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, slope = (torch.randn(*shape, generator=generator, device=DEVICE).bfloat16() for _ in range(2))
+    weight = torch.randn(shape[-1], generator=generator, device=DEVICE).bfloat16()
+    exact = norm_backward(slope.double(), x.double(), weight.double(), None, kind="rms", eps=1e-5)
+    for found, wanted in zip(norm_backward(slope, x, weight, None, kind="rms", eps=1e-5), exact, strict=True):
+        assert (found.double() - wanted).norm() / wanted.norm() < 5e-3
+
+
+@pytest.mark.parametrize(("smoothing", "vocab"), [(0.0, 32000), (0.1, 1000)])
+def test_the_compiled_cross_entropy(smoothing: float, vocab: int) -> None:
+    """Against float64, in bfloat16: the loss, and its gradients within what the operands' digits allow."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, weight = (torch.randn(*size, generator=generator, device=DEVICE).mul(0.1).bfloat16() for size in ((3000, 256), (vocab, 256)))
+    labels = torch.randint(-1, vocab, (3000,), generator=generator, device=DEVICE)
+    exact = loss_and_gradients(x.double(), weight.double(), labels, whole(weight, smoothing))
+    for on in (False, True):
+        fuse(on)
+        try:
+            loss, by_x, by_weight = loss_and_gradients(x, weight, labels, whole(weight, smoothing))
+        finally:
+            fuse(False)
+        assert float(loss) == pytest.approx(float(exact[0]), rel=1e-5)
+        for found, wanted in ((by_x, exact[1]), (by_weight, exact[2])):
+            assert found is not None and wanted is not None
+            assert (found.double() - wanted).norm() / wanted.norm() < 1e-2
+
+
+def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The command line in bfloat16: saved, read again, and the same losses but for the order in which attention adds."""
+    first = run_command(["train", "configs/tiny.yaml", f"save.dir={tmp_path}/run", f"data.dir={tmp_path}/data", "save.every=5"])
+    assert first.returncode == 0, first.stderr
+    calm = losses_of(tmp_path / "run")
+    again = run_command(["train", "configs/tiny.yaml", f"save.dir={tmp_path}/more", f"data.dir={tmp_path}/data", "schedule.steps=10",
+                         "--resume", f"{tmp_path}/run/checkpoints/step-00000005"])  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    found = losses_of(tmp_path / "more")
+    assert {step: found[step] for step in range(6, 11)} == pytest.approx({step: calm[step] for step in range(6, 11)}, rel=1e-3)
+
+
+def test_layouts_that_share_the_device_compare_as_equal(tmp_path: Path) -> None:
+    words = ["compare", "configs/tiny.yaml", "dp=2,zero=3", "tp=2", "pp=2", "runtime.device=cuda", "runtime.backend=gloo"]
+    done = run_command([*words, f"save.dir={tmp_path}/run", f"data.dir={tmp_path}/data"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal" in done.stdout
+
+
+def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """`dist-llm` in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "dist_llm", *words], capture_output=True, text=True, timeout=240, cwd=ROOT, check=False)
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    """Step -> training loss, of a run folder."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_a_step_waits_for_the_device_once() -> None:

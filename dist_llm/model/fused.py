@@ -13,12 +13,20 @@ from typing import Any
 import torch
 
 _on = False
+SHAPES = 64  # of one function, each compiled for itself
 
 
 def fuse(on: bool) -> None:
     """Whether this process compiles the functions that are marked `fused`."""
     global _on
     _on = on
+    if on:  # a model has more shapes of operands than torch allows a function by default; beyond it runs eagerly, and slowly
+        torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+
+
+def compiling() -> bool:
+    """Whether it does."""
+    return _on
 
 
 def fused(function: Callable) -> Callable:
@@ -30,7 +38,7 @@ def fused(function: Callable) -> Callable:
         nonlocal compiled
         if not _on or torch.compiler.is_compiling():
             return function(*arguments, **options)
-        compiled = compiled or torch.compile(function)
+        compiled = compiled or torch.compile(function, dynamic=False)
         with torch.no_grad():
             return compiled(*arguments, **options)
 

@@ -57,6 +57,9 @@ def norm_backward(slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     if kind == "none":
         return [slope]
     width, exact = x.shape[-1], wide(x.dtype)
+    if kind == "rms" and x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:  # one kernel each, sums in float32
+        inverse = torch.ops.aten._fused_rms_norm(x, (width,), weight, eps)[1]
+        return list(torch.ops.aten._fused_rms_norm_backward(slope.contiguous(), x, (width,), inverse, weight, [True, True]))
     flat, given, gain = x.flatten(0, -2).to(exact), slope.flatten(0, -2).to(exact), weight.to(exact)
     if kind == "unit_rms":
         gain = gain + 1.0

@@ -10,18 +10,26 @@ Legend: T tokens, D dim, v local vocabulary rows, V global vocabulary. A label b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dist_llm.model.fused import fused
+from dist_llm.model.fused import compiling, fused
 from dist_llm.model.kernels import wide
+from dist_llm.model.products import add_product, wide_product
 
 CHUNK = 1024  # tokens whose logits exist at once
+CHUNK_BYTES = 2**30  # of float32 logits at once on a GPU, which is idle for long between small products
 IGNORED = -100
+
+
+def at_once(tokens: int, rows: int, *, cpu: bool) -> int:
+    """Tokens of a chunk, of all that there are, over so many rows of the vocabulary."""
+    most = CHUNK if cpu else max(CHUNK, 1 << max(1, CHUNK_BYTES // (4 * rows)).bit_length() - 1)
+    return min(most, tokens)
 
 
 @dataclass
@@ -87,8 +95,7 @@ def loss_alone(
 ) -> Tensor:
     """x (T, D), weight (v, D), labels (T,), weights (T,) -> the summed loss, a float64 scalar. each (T,): takes that of each token."""
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    for at in range(0, x.shape[0], CHUNK):
-        here = slice(at, at + CHUNK)
+    for here in _chunks(x, weight):
         taken = _chunk(x[here], weight, labels[here], part, _some(weights, here))[0]
         _take(taken, loss, each, here)
     return loss
@@ -108,18 +115,21 @@ def loss_and_gradients(
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     by_x = torch.empty_like(x)
     by_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if trained else None  # chunks add up in float32
-    for at in range(0, x.shape[0], CHUNK):
-        here = slice(at, at + CHUNK)
+    for here in _chunks(x, weight):
         taken, slope = _chunk(x[here], weight, labels[here], part, _some(weights, here))
         _take(taken, loss, each, here)
         slope = slope.to(x.dtype)
         torch.mm(slope, weight, out=by_x[here])
-        if by_weight is not None and by_weight.dtype == x.dtype:
-            by_weight.addmm_(slope.T, x[here])
-        elif by_weight is not None:
-            by_weight += slope.T @ x[here]
+        if by_weight is not None:
+            add_product(by_weight, slope.T, x[here])
         del slope  # before the next chunk makes its logits
     return loss, by_x, None if by_weight is None else by_weight.to(weight.dtype)
+
+
+def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The tokens of x (T, D) in pieces."""
+    some = max(1, at_once(x.shape[0], weight.shape[0], cpu=x.device.type == "cpu"))
+    return (slice(at, at + some) for at in range(0, x.shape[0], some))
 
 
 def _take(taken: Tensor, loss: Tensor, each: Tensor | None, here: slice) -> None:
@@ -134,18 +144,22 @@ def _some(weights: Tensor | None, here: slice) -> Tensor | None:
 
 
 def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss of each token of a chunk, and the slope of their sum by each logit (chunk, v), in the memory of the logits.
+    """The loss of each token of a chunk, and the slope of their sum by each logit (chunk, v).
 
+    As it is, all happens in the memory of the logits. Compiled, a pass costs its bytes and little else: the logits stay
+    what they are, read twice, and the slope comes in the dtype of x.
     Smoothing e mixes the label with the uniform distribution over the global vocabulary (arXiv:1512.00567).
     """
-    logits = (x @ weight.T).to(wide(x.dtype))  # (chunk, v)
-    bend = _cap(logits, part.softcap) if part.softcap else None
-    here = _statistics(logits, labels, part.first, part.smoothing > 0)
+    logits = wide_product(x, weight.T)  # (chunk, v)
+    bend, kept = _cap(logits, part.softcap) if part.softcap else None, compiling()
+    here = _statistics(logits, labels, part.first, part.smoothing > 0, kept)
     largest = here[0].clone()  # `share` may write over the one it is given
     known = part.share(Statistics(*here))
     shared = (known.largest, known.exponentials, known.label, known.total)
-    loss = _loss_and_slope(logits, labels, weights, largest, *shared, part.first, part.vocab, part.smoothing)
-    return loss, logits if bend is None else logits.mul_(bend)
+    rule = (part.first, part.vocab, part.smoothing)
+    if kept:
+        return _loss_and_new_slope(logits, labels, weights, bend, *shared, *rule, x.dtype)
+    return _loss_and_slope(logits, labels, weights, bend, largest, *shared, *rule), logits
 
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
@@ -157,12 +171,13 @@ def _cap(logits: Tensor, softcap: float) -> Tensor:
 
 
 @fused
-def _statistics(logits: Tensor, labels: Tensor, first: int, smoothed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Logits (chunk, v) become exp(logit - largest) in place; leaves what `Statistics` holds, of this slice."""
+def _statistics(logits: Tensor, labels: Tensor, first: int, smoothed: bool, kept: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Logits (chunk, v) -> what `Statistics` holds, of this slice. Unless they are kept, they become exp(logit - largest)."""
     inside, local = _local(labels, first=first, rows=logits.shape[1])
     label = logits.gather(1, local[:, None])[:, 0].masked_fill_(~inside, 0.0)
     largest, total = logits.amax(-1), logits.sum(-1) if smoothed else None
-    exponentials = logits.sub_(largest[:, None]).exp_().sum(-1)
+    relative = logits - largest[:, None] if kept else logits.sub_(largest[:, None])
+    exponentials = relative.exp_().sum(-1)
     return largest, exponentials, label, total
 
 
@@ -171,6 +186,7 @@ def _loss_and_slope(
     slope: Tensor,
     labels: Tensor,
     weights: Tensor | None,
+    bend: Tensor | None,
     local_largest: Tensor,
     largest: Tensor,
     exponentials: Tensor,
@@ -182,22 +198,61 @@ def _loss_and_slope(
 ) -> Tensor:
     """exp(logit - local_largest) (chunk, v) becomes the slope in place; the rest is of the whole vocabulary, (chunk,). Leaves each loss."""
     inside, local = _local(labels, first=first, rows=slope.shape[1])
-    counted, uniform = (labels >= 0).to(slope.dtype), smoothing / vocab
-    if weights is not None:
-        counted = counted * weights.to(slope.dtype)
-    loss = largest + exponentials.log() - (1.0 - smoothing) * label
-    if total is not None:
-        loss = loss - uniform * total
+    loss, counted = _losses(labels, weights, largest, exponentials, label, total, vocab, smoothing)
     # Of a softmax relative to this slice's largest logit only one factor a token is missing.
     slope.mul_(((local_largest - largest).exp() / exponentials * counted)[:, None])
     if smoothing:
-        slope.sub_((uniform * counted)[:, None])
-    hit = inside.to(slope.dtype) if weights is None else inside * counted
+        slope.sub_((smoothing / vocab * counted)[:, None])
+    hit = inside * counted
     slope.scatter_add_(1, local[:, None], (hit * (smoothing - 1.0))[:, None])
-    loss = loss.masked_fill(labels < 0, 0.0)
-    if weights is not None:
-        loss = loss * weights.to(loss.dtype)
+    if bend is not None:
+        slope.mul_(bend)
     return loss
+
+
+@fused
+def _loss_and_new_slope(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    bend: Tensor | None,
+    largest: Tensor,
+    exponentials: Tensor,
+    label: Tensor,
+    total: Tensor | None,
+    first: int,
+    vocab: int,
+    smoothing: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """As `_loss_and_slope`, of the logits (chunk, v) themselves -> (each loss, the slope in `dtype`)."""
+    loss, counted = _losses(labels, weights, largest, exponentials, label, total, vocab, smoothing)
+    slope = (logits - largest[:, None]).exp() * (counted / exponentials)[:, None]
+    hit = torch.arange(first, first + logits.shape[1], device=labels.device) == labels[:, None]
+    slope = slope - (torch.where(hit, 1.0 - smoothing, 0.0) + smoothing / vocab) * counted[:, None]
+    return loss, (slope if bend is None else slope * bend).to(dtype)
+
+
+def _losses(
+    labels: Tensor,
+    weights: Tensor | None,
+    largest: Tensor,
+    exponentials: Tensor,
+    label: Tensor,
+    total: Tensor | None,
+    vocab: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """(the loss of each token times its weight, what the token counts), both (chunk,)."""
+    counted = (labels >= 0).to(largest.dtype)
+    loss = largest + exponentials.log() - (1.0 - smoothing) * label
+    if total is not None:
+        loss = loss - smoothing / vocab * total
+    loss = loss.masked_fill(labels < 0, 0.0)
+    if weights is None:
+        return loss, counted
+    scale = weights.to(loss.dtype)
+    return loss * scale, counted * scale
 
 
 def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:

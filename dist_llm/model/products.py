@@ -29,9 +29,26 @@ import torch
 from torch import Tensor
 
 from dist_llm.model.fused import fused
+from dist_llm.model.kernels import wide
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-12  # of a largest magnitude: an operand of zeros has a finite scale
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (M, K) @ right (K, N) -> (M, N), float32 at least: a GPU writes the sums as it has them, a CPU rounds them to bfloat16 first."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(wide(left.dtype))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total (M, N), which may be wider than left (M, K) and right (K, N), plus their product, in place."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    if total.is_cuda:
+        return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    return total.add_(left @ right)
 
 
 def _alone(largest: Tensor) -> Tensor:
@@ -70,12 +87,12 @@ class Products:
     def by_weight(self, slope: Tensor, x: Tensor, *, total: Tensor | None = None) -> Tensor:
         """Slope (T, O), x (T, D) -> (O, D), added to `total` where there is one, which may be wider."""
         if self.kind != "tensorwise":
-            if total is not None and total.dtype == x.dtype:
-                return total.addmm_(slope.T, x)
-            y = slope.T @ x
+            if total is not None:
+                return add_product(total, slope.T, x)
+            return slope.T @ x
         else:
             y = self._scaled(slope.T, x, (E5M2, E4M3), whole=(True, True), over_ranks=True, fast=False)
-        return y if total is None else total.add_(y)
+            return y if total is None else total.add_(y)
 
     def _scaled(
         self, left: Tensor, right: Tensor, dtypes: Sequence[torch.dtype], *, whole: tuple[bool, bool], over_ranks: bool, fast: bool

@@ -274,8 +274,10 @@ def activated_row_backward(slope: Tensor, parts: Sequence[Tensor], activation: s
     """
     whole = gather(slope.contiguous(), split).flatten(0, 1)
     flat, products = [part.flatten(0, 1) for part in parts], split.products("input")
-    by_weight = torch.zeros_like(weight, dtype=vocabulary.wide(weight.dtype))
+    if whole.is_cuda:
+        return products.by_weight(whole, activate_backward(products.by_input(whole, weight), flat, kind=activation))
     some = _piece(whole, activation, split)
+    by_weight = torch.zeros_like(weight, dtype=vocabulary.wide(weight.dtype))
     for at in range(0, whole.shape[0], some):
         here = slice(at, at + some)
         y = activate_backward(products.by_input(whole[here], weight), [part[here] for part in flat], kind=activation)

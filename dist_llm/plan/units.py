@@ -19,7 +19,7 @@ from dist_llm.plan.traffic import Shape
 
 PIECE = 512  # tokens of an activation at once on a CPU (model/kernels.py: TOKENS)
 MEASURED = 1 << 20  # elements of a weight whose rows are measured at once (parallel/correction.py: PIECE)
-CHUNK = 1024  # tokens whose logits exist at once (model/loss.py: CHUNK)
+CHUNK, CHUNK_BYTES = 1024, 2**30  # tokens whose logits exist at once, on a GPU so many as make these bytes (model/loss.py: at_once)
 DRAWN = 5 * 8  # of an element of a dropout mask while it is drawn: its place and four steps of 64 bits (random.py)
 
 
@@ -240,7 +240,8 @@ class Block:
         slope = self.post or t.dropped  # of the half's output
         inner = full - self.post + slope
         narrow = t.exact != t.width
-        by_down = self.by_down * (1 + t.exact // t.width if narrow and not t.model.adapter.rank else 1)  # added up in float32, then cast
+        pieces = t.cpu and narrow and not t.model.adapter.rank  # added up in float32, then cast
+        by_down = self.by_down * (1 + t.exact // t.width if pieces else 1)
         feed_forward = [
             made + 2 * t.dropped,
             made + t.dropped + again,
@@ -304,7 +305,8 @@ def _head(t: Tensors) -> Holds:
     rows = t.weights["embedding.weight" if t.model.tied else "head.weight"][0]
     narrow = t.exact != t.width
     beside = t.exact if t.model.logit_softcap else t.width if narrow else 0  # the slope of a cap; of a cast, what it was made of
-    logits = min(CHUNK, t.tokens) * rows * (t.exact + beside)
+    most = CHUNK if t.cpu else max(CHUNK, 1 << max(1, CHUNK_BYTES // (4 * rows)).bit_length() - 1)
+    logits = min(most, t.tokens) * rows * (t.exact + beside)
     cast = by_table if narrow else 0
     made = t.stream + by_table
     making = [
