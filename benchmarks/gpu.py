@@ -1,8 +1,8 @@
 """One GPU in one call of under eight minutes: `python -m benchmarks.gpu`.
 
 A Llama of 1.2 B whole and blocks of the 8B shape at the depth that fits beside their whole state, sequences of 4096 and 8192:
-ours eager, compiled, as a graph and in 8 bits, against transformers. Beside them, in the same call: what the device reaches in
-products and attention alone; every engine and stage on one rank; ranks that share the device.
+ours eager, compiled, as a graph and in 8 bits, against transformers and torchtitan. Beside them, in the same call: what the device
+reaches in products and attention alone; every engine and stage on one rank; ranks that share the device.
 
 Each part is a process of its own with its own time: one that fails or takes too long is noted, and the next one begins.
 `--quick` runs miniatures, on a CPU too (`--device cpu`), and keeps nothing unless `--out` is given.
@@ -49,7 +49,9 @@ PARTS = (
     Part("ceiling", 40, "ceiling"),
     Part("1b, ours, compiled", 60, "ours", runtime=COMPILED),
     Part("1b, transformers, compiled", 75, "transformers-compiled"),
+    Part("1b, torchtitan, compiled", 60, "torchtitan-compiled"),
     Part("8b blocks, ours, compiled", 60, "ours", **LLAMA_8B, runtime=COMPILED),
+    Part("8b blocks, torchtitan, compiled", 60, "torchtitan-compiled", **LLAMA_8B),
     Part("8b blocks, ours, rowwise", 60, "ours", **LLAMA_8B, runtime=(*COMPILED, ("fp8", "rowwise"))),
     Part("8b blocks, ours, tensorwise", 60, "ours", **LLAMA_8B, runtime=(*COMPILED, ("fp8", "tensorwise"))),
     Part("8b ends", 25, "ends", preset="llama3-8b"),
@@ -119,7 +121,7 @@ def apart(part: Part, seconds: float, device: str, quick: bool) -> dict[str, Any
 
 def work(part: Part, device_name: str, quick: bool) -> dict[str, Any]:
     """A part, here."""
-    from benchmarks import gpu_work
+    from benchmarks import gpu_titan, gpu_work
 
     device = gpu_work.on(device_name)
     if part.what in ("ceiling", "stages", "shared"):
@@ -132,7 +134,9 @@ def work(part: Part, device_name: str, quick: bool) -> dict[str, Any]:
     elif part.what == "ends":
         found = gpu_work.ends(device, job)
     else:
-        found = gpu_work.train_transformers(device, job, compiled=part.what.endswith("compiled") and not quick)
+        compiled = part.what.endswith("compiled") and not quick
+        rival = gpu_titan.train_torchtitan if part.what.startswith("torchtitan") else gpu_work.train_transformers
+        found = rival(device, job, compiled=compiled)
     return gpu_work.as_tensor_free(found)
 
 

@@ -1,7 +1,8 @@
 """The parts of `benchmarks.gpu`: each runs in a process of its own on one device and returns what it measured as JSON.
 
-Both trainers multiply in bfloat16 and keep float32 weights, gradients and both moments; clipping at 1.0. Ours keeps bfloat16
-weights beside its masters, transformers float32 weights that autocast casts. Tokens are random: only time and memory are asked.
+All trainers multiply in bfloat16 and keep float32 weights, gradients and both moments; clipping at 1.0. Ours keeps bfloat16
+weights beside its masters, transformers (here) and torchtitan (`gpu_titan`) float32 weights that autocast casts. Tokens are random:
+only time and memory are asked.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _rates(times: list[float], job: Job, model: ModelConfig, device: torch.device) -> dict[str, Any]:
+def rates(times: list[float], job: Job, model: ModelConfig, device: torch.device) -> dict[str, Any]:
     """Tokens a second, MFU by both conventions, peak memory."""
     tokens, median = job.micro * job.micro_batches * job.sequence, statistics.median(times)
     flops = {kind: step_flops_per_token(model, job.sequence, convention=kind) for kind in ("full", "causal")}
@@ -190,14 +191,20 @@ def fitting_depth(model: ModelConfig, tokens: int, device: torch.device) -> int:
     return max(1, int(room // (block * STATE + KEPT * tokens * model.dim * 2)))
 
 
+def fitted(job: Job, device: torch.device) -> ModelConfig:
+    """The job's model, as deep as fits on a GPU where its depth is 0."""
+    model = job.model()
+    if job.depth != 0 or device.type != "cuda":
+        return model
+    return replace(job, depth=fitting_depth(model, job.micro * job.sequence, device)).model()
+
+
 def train_ours(device: torch.device, job: Job) -> dict[str, Any]:
     """Steps of our trainer."""
     from dist_llm.train.setup import make_engine, make_mesh, settle_rank
     from dist_llm.train.trainer import Trainer
 
-    model = job.model()
-    if job.depth == 0 and device.type == "cuda":
-        model = replace(job, depth=fitting_depth(model, job.micro * job.sequence, device)).model()
+    model = fitted(job, device)
     config = job.config(device, model)
     settle_rank(config.runtime)
     mesh = make_mesh(config, Layout(), 0)
@@ -205,7 +212,7 @@ def train_ours(device: torch.device, job: Job) -> dict[str, Any]:
     trainer, steps = Trainer(config, mesh, engine, RandomTokens(job, model.vocab)), iter(range(10**6))
     losses: list[float] = []
     times = seconds_of(lambda: losses.append(trainer.step(next(steps)).loss), device)
-    return {**_rates(times, job, model, device), "losses": losses}
+    return {**rates(times, job, model, device), "losses": losses}
 
 
 def train_transformers(device: torch.device, job: Job, *, compiled: bool) -> dict[str, Any]:
@@ -239,7 +246,7 @@ def train_transformers(device: torch.device, job: Job, *, compiled: bool) -> dic
         losses.append(float(total))
 
     times = seconds_of(step, device)
-    return {**_rates(times, job, model, device), "losses": losses}
+    return {**rates(times, job, model, device), "losses": losses}
 
 
 def ends(device: torch.device, job: Job) -> dict[str, Any]:

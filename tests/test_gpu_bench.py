@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_work
+from benchmarks import gpu, gpu_titan, gpu_work
 from benchmarks.gpu import LEAST, PARTS, Part, apart, measure
 from dist_llm.config.layout import Layout
 from dist_llm.config.rules import problems
+from dist_llm.config.schema import ModelConfig
 
 QUIET: dict[str, Any] = {"say": lambda text: None}
 
@@ -78,6 +81,35 @@ def test_the_same_lines_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert result["device"] == "cpu" and result["quick"] and part["name"] == only, part
         assert part["result"]["tokens_per_second"] > 0 and part["result"]["losses"][-1] < part["result"]["losses"][0]
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_torchtitan_in_miniature_or_named_as_missing() -> None:
+    """Where it is installed, its model has as many weights as ours counts, and learns; elsewhere the entry says what is missing."""
+    found = apart(next(part for part in PARTS if part.name == "8b blocks, torchtitan, compiled"), 120.0, "cpu", True)
+    if find_spec("torchtitan") is None:
+        assert found["error"].startswith("ModuleNotFoundError: torchtitan is not installed"), found
+        return
+    result = found["result"]
+    assert result["weights"] == result["parameters"] and result["cut"] == [] and result["tokens_per_second"] > 0, found
+    assert result["losses"][-1] < result["losses"][0]
+
+
+def test_torchtitan_has_fewer_blocks_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A depth that was to fit shrinks by a quarter; one that was asked for stays, and the error passes."""
+
+    def train(device: torch.device, job: gpu_work.Job, model: ModelConfig, *, compiled: bool) -> dict[str, Any]:
+        if model.layers > 8:
+            raise torch.OutOfMemoryError("no memory")
+        return {"layers": model.layers}
+
+    monkeypatch.setattr(gpu_titan, "_open_packages", lambda: None)
+    monkeypatch.setattr(gpu_titan, "_train", train)
+    job = gpu_work.Job("llama3-8b", 4096, 2, depth=0, vocab=2048)
+    monkeypatch.setattr(gpu_titan, "fitted", lambda job, device: replace(job, depth=14).model())
+    found = gpu_titan.train_torchtitan(torch.device("cpu"), job, compiled=False)
+    assert (found["layers"], found["cut"]) == (7, [14, 10])
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_titan.train_torchtitan(torch.device("cpu"), replace(job, depth=14), compiled=False)
 
 
 @pytest.mark.long
