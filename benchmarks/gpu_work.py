@@ -41,7 +41,7 @@ class Job:
     preset: str
     sequence: int
     micro: int
-    micro_batches: int = 2
+    micro_batches: int = 4
     depth: int | None = None
     vocab: int | None = None
     runtime: tuple[tuple[str, Any], ...] = ()

@@ -22,8 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
         causal = torch.full((q.shape[2],) * 2, float("-inf"), dtype=q.dtype, device=q.device).triu(1) if mask is None else mask
         return capped(q, k, v, causal, scale, softcap)
     groups = q.shape[1] // k.shape[1]
-    if mask is not None and groups > 1 and q.is_cuda:
-        # With a mask CUDA's fast kernels do not know grouped queries, and the slow one would write out all scores.
+    if groups > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # There CUDA's fast kernels do not know grouped queries, and the slow one would write out all scores.
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         groups = 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)

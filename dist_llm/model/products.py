@@ -22,7 +22,7 @@ Legend: T tokens, D input features, O output features, of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -60,12 +60,14 @@ class Products:
     """The products of one projection under one rule.
 
     cut: which features are spread over ranks, "output" (column parallel) or "input" (row parallel). share: largest
-    magnitudes of this rank's part, float32 -> those over all ranks.
+    magnitudes of this rank's part, float32 -> those over all ranks. An operand of several products is measured once, as long as
+    this object lives.
     """
 
     kind: str = "off"
     cut: Literal["input", "output"] = "output"
     share: Callable[[Tensor], Tensor] = _alone
+    known: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (T, D), weight (O, D), bias (O,) -> (T, O)."""
@@ -112,12 +114,18 @@ class Products:
 
     def _largest(self, operands: tuple[Tensor, Tensor], one: tuple[bool, bool], over_ranks: bool) -> list[Tensor]:
         """The largest magnitude of each operand, (1, 1), or of each of its rows, (rows, 1); over all ranks in one exchange."""
-        found = [largest(operand, whole=whole) for operand, whole in zip(operands, one, strict=True)]
-        spread = [at for at in range(2) if over_ranks or one[at]]
+        places = [(operand.data_ptr(), operand.numel()) for operand in operands]
+        before = [self.known.get(place) if whole else None for place, whole in zip(places, one, strict=True)]
+        found = [
+            largest(operand, whole=whole) if known is None else known[1]
+            for operand, whole, known in zip(operands, one, before, strict=True)
+        ]
+        spread = [at for at in range(2) if (over_ranks or one[at]) and before[at] is None]
         if spread:
             shared = self.share(torch.cat([found[at] for at in spread]))
             for at, part in zip(spread, shared.split([len(found[at]) for at in spread]), strict=True):
                 found[at] = part
+        self.known.update((places[at], (operands[at], found[at])) for at in range(2) if one[at])  # held, so that no other takes its place
         return found
 
 

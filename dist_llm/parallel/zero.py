@@ -56,6 +56,7 @@ class FlatUnit(FlatWeights):
         self.gradient_dtype = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
         self.owned = self.own if self.stage else (0, plan.padded)
         self.whole: dict[int, Tensor] = {}
+        self.unwritten: set[int] = set()  # uses whose accumulator is new
         self.sums: dict[int, Tensor] = {}
         self.reducing: dict[int, comm.Pending] = {}
         self.crossing: comm.Pending | None = None  # the sum over replicas, of this rank's part of the shard
@@ -101,18 +102,35 @@ class FlatUnit(FlatWeights):
         """Gives autograd the place to add this use's gradients."""
         assert use not in self.reducing, self.plan.unit
         if use not in self.whole:
-            self.whole[use] = torch.zeros(self.plan.padded, dtype=self.gradient_dtype, device=self.device)
+            apart = self.dtype != self.gradient_dtype  # then the first gradients are written over whatever is there
+            make = torch.empty if apart else torch.zeros
+            self.whole[use] = make(self.plan.padded, dtype=self.gradient_dtype, device=self.device)
+            self.unwritten |= {use} if apart else set()
         if self.dtype == self.gradient_dtype:
             for slot in self.plan.slots:
                 self.parameters[use][slot.name].grad = flat_view(self.whole[use], slot)
 
     def end_backward(self, use: int) -> None:
         """Takes the gradients over into the accumulator (bfloat16 gradients are added in float32)."""
-        for slot in self.plan.slots:
-            parameter = self.parameters[use][slot.name]
-            if self.dtype != self.gradient_dtype and parameter.grad is not None:
-                flat_view(self.whole[use], slot).add_(parameter.grad)
+        if use in self.unwritten:
+            self._write(use)
+        elif self.dtype != self.gradient_dtype:
+            for slot in self.plan.slots:
+                if (gradient := self.parameters[use][slot.name].grad) is not None:
+                    flat_view(self.whole[use], slot).add_(gradient)
+        for parameter in self.parameters[use].values():
             parameter.grad = None
+
+    def _write(self, use: int) -> None:
+        """The first gradients of a step into a new accumulator, zeros where there are none."""
+        self.unwritten.remove(use)
+        buffer, end = self.whole[use], 0
+        for slot in self.plan.slots:
+            buffer[end : slot.offset].zero_()
+            end, gradient = slot.offset + slot.numel, self.parameters[use][slot.name].grad
+            sums = flat_view(buffer, slot)
+            sums.zero_() if gradient is None else sums.copy_(gradient)
+        buffer[end:].zero_()
 
     def start_reduce(self, use: int) -> None:
         """Begins the reduce-scatter of a use's gradients over the shard group.
@@ -193,11 +211,14 @@ class FlatUnit(FlatWeights):
 
         A replica that is not finite makes the sum NaN, so that no rank takes the update.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         assert self.gradient is not None
+        total, runs = torch.zeros((), dtype=torch.float64, device=self.device), {True: [], False: []}
         for piece in self.plan.pieces(self.group.index):
-            square = torch.linalg.vector_norm(self.own_run(self.gradient, piece), dtype=torch.float64).square()
-            total += square if self.counted and piece.slot.sharding.owner(self.mesh.at.tp) else 0.0 * square
+            once = self.counted and piece.slot.sharding.owner(self.mesh.at.tp)
+            runs[once].append(self.own_run(self.gradient, piece))
+        for once, some in runs.items():
+            if some:  # all in one kernel on a GPU, and without a float64 copy of the gradient
+                total += float(once) * torch.stack(torch._foreach_norm(some, 2, dtype=torch.float64)).square().sum()
         return total
 
     # --- update ------------------------------------------------------------------------------------------------------

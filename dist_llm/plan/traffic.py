@@ -242,12 +242,12 @@ def _lengths(shape: Shape) -> float:
 def _scales(shape: Shape) -> float:
     """The largest magnitudes that a block's 8-bit products share over the tensor-parallel ranks, bytes a micro-batch.
 
-    tensorwise: two numbers a product; forward has one product a projection input, backward twice as many, q, k and v apart.
+    tensorwise: a number for each operand of a projection's forward, and again of its backward, where q, k and v have slopes apart.
     rowwise: a number for each row of what is cut along it (tokens, output features), one for a weight in a gradient by input.
     """
     layout, tokens, dim = shape.layout, shape.micro * shape.sequence, shape.model.dim
     if shape.fp8 == "tensorwise":
-        mlp_forward, forward, backward = 2 * 2, 2 * 4, 2 * (6 + 2 + 2 + 2)
+        mlp_forward, forward, backward = 2 * 2, 2 * 4, (3 + 3 + 1) + 3 * 3
     elif shape.fp8 == "rowwise":
         mlp_forward, forward, backward = tokens + dim, 2 * (tokens + dim), 4 * (tokens + 1) + 2
     else:

@@ -46,7 +46,7 @@ class Tensors:
     def __init__(self, shape: Shape, *, pp: int, tp: int) -> None:
         model, layout, wide = shape.model, shape.layout, shape.widths
         self.model, self.layout, self.width, self.exact = model, layout, wide.weight, wide.statistic
-        self.cpu = shape.device == "cpu"
+        self.cpu, self.masked = shape.device == "cpu", shape.masked or bool(shape.model.sliding_window)
         self.tokens, self.sequence = shape.micro * shape.sequence, shape.sequence
         self.elements = self.tokens // (layout.tp if layout.sp else 1) * model.dim
         self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
@@ -174,9 +174,12 @@ class Block:
         statistics = heads * t.exact  # log-sum-exp, a number per head and token
         if model.attention_softcap:  # all scores, tanh and softmax of them, beside copies of queries, keys and values for every head
             statistics = heads * t.sequence * (t.width + t.exact + (t.width if t.exact != t.width else 0)) + 3 * self.q
+        # A GPU's float32 kernel, and that of masks, want keys and values for every query head (model/attention.py).
+        self.repeated = 2 * self.q if not t.cpu and self.q != self.k and (t.masked or t.width == 4) and not model.attention_softcap else 0
         normed = self.q + self.k if model.qk_norm else 0
         self.post = t.stream if model.norm_place != "before" else 0  # what a norm behind a half reads
-        self.attention = self.qkv + normed + self.q + statistics + t.mask + self.post  # its output is as large as the queries
+        kept = self.qkv + self.repeated + normed + self.q + statistics
+        self.attention = kept + t.mask + self.post  # its output is as large as the queries
         pieces = min(PIECE, t.tokens) if t.cpu and not model.adapter.rank else t.tokens
         self.piece = self.mlp // len(names) * pieces // t.tokens  # (piece, F)
         self.num_pieces = len(names) + 1  # in backward: the slope, the activation, for SwiGLU up's slope
@@ -281,7 +284,7 @@ class Block:
             + t.gathered
             + self.q
             + max(self.by_o + t.again(o), t.scaling(o)),  # the slope of attention's output
-            held + by_o + self.q + self.qkv,  # and those of queries, keys and values
+            held + by_o + self.q + self.repeated + self.qkv,  # and those of queries, keys and values
             t.stream + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
             t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv, self.into_qkv),
         ]
