@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,22 +51,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total.add_(left @ right)
 
 
-def _alone(largest: Tensor) -> Tensor:
-    return largest
-
-
 @dataclass(frozen=True)
 class Products:
     """The products of one projection under one rule.
 
     cut: which features are spread over ranks, "output" (column parallel) or "input" (row parallel). share: largest
-    magnitudes of this rank's part, float32 -> those over all ranks. An operand of several products is measured once, as long as
-    this object lives.
+    magnitudes of this rank's part, float32 -> those over all ranks; None: all is here.
+    An operand of several products is measured once, as long as this object lives.
     """
 
     kind: str = "off"
     cut: Literal["input", "output"] = "output"
-    share: Callable[[Tensor], Tensor] = _alone
+    share: Callable[[Tensor], Tensor] | None = None
     known: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,39 +99,69 @@ class Products:
 
         over_ranks: K is cut, so that rows are spread over ranks; whole operands always may be. fast: sums in fewer digits.
         """
-        one = (True, True) if self.kind == "tensorwise" else whole
+        rows = self.kind == "rowwise"
+        one = whole if rows else (True, True)
         operands = (left, right.T)  # both with the dimension that is summed over last
-        largest = self._largest(operands, one, over_ranks)
-        power = self.kind == "rowwise"
-        (a, back_a), (b, back_b) = (cast(*each, power=power) for each in zip(operands, largest, dtypes, strict=True))
-        if self.kind == "rowwise":  # the kernel takes a scale for each row of both, or one for each
-            back_a, back_b = (back.expand(len(y), 1).contiguous() for back, y in ((back_a, a), (back_b, b)))
-        return torch._scaled_mm(a, b.T, scale_a=back_a, scale_b=back_b.T, out_dtype=torch.bfloat16, use_fast_accum=fast)
-
-    def _largest(self, operands: tuple[Tensor, Tensor], one: tuple[bool, bool], over_ranks: bool) -> list[Tensor]:
-        """The largest magnitude of each operand, (1, 1), or of each of its rows, (rows, 1); over all ranks in one exchange."""
         places = [(operand.data_ptr(), operand.numel()) for operand in operands]
         before = [self.known.get(place) if whole else None for place, whole in zip(places, one, strict=True)]
-        found = [
-            largest(operand, whole=whole) if known is None else known[1]
-            for operand, whole, known in zip(operands, one, before, strict=True)
-        ]
-        spread = [at for at in range(2) if (over_ranks or one[at]) and before[at] is None]
-        if spread:
+        found: list[Any] = [None if known is None else known[1] for known in before]
+        if self.share is not None:
+            found = self._shared(operands, found, one, over_ranks)
+        a, back_a, b, back_b, *found = measured_and_cast(*operands, *found, one, (dtypes[0], dtypes[1]), rows)
+        self.known.update((places[at], (operands[at], found[at])) for at in range(2) if one[at])  # held, so that no other takes its place
+        return torch._scaled_mm(a, b.T, scale_a=back_a, scale_b=back_b.T, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+    def _shared(
+        self, operands: tuple[Tensor, Tensor], known: Sequence[Tensor | None], one: tuple[bool, bool], over_ranks: bool
+    ) -> list[Tensor]:
+        """The largest magnitudes of both operands, over all ranks in one exchange; what is known has been shared already."""
+        found = list(measured(*operands, *known, one))
+        spread = [at for at in range(2) if (over_ranks or one[at]) and known[at] is None]
+        if spread and self.share is not None:
             shared = self.share(torch.cat([found[at] for at in spread]))
             for at, part in zip(spread, shared.split([len(found[at]) for at in spread]), strict=True):
                 found[at] = part
-        self.known.update((places[at], (operands[at], found[at])) for at in range(2) if one[at])  # held, so that no other takes its place
         return found
 
 
 @fused
+def measured(
+    left: Tensor, right: Tensor, left_known: Tensor | None, right_known: Tensor | None, one: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes of two operands (rows, K), float32: (1, 1) where one serves the whole, else of each row (rows, 1)."""
+    return (
+        largest(left, whole=one[0]) if left_known is None else left_known,
+        largest(right, whole=one[1]) if right_known is None else right_known,
+    )
+
+
+@fused
+def measured_and_cast(
+    left: Tensor,
+    right: Tensor,
+    left_known: Tensor | None,
+    right_known: Tensor | None,
+    one: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rows: bool,
+) -> tuple[Tensor, ...]:
+    """Two operands (rows, K) -> (the left in 8 bits, its factors, the right, its factors, the largest magnitudes of both).
+
+    All in one call, because between small kernels a host cannot keep up with a GPU. rows: factors are powers of two, one for
+    each row of both, as the kernel takes them.
+    """
+    most = measured(left, right, left_known, right_known, one)
+    (a, back_a), (b, back_b) = (cast(*each, power=rows) for each in zip((left, right), most, dtypes, strict=True))
+    if rows:
+        back_a, back_b = (back.expand(len(y), 1).contiguous() for back, y in ((back_a, a), (back_b, b)))
+    return a, back_a, b, back_b, *most
+
+
 def largest(x: Tensor, *, whole: bool) -> Tensor:
     """The largest magnitude of x (rows, K), float32: (1, 1), or of each row (rows, 1)."""
     return (x.abs().amax().view(1, 1) if whole else x.abs().amax(1, keepdim=True)).float()
 
 
-@fused
 def cast(x: Tensor, largest: Tensor, dtype: torch.dtype, *, power: bool) -> tuple[Tensor, Tensor]:
     """x (rows, K) and its largest magnitudes -> (x in 8 bits, row-major; the factors that give it back, shaped as `largest`).
 

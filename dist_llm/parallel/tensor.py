@@ -48,7 +48,8 @@ class Split:
 
     def products(self, cut: Literal["input", "output"]) -> Products:
         """The products of a projection whose features are cut over the group; scales are those of the whole operands."""
-        return Products(self.fp8, cut, lambda largest: comm.all_reduce(largest, self.group, op="max"))
+        share = None if self.group.size == 1 else lambda largest: comm.all_reduce(largest, self.group, op="max")
+        return Products(self.fp8, cut, share)
 
 
 @dataclass(frozen=True)
@@ -384,7 +385,8 @@ class VocabularyLoss(Function):
 
         Scaled where they lie: autograd refuses a second backward, because what was kept has changed.
         """
-        gradients = (None if gradient is None else gradient.mul_(scale.view(-1)[0]) for gradient in ctx.saved_tensors)
+        slope = scale.view(-1)[0]
+        gradients = (None if gradient is None else vocabulary.scale_by(gradient, slope) for gradient in ctx.saved_tensors)
         return *gradients, *[None] * 6
 
 

@@ -212,7 +212,8 @@ class FlatUnit(FlatWeights):
         A replica that is not finite makes the sum NaN, so that no rank takes the update.
         """
         assert self.gradient is not None
-        total, runs = torch.zeros((), dtype=torch.float64, device=self.device), {True: [], False: []}
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        runs: dict[bool, list[Tensor]] = {True: [], False: []}
         for piece in self.plan.pieces(self.group.index):
             once = self.counted and piece.slot.sharding.owner(self.mesh.at.tp)
             runs[once].append(self.own_run(self.gradient, piece))
