@@ -30,7 +30,7 @@ from dist_llm.train.hardware import peak_flops
 WARM, TIMED = 3, 5  # steps
 STATE = 18  # bytes of a parameter: bfloat16 weight; float32 gradient, master and two moments
 KEPT = 16  # tensors of (tokens, dim) that a block keeps, about (docs/performance.md), with its feed-forward's width counted in
-SPARE = 8 * 2**30  # bytes left for logits, buffers and the compiler
+SPARE = 12 * 2**30  # bytes left for logits, buffers and the compiler
 MINIATURE = {"layers": 2, "dim": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 128, "vocab": 128, "preset": None}
 
 
