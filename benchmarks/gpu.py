@@ -48,7 +48,7 @@ LONG: dict[str, Any] = {"sequence": 8192, "micro": 1}
 PARTS = (
     Part("ceiling", 40, "ceiling"),
     Part("1b, ours, compiled", 60, "ours", runtime=COMPILED),
-    Part("1b, transformers, compiled", 80, "transformers-compiled"),
+    Part("1b, transformers, compiled", 120, "transformers-compiled"),
     Part("1b, torchtitan, compiled", 60, "torchtitan-compiled"),
     Part("8b blocks, ours, compiled", 60, "ours", **LLAMA_8B, runtime=COMPILED),
     Part("8b blocks, ours, tensorwise", 60, "ours", **LLAMA_8B, runtime=(*COMPILED, ("fp8", "tensorwise"))),
@@ -60,7 +60,7 @@ PARTS = (
     Part("1b, transformers, eager", 40, "transformers"),
     Part("8b blocks, ours, compiled, 8192", 60, "ours", **LLAMA_8B, **LONG, runtime=COMPILED),
     Part("1b, ours, compiled, 8192", 60, "ours", **LONG, runtime=COMPILED),
-    Part("1b, transformers, compiled, 8192", 80, "transformers-compiled", **LONG),
+    Part("1b, transformers, compiled, 8192", 120, "transformers-compiled", **LONG),
     Part("8b blocks, ours, tensorwise, 8192", 60, "ours", **LLAMA_8B, **LONG, runtime=(*COMPILED, ("fp8", "tensorwise"))),
     Part("1b, ours, graph", 60, "ours", runtime=(*COMPILED, ("cuda_graph", True))),
     Part("stages", 45, "stages"),
