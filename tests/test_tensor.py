@@ -228,6 +228,30 @@ def test_blocks_with_dropout_compile_for_all_steps() -> None:
     assert graphs[-1] == graphs[1]
 
 
+def test_compiled_blocks_keep_no_more_than_others() -> None:
+    """For backward, in bytes; by torch's own rule a compiled block keeps the norms' outputs and the activation besides."""
+    compiled.keep_little()
+    (model, block), (_, plain) = (block_of({"ffn": 32}, roles) for roles in (CompiledRoles, TensorRoles))
+    tokens = torch.arange(16).view(2, 8) % 11
+    context, kept = make_context(model, tokens, tokens, dtype=torch.float64), []
+    torch._dynamo.reset()
+    graph = torch.compile(block, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 8, model.dim, dtype=torch.float64, requires_grad=True)
+    graph(x, context)  # compiled
+    for run in (plain, graph):
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run(x, context)
+        kept.append(sum(storages.values()))
+    stream = x.nbytes
+    assert kept[1] <= kept[0] + stream / 2, [bytes_ / stream for bytes_ in kept]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_compiled_training_has_the_same_gradients_whatever_is_recomputed(recompute: str) -> None:

@@ -47,6 +47,17 @@ class CompiledRoles(TensorRoles):
         return y if projection.bias is None else y + projection.bias
 
 
+def keep_little() -> None:
+    """From now on blocks that are compiled keep for backward what others keep.
+
+    torch's own rule saves whatever a product reads in backward. Here that would be each norm's output and the activation,
+    two tensors of (tokens, dim) and one of (tokens, ffn) a block, which take a pass of cheap operations to make again.
+    """
+    from torch._functorch import config
+
+    config.ban_recompute_materialized_backward = False
+
+
 def _split(group: str, sp: bool, fp8: str) -> Split:
     return Split(groups_by_key[group], sp, fp8)
 

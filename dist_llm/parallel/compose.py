@@ -37,7 +37,7 @@ from dist_llm.model.fused import fuse
 from dist_llm.model.table import table, unit_names, uses
 from dist_llm.model.transformer import Block, build_unit
 from dist_llm.parallel.adapted import AdaptedRoles
-from dist_llm.parallel.compiled import CompiledRoles
+from dist_llm.parallel.compiled import CompiledRoles, keep_little
 from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.parallel.pipeline import Stage, Unit
 from dist_llm.parallel.quantized import QuantizedWeights
@@ -87,6 +87,8 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     """This rank's stages, with initial weights."""
     layout, tp = mesh.layout, mesh.at.tp
     fuse(options.compiled and options.device.type == "cuda")
+    if options.compiled:
+        keep_little()
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
     kind = AdaptedRoles if model.adapter.rank else CompiledRoles if options.compiled else TensorRoles
     roles = kind(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing, fp8=options.fp8)
