@@ -6,6 +6,7 @@ hangs is the one that waits for nothing, or for something that the others have p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -194,7 +195,8 @@ class Watchdog:
         if (differing := self.mismatch()) is not None:
             return differing
         found = self.snapshots()
-        return self.hang(found) if self.complete and any(one.awaited is not None for one in found) else None
+        complete = self.complete and len(found) == len(self.buffers)  # a record may be there and not have begun
+        return self.hang(found) if complete and any(one.awaited is not None for one in found) else None
 
     def mismatch(self) -> Failure | None:
         """The failure of ranks that do not make the same collectives, if they do not."""
@@ -207,6 +209,7 @@ class Watchdog:
         if self.logs is not None:
             for one in found:
                 if states.get(one.rank, "Z") not in "TtZX":
-                    os.kill(one.pid, signal.SIGUSR2)
+                    with contextlib.suppress(ProcessLookupError):  # it may end meanwhile
+                        os.kill(one.pid, signal.SIGUSR2)
             time.sleep(STACK_SECONDS)
         return hang_failure(found, states, now=now, logs=self.logs)

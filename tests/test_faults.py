@@ -240,7 +240,21 @@ def test_told_to_stop_under_torchrun(home: Path, tmp_path: Path, calm: Callable)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert b"stopped     as asked" in out and open_checkpoint(folder).step == losses(folder)[-1][0] < 4000
-    assert not (folder / "logs/rank-1.log").exists(), "no failure, so no traceback"
+    assert not (folder / "logs/rank-1.log").read_text(), "no failure, so no traceback"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_of_torchrun_is_named(commands: Commands, home: Path, tmp_path: Path, rank: int) -> None:
+    """By rank 0, or by rank 1 where rank 0 is the one: asked for its stack, the teller died without a word once (F9)."""
+    folder, port = tmp_path / "run", free_port()
+    fault = {"DIST_LLM_FAULT": f"step.forward:{rank}:3:SIGSTOP"}
+    jobs = [commands.start(*words(home, folder, "dp=2,zero=1"), **place(one, 2, port), **fault) for one in range(2)]
+    result = jobs[1 - rank].wait()
+    jobs[rank].send(signal.SIGKILL)  # as torchrun does
+    jobs[rank].wait()
+    assert result.returncode == 5 and "Traceback" not in result.stderr, result.stderr
+    assert f"rank {rank} hangs" in result.stderr and "step 3, forward" in result.stderr and "SIGSTOP" in result.stderr, result.stderr
+    assert "most recent call first" in (folder / f"logs/rank-{1 - rank}.log").read_text(), "its stack"
 
 
 def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:

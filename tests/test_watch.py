@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,6 +151,28 @@ def test_a_watchdog_speaks_after_the_timeout_alone(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("dist_llm.watch.time.monotonic", lambda after=after: now + after)
         watchdog.looked_at = 0.0
         assert (watchdog.look() is not None) == found, after
+
+
+def test_a_record_that_has_not_begun_blames_nobody_else() -> None:
+    """Of a rank on another machine, whose writing does not come through, or that has just been started."""
+    buffer, record = recorded()
+    record.wait(record.begin("all_reduce", GROUP, "float32", (4,)))
+    assert Watchdog([buffer], timeout_seconds=5.0, note=None).explain() is not None
+    assert Watchdog([buffer, flight.make()], timeout_seconds=5.0, note=None).explain() is None
+
+
+def test_the_record_of_a_run_that_goes_on_is_not_written_over(tmp_path: Path) -> None:
+    """Another job on the same folder is refused, but by its rank 0 alone: the others have begun their records by then."""
+    path = tmp_path / "rank-1.flight"
+    record = Flight(flight.make_file(path), rank=1, pid=os.getpid())
+    record.begin_step(3)
+    record.begin("all_reduce", GROUP, "float32", (4,))
+    ours, before = flight.open_file(path), flight.read(record.buffer)
+    Flight(flight.make_file(path), rank=1, pid=1)
+    assert before is not None and before == flight.read(ours) == flight.read(record.buffer)
+    assert before.calls[0].group == GROUP and len(flight.signatures(ours)) == 1
+    new = flight.read(flight.open_file(path))
+    assert new is not None and (new.pid, new.step) == (1, 0)
 
 
 # --- real ranks ----------------------------------------------------------------------------------------------------------

@@ -245,6 +245,7 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     else:
         allow_hub(config.data, lambda text: None)
     from dist_llm import mesh
+    from dist_llm.ranks import open_log, stacks_into
     from dist_llm.train import run as training
     from dist_llm.train.storage import RunFolder
 
@@ -254,6 +255,7 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     candidates = training.candidates(run.path, again, go_on=command)  # every rank finds the same
     if folder is not None:
         folder.write_config(config)
+    stacks_into(open_log(run.path / "logs" / f"rank-{place.rank}.log"))
     record = run.path / "logs" / f"rank-{place.rank}.flight"
     try:
         flight.start(flight.make_file(record), rank=place.rank, pid=os.getpid())
