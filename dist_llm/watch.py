@@ -62,7 +62,8 @@ def mismatch(snapshots: Sequence[Snapshot]) -> Mismatch | None:
 def culprit(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot:
     """The rank for which the others wait. states: of processes, as the kernel calls them, where they are known.
 
-    A stopped process; else who waits for nothing, the longest silent first; else who is least far in what another waits for.
+    A stopped process; else who waits for nothing, the longest silent first; else who is least far in what another waits for, and of
+    those that are equally far who came there last.
     """
     stopped = [one for one in snapshots if states.get(one.rank) in ("T", "t")]
     free = [one for one in snapshots if one.awaited is None]
@@ -72,7 +73,7 @@ def culprit(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot:
 
     def progress(one: Snapshot) -> tuple[int, float]:
         places = [call.place for call in one.calls if call.group in waited]
-        return (max(places, default=-1), one.changed_at)
+        return (max(places, default=-1), -one.changed_at)
 
     return min(snapshots, key=progress)
 
