@@ -17,13 +17,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dist_llm.errors import UsageError
+from dist_llm.cli.train import Run, _run_local
+from dist_llm.config.layout import Layout
+from dist_llm.config.load import load_config
+from dist_llm.errors import PeerError, UsageError
 from dist_llm.mesh import whole_world
 from dist_llm.train import run
+from dist_llm.train.console import Console
 from dist_llm.train.folder import open_checkpoint, step_folders, step_of
 from tests.commands import Commands, Job, Result
 from tests.ranks import Ranks
@@ -213,6 +218,30 @@ def test_restart_before_anything_is_saved(commands: Commands, home: Path, tmp_pa
     result = commands.run(*words(home, folder, layout), "--max-restarts", "2", DIST_LLM_FAULT="step.forward:0:1")
     assert result.returncode == 0 and "nothing was saved yet" in result.stdout, result.stderr
     assert losses(folder) == calm(layout)
+
+
+def test_a_restart_begins_where_it_was_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --resume an earlier step: a rank lost before that is taken up is no reason to take the newest."""
+    early, late = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (2, 6))
+    tried: list[list[Path]] = []
+
+    def run_local(*_: Any, candidates: list[Path], tell: Callable, **__: Any) -> dict[str, Any]:
+        tried.append(candidates)
+        if len(tried) == 2:
+            tell({"resumed": {"step": 2, "path": str(early)}})  # the later one is set aside by then
+        if len(tried) < 4:
+            raise PeerError("a rank died", where="rank 1")
+        return {}
+
+    monkeypatch.setattr("dist_llm.train.run.run_local", run_local)
+    monkeypatch.setattr("dist_llm.cli.train.saved_steps", lambda path: [late, early] if len(tried) < 2 else [early])
+    started = Run(load_config("configs/tiny.yaml", []), Layout(), tmp_path, str(early), None)
+    _run_local(started, [early], Console(steps=8), 3)
+    assert tried == [[early]] * 4
+    tried.clear()
+    monkeypatch.setattr("dist_llm.cli.train.saved_steps", lambda path: [late, early])
+    _run_local(started, [], Console(steps=8), 3)
+    assert tried == [[], *[[late, early]] * 3]
 
 
 def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None:

@@ -23,6 +23,7 @@ from xxhash import xxh3_128_hexdigest
 
 from dist_llm.config.schema import Config, LayoutConfig
 from dist_llm.errors import CheckpointError, UsageError
+from dist_llm.strict import strict_json
 from dist_llm.train.durable import BLOCK
 from dist_llm.train.folder import open_checkpoint
 from tests.small_checkpoints import reseal, rows_of, save_small, seal, take_up
@@ -311,3 +312,10 @@ def test_elements_held_twice_in_the_place_of_others(target: Target) -> None:
     reseal(target.folder, {DATA: data, INDEX: json.dumps(index).encode()})
     with pytest.raises(CheckpointError, match="every element of weight a.weight once"):
         take_up(target.folder, rows_of(WIDTH))
+
+
+@pytest.mark.parametrize("word", ["NaN", "-Infinity", "1e999", "-1e999"])
+def test_a_number_that_is_not_finite_is_none(word: str) -> None:
+    with pytest.raises(ValueError, match="the number"):
+        strict_json(f'{{"a": [0.5, {word}]}}'.encode())
+    assert strict_json(b"[1e308, -0.0, 1e-400]") == [1e308, 0.0, 0.0]
