@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -379,7 +380,7 @@ def another_code(rank: int, world: int, say: Callable) -> None:
     run.require_equal(whole_world(rank, world), torch.device("cpu"), config={"a": {"b": 1}}, layout={}, data="0" * 64)
 
 
-SOAK_STEPS, SOAK_PERIOD = 4500, 30.0  # about ten minutes, and as many for the calm run
+SOAK_SECONDS, SOAK_PERIOD = 600.0, 30.0  # of steps, and again for the calm run; between two faults
 
 
 def soak(commands: Commands, home: Path, folder: Path, *, steps: int, period: float) -> int:
@@ -407,8 +408,13 @@ def soak(commands: Commands, home: Path, folder: Path, *, steps: int, period: fl
 @pytest.mark.long
 def test_a_soak_ends_in_the_state_of_a_calm_run(commands: Commands, home: Path, tmp_path: Path) -> None:
     """A fault every 30 seconds for some ten minutes: the last checkpoint has the calm run's bytes, and metrics its losses."""
-    assert soak(commands, home, tmp_path / "soaked", steps=SOAK_STEPS, period=SOAK_PERIOD) >= 10
-    soak(commands, home, tmp_path / "calm", steps=SOAK_STEPS, period=1e9)
+    soak(commands, home, tmp_path / "speed", steps=150, period=1e9)
+    records = [json.loads(line) for line in (tmp_path / "speed/metrics.jsonl").read_text().splitlines()]
+    steps = round(SOAK_SECONDS / median(record["step_seconds"] for record in records))
+    faults = soak(commands, home, tmp_path / "soaked", steps=steps, period=SOAK_PERIOD)
+    soak(commands, home, tmp_path / "calm", steps=steps, period=1e9)
+    print(f"{faults} faults in {steps} steps")
+    assert faults >= 10
     assert losses(tmp_path / "soaked") == losses(tmp_path / "calm")
     ends = [open_checkpoint(tmp_path / name).manifest["files"] for name in ("soaked", "calm")]
     assert ends[0] == ends[1]
