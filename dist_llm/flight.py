@@ -165,8 +165,13 @@ def make() -> mmap.mmap:
 
 
 def make_file(path: Path) -> mmap.mmap:
-    """Memory for a record, shared through a file. Raises OSError for a link or a pipe in its place: it is never written through."""
+    """Memory for a record, shared through a file. Raises OSError for a link or a pipe in its place: it is never written through.
+
+    A file that is there gives way: it may be the record of a run that goes on, whose folder this job is about to be refused.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and not path.is_symlink():
+        path.unlink()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     with open(handle, "wb+", buffering=0) as file:
         file.truncate(SIZE)

@@ -106,6 +106,11 @@ def open_log(path: Path) -> int:
     raise SpaceError(what, where=str(path), expected="a file", found="a pipe or a device", next=way)
 
 
+def stacks_into(log: int) -> None:
+    """From now on this process writes the stacks of its threads to a descriptor when it is asked to: when ranks hang (watch.py)."""
+    faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
+
+
 @contextlib.contextmanager
 def _handing_on(signals: tuple[signal.Signals, ...], children: dict[int, tuple[int, int]]) -> Iterator[None]:
     """Inside, signals of these numbers to this process go to every rank."""
@@ -136,14 +141,14 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends us
 
     def say(value: Any, kind: str = "message") -> None:
-        os.write(write, json.dumps({kind: value}).encode() + b"\n")
+        _send_all(write, json.dumps({kind: value}).encode() + b"\n")
 
     code: int = Code.DONE
     try:
         if log_dir is not None:
             log = open_log(log_dir / f"rank-{rank}.log")
             os.dup2(log, 2)
-            faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)  # the launcher asks for stacks when ranks hang
+            stacks_into(log)
         from dist_llm import mesh
 
         if place["world"] > 1:
@@ -194,6 +199,7 @@ def _peak() -> str:
 
 
 def _send_all(write: int, data: bytes) -> None:
+    """Writes all of it: a signal that comes while the pipe is full cuts a write short."""
     while data:
         data = data[os.write(write, data) :]
 

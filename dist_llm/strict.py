@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -24,7 +25,11 @@ def strict_json(text: bytes) -> Any:
     def refuse(word: str) -> Any:
         raise ValueError(f"the number {word}")
 
-    return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    def finite(word: str) -> float:
+        number = float(word)
+        return number if math.isfinite(number) else refuse(word)  # 1e999
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_float=finite, parse_constant=refuse)
 
 
 def is_count(value: Any, *, least: int = 0) -> bool:

@@ -6,6 +6,7 @@ hangs is the one that waits for nothing, or for something that the others have p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -61,7 +62,8 @@ def mismatch(snapshots: Sequence[Snapshot]) -> Mismatch | None:
 def culprit(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot:
     """The rank for which the others wait. states: of processes, as the kernel calls them, where they are known.
 
-    A stopped process; else who waits for nothing, the longest silent first; else who is least far in what another waits for.
+    A stopped process; else who waits for nothing, the longest silent first; else who is least far in what another waits for, and of
+    those that are equally far who came there last.
     """
     stopped = [one for one in snapshots if states.get(one.rank) in ("T", "t")]
     free = [one for one in snapshots if one.awaited is None]
@@ -71,7 +73,7 @@ def culprit(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot:
 
     def progress(one: Snapshot) -> tuple[int, float]:
         places = [call.place for call in one.calls if call.group in waited]
-        return (max(places, default=-1), one.changed_at)
+        return (max(places, default=-1), -one.changed_at)
 
     return min(snapshots, key=progress)
 
@@ -194,7 +196,8 @@ class Watchdog:
         if (differing := self.mismatch()) is not None:
             return differing
         found = self.snapshots()
-        return self.hang(found) if self.complete and any(one.awaited is not None for one in found) else None
+        complete = self.complete and len(found) == len(self.buffers)  # a record may be there and not have begun
+        return self.hang(found) if complete and any(one.awaited is not None for one in found) else None
 
     def mismatch(self) -> Failure | None:
         """The failure of ranks that do not make the same collectives, if they do not."""
@@ -207,6 +210,7 @@ class Watchdog:
         if self.logs is not None:
             for one in found:
                 if states.get(one.rank, "Z") not in "TtZX":
-                    os.kill(one.pid, signal.SIGUSR2)
+                    with contextlib.suppress(ProcessLookupError):  # it may end meanwhile
+                        os.kill(one.pid, signal.SIGUSR2)
             time.sleep(STACK_SECONDS)
         return hang_failure(found, states, now=now, logs=self.logs)

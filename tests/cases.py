@@ -479,6 +479,15 @@ def rank_returns(rank: int, world: int, say: Say, folder: str) -> dict[str, Any]
     return {"rank": rank, "large": "x" * 300_000, "numbers": [rank / 3, float("inf")]}
 
 
+def rank_says_much(rank: int, world: int, say: Say, folder: str) -> None:
+    """Says more than a pipe holds, while signals come."""
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    for turn in range(20):
+        say({"turn": turn, "text": "x" * 1_000_000})
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
 def rank_waits(rank: int, world: int, say: Say, folder: str) -> None:
     """Waits to be stopped."""
     leave_traces(rank, world, folder)

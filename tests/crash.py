@@ -139,6 +139,11 @@ class World:
                 there = {(id(folder), number) for (folder, number), is_there in zip(loose, chosen, strict=True) if is_there}
                 yield dict(self._tree(self.top, "", fate, there))
 
+    def live(self) -> dict[str, bytes | None]:
+        """The tree as processes see it, after one was killed and the machine goes on."""
+        every = {(id(folder), number) for folder in self.folders for number in range(len(folder.pending))}
+        return dict(self._tree(self.top, "", "whole", every))
+
     def _tree(self, folder: Node, prefix: str, fate: str, there: set[tuple[int, int]]) -> Iterator[tuple[str, bytes | None]]:
         names = dict(folder.kept)
         for number, change in enumerate(folder.pending):

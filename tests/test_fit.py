@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from dist_llm.train.hardware import PEAKS, mfu, peak_flops
 from dist_llm.train.learning_rate import learning_rate
 from dist_llm.train.metrics import Lines, Meter, keep_until
 from dist_llm.train.setup import make_engine
-from dist_llm.train.storage import RunFolder
+from dist_llm.train.storage import RunFolder, make_folders
 from dist_llm.train.trainer import Trainer
 from dist_llm.use.load import load_here, open_sound
+from tests.crash import Effect, Recorder
 from tests.ranks import Ranks
 
 CONTRACT = {"step", "loss", "loss_hex", "grad_norm", "learning_rate", "tokens", "target_tokens", "step_seconds", "tokens_per_second"}
@@ -200,6 +202,26 @@ def test_lines_after_the_start_are_made_again(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
     with pytest.raises(SpaceError):
         Lines(tmp_path / "no/folder", start=0, writes=True)
+
+
+def test_a_crash_leaves_the_old_lines_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, done = tmp_path / "metrics.jsonl", list[str]()
+    path.write_text('{"step": 1}\n')
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *words, name=name, real=real: done.append(name) or real(*words))
+    keep_until(path, 3)
+    assert done == ["fsync", "replace"] and lines(path) == [{"step": 1}]
+
+
+def test_the_names_of_new_folders_are_on_the_disk(tmp_path: Path) -> None:
+    effects: list[Effect] = []
+    for _ in range(2):
+        make_folders(Recorder(effects), tmp_path / "runs/first")
+    assert [(one.kind, one.path.relative_to(tmp_path).as_posix()) for one in effects] == [
+        *(("make", "runs"), ("sync_folder", ".")),
+        *(("make", "runs/first"), ("sync_folder", "runs")),
+    ]
 
 
 def test_one_job_a_folder(tmp_path: Path) -> None:

@@ -241,9 +241,10 @@ def test_every_key_at_its_edges() -> None:
 
 
 @pytest.mark.long
-def test_a_hundred_thousand_configs() -> None:
-    found = fuzz(22, LONG_CASES)
-    assert sum(found.values()) == LONG_CASES
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_hundred_thousand_configs(tenth: int) -> None:
+    found = fuzz(2200 + tenth, LONG_CASES // 10)
+    assert sum(found.values()) == LONG_CASES // 10
     print(found)
 
 

@@ -151,6 +151,12 @@ def test_results_messages_and_logs(tmp_path: Path) -> None:
     nothing_left(tmp_path, 3)
 
 
+def test_a_signal_cuts_no_message(tmp_path: Path) -> None:
+    """As SIGTERM may, while a rank tells the launcher of a long sample."""
+    answer = json.loads(start("rank_says_much", tmp_path, 1).communicate(timeout=60)[0])
+    assert [(value["turn"], len(value["text"])) for _, value in answer["heard"]] == [(turn, 1_000_000) for turn in range(20)]
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> None:
     process = start("rank_waits", tmp_path, 2)

@@ -496,13 +496,12 @@ def verdicts(ours: Callable[[], list[list[int]]], oracle: Callable[[], list[list
 
 
 @pytest.mark.parametrize("count", [2000, pytest.param(60_000, marks=pytest.mark.long)])
-def test_mutated_files_are_taken_and_refused_as_by_the_oracle(tmp_path: Path, count: int) -> None:
+def test_mutated_files_are_taken_and_refused_as_by_the_oracle(memory: Path, count: int) -> None:
     chance, taken = random.Random(11), 0
     head = ((9, "<q"), (17, "<b"), (18, "<q"), (26, "<q"))
     body = (*((34 + 4 * n, "<i") for n in range(4)), *((50 + 8 * n, "<q") for n in range(8)))
     stream = struct.pack("<40H", *([1, 2, END] * 13), 5)
-    folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
-    home = folder / f"dist-llm-fuzz-{os.getpid()}"
+    home = memory / "mutated"
     put(home)
     try:
         for number in range(count):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from dist_llm import comm, flight
 from dist_llm.errors import PeerError
 from dist_llm.flight import Call, Flight, Snapshot
 from dist_llm.mesh import whole_world
+from dist_llm.train.checkpoint import Background
+from dist_llm.train.durable import Disk
 from dist_llm.watch import SLOW_STEPS, Watchdog, culprit, hang_failure, mismatch, slow_rank
 from tests.ranks import Ranks
 
@@ -110,6 +113,8 @@ def test_who_hangs() -> None:
     assert culprit([waiting, working], {}).rank == 1
     assert culprit([snapshot(0, calls=5, awaited=4), snapshot(1, calls=5, awaited=4)], {1: "T", 0: "S"}).rank == 1
     assert culprit([snapshot(0, calls=7, awaited=6), snapshot(1, calls=5, awaited=4), snapshot(2, calls=7, awaited=6)], {}).rank == 1
+    late = [snapshot(0, calls=5, awaited=4, age=0.5), snapshot(1, calls=5, awaited=4, age=6.0)]
+    assert culprit(late, {}).rank == 0, "when it came, rank 1 was about to give up"
     message = hang_failure([waiting, working], {1: "T"}, now=100.0)
     assert message.rank == 1 and "rank 1 hangs" in message.what and "stopped" in str(message.found) and "9 s" in str(message.found)
     assert "rank 0 waits for all_reduce 5" in str(message.expected) and "zero.py:7" in str(message.expected)
@@ -150,6 +155,55 @@ def test_a_watchdog_speaks_after_the_timeout_alone(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("dist_llm.watch.time.monotonic", lambda after=after: now + after)
         watchdog.looked_at = 0.0
         assert (watchdog.look() is not None) == found, after
+
+
+@pytest.mark.parametrize("chunks", [8, 1], ids=["slow", "stuck"])
+def test_a_slow_disk_is_no_hang_and_a_stuck_one_is(chunks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that waits for its save was taken to hang once the save took longer than the timeout."""
+    buffer, record = recorded()
+    monkeypatch.setattr(flight, "current", record)
+    monkeypatch.setattr("dist_llm.train.checkpoint.PULSE_SECONDS", 0.05)
+    record.begin_step(1)
+    watchdog, disk, found = Watchdog([buffer], timeout_seconds=0.5, note=None), Disk(), []
+
+    def content() -> Iterator[bytes]:
+        for _ in range(chunks):
+            time.sleep(2.4 / chunks)
+            yield b"weights"
+
+    def look() -> None:
+        while work.running:
+            time.sleep(0.05)
+            found.append(watchdog.look())
+
+    work = Background(lambda: disk.write(tmp_path / "file", content()))
+    looking = Background(look)
+    work.wait(disk)
+    looking.result()
+    assert work.result().size == 7 * chunks
+    assert any(one is not None for one in found) == (chunks == 1)
+
+
+def test_a_record_that_has_not_begun_blames_nobody_else() -> None:
+    """Of a rank on another machine, whose writing does not come through, or that has just been started."""
+    buffer, record = recorded()
+    record.wait(record.begin("all_reduce", GROUP, "float32", (4,)))
+    assert Watchdog([buffer], timeout_seconds=5.0, note=None).explain() is not None
+    assert Watchdog([buffer, flight.make()], timeout_seconds=5.0, note=None).explain() is None
+
+
+def test_the_record_of_a_run_that_goes_on_is_not_written_over(tmp_path: Path) -> None:
+    """Another job on the same folder is refused, but by its rank 0 alone: the others have begun their records by then."""
+    path = tmp_path / "rank-1.flight"
+    record = Flight(flight.make_file(path), rank=1, pid=os.getpid())
+    record.begin_step(3)
+    record.begin("all_reduce", GROUP, "float32", (4,))
+    ours, before = flight.open_file(path), flight.read(record.buffer)
+    Flight(flight.make_file(path), rank=1, pid=1)
+    assert before is not None and before == flight.read(ours) == flight.read(record.buffer)
+    assert before.calls[0].group == GROUP and len(flight.signatures(ours)) == 1
+    new = flight.read(flight.open_file(path))
+    assert new is not None and (new.pid, new.step) == (1, 0)
 
 
 # --- real ranks ----------------------------------------------------------------------------------------------------------

@@ -195,16 +195,23 @@ def _run_local(run: Run, candidates: list[Path], console: Console, restarts: int
     """Trains; after a rank was lost goes on from the newest checkpoint, at most so often."""
     from dist_llm.train.run import run_local
 
+    begun = not candidates  # else the folder's newest may be of another beginning, until the one that was asked for is taken up
+
+    def tell(message: dict[str, Any]) -> None:
+        nonlocal begun
+        begun = begun or "resumed" in message
+        console.take(message)
+
     for attempt in range(1, restarts + 1):
         try:
-            return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=console.take, profile=run.profile)
+            return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
         except PeerError as lost:
             faults.arm(None)
-            own = saved_steps(run.path)
+            own = saved_steps(run.path) if begun else []
             candidates = own or candidates
             start = f"from step {step_of(own[0])}" if own else "from where it began, nothing was saved yet"
             console.line(f"note: {plain(lost.what)} ({plain(lost.where)}): restart {attempt} of {restarts}, {start}")
-    return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=console.take, profile=run.profile)
+    return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
 
 
 def _train_under_torchrun(run: Run, place: Place) -> None:
@@ -245,6 +252,7 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     else:
         allow_hub(config.data, lambda text: None)
     from dist_llm import mesh
+    from dist_llm.ranks import open_log, stacks_into
     from dist_llm.train import run as training
     from dist_llm.train.storage import RunFolder
 
@@ -254,6 +262,7 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     candidates = training.candidates(run.path, again, go_on=command)  # every rank finds the same
     if folder is not None:
         folder.write_config(config)
+    stacks_into(open_log(run.path / "logs" / f"rank-{place.rank}.log"))
     record = run.path / "logs" / f"rank-{place.rank}.flight"
     try:
         flight.start(flight.make_file(record), rank=place.rank, pid=os.getpid())

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dist_llm.engines.native import NativeEngine
 
 KINDS = ("weight", "first_moment", "second_moment")
+PULSE_SECONDS = 1.0  # between signs of life of a rank that waits for its disk
 
 
 # --- save ----------------------------------------------------------------------------------------------------------------
@@ -58,6 +59,15 @@ class Background:
     def running(self) -> bool:
         """Whether it has not ended yet."""
         return self._thread.is_alive()
+
+    def wait(self, disk: Disk) -> None:
+        """Until it has ended. As long as bytes go to the disk or come back the flight record hears of it: a slow disk is no hang."""
+        moved = disk.moved
+        while self.running:
+            self._thread.join(PULSE_SECONDS)
+            if disk.moved != moved:
+                moved = disk.moved
+                flight.enter("save")
 
     def result(self) -> Any:
         """What it returned; raises what it raised."""
@@ -138,6 +148,9 @@ class Saver:
         mesh, device = self.mesh, self.engine.device
         writing, self._writing = self._writing, None
         committing, self._committing = self._committing, None
+        for work in (writing, committing):
+            if work is not None:
+                work.wait(self._disk)
         try:
             if writing is not None:
                 parts = together(mesh, device, writing.result, safe=self._safe)

@@ -56,6 +56,7 @@ class Disk:
 
     def __init__(self, *, rank: int = 0, step: int = 0) -> None:
         self.rank, self.step = rank, step
+        self.moved = 0  # bytes written and read back so far
 
     def reach(self, point: str) -> None:
         """Passes a fault point."""
@@ -72,6 +73,7 @@ class Disk:
             for chunk in chunks:
                 digest.update(chunk)
                 _write_all(handle, chunk)
+                self.moved += memoryview(chunk).nbytes
                 self.reach("save.write")
         return digest
 
@@ -119,6 +121,7 @@ class Disk:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while chunk := handle.read(BLOCK):
                 digest.update(chunk)
+                self.moved += len(chunk)
         return digest
 
 

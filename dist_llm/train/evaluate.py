@@ -34,11 +34,11 @@ class Validation:
         """
         if self.batches is None or not self.targets:
             return {"validation_loss": None, "validation_perplexity": None, "validation_bits_per_byte": None}
-        flight.enter("validate")
         trainer, place = self.trainer, self.trainer.mesh.at
         where = {"dp_rank": place.dp, "dp_size": trainer.mesh.layout.dp, "micro": trainer.config.batch.micro}
         sums: list[float] = []
         for number in range(self.count):
+            flight.enter("validate")
             batches = self.batches.micro_batches(number, **where)
             found = trainer.engine.figures([trainer.context(batch, step=0, training=False) for batch in batches])
             sums = [a + b for a, b in zip_longest(sums, found.view(-1).tolist(), fillvalue=0.0)]

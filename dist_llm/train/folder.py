@@ -280,6 +280,15 @@ def retain(disk: Disk, run: Path, keep: int, *, verified: Path) -> None:
     tidy(disk, run)
 
 
+def settle(disk: Disk, run: Path) -> None:
+    """Before a run goes on in its folder: flushes the names that a killed one may not have flushed, and deletes what it has left."""
+    home = run / "checkpoints"
+    if home.exists():
+        for folder in (home, run, run.parent):
+            disk.sync_folder(folder)
+        tidy(disk, run)
+
+
 def tidy(disk: Disk, run: Path) -> None:
     """Deletes what interrupted saves and deletions have left behind."""
     used = step_folders(run)

@@ -81,6 +81,8 @@ def keep_until(path: Path, step: int) -> None:
     spare.unlink(missing_ok=True)  # it may be a link to somewhere else
     with spare.open("x", encoding="utf-8") as file:
         file.write("".join(kept))
+        file.flush()
+        os.fsync(file.fileno())  # before it takes the other's name: a crash must leave one of the two
     os.replace(spare, path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dist_llm import flight
 from dist_llm.config.schema import Config
 from dist_llm.data.prepare import Prepared
 from dist_llm.engines.native import NativeEngine
@@ -37,5 +38,6 @@ class Questions:
         groups = grouped(asked(pairs, prepared.tokenizer, template), AT_ONCE)
         found: list[tuple[str, bool]] = []
         for group in groups:
+            flight.enter("sample")
             found += answered(model, prepared.tokenizer, group, template=template, window=config.data.sequence)
         return marks(found, self.tasks)

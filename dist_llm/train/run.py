@@ -29,7 +29,7 @@ from dist_llm.train.base import Base
 from dist_llm.train.begin import begin
 from dist_llm.train.durable import Disk
 from dist_llm.train.fit import fit
-from dist_llm.train.folder import Checkpoint, newest, set_aside, step_folders, tidy
+from dist_llm.train.folder import Checkpoint, newest, set_aside, settle, step_folders
 from dist_llm.train.nonfinite import bad_state
 from dist_llm.train.preflight import require_space
 from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, refuse_fp8, refuse_graph, settle_rank
@@ -184,7 +184,7 @@ def has_reference(trainer: Trainer, prepared: Prepared, run: Path, *, resumed: b
 
 def make_room(run: Path, config: Config, *, dtype: torch.dtype, world: int) -> None:
     """Deletes what interrupted saves have left, and raises SpaceError where the checkpoints to come have no room."""
-    tidy(Disk(), run)
+    settle(Disk(), run)
     require_space(run, config, dtype=str(dtype).removeprefix("torch."), world=world)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dist_llm import flight
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.data.prepare import Prepared
 from dist_llm.engines.native import NativeEngine
@@ -52,8 +53,15 @@ class Samples:
         texts = []
         for prompt in self.prompts:
             tokens = follow(model, prompt, count=SAMPLE_TOKENS, choice=self.choice, window=self.window, ends={self.tokenizer.end_id})
-            texts.append({"prompt": self.tokenizer.decode(prompt), "text": "".join(stream(self.tokenizer, tokens))})
+            texts.append({"prompt": self.tokenizer.decode(prompt), "text": "".join(stream(self.tokenizer, _alive(tokens)))})
         return texts
+
+
+def _alive(tokens: Iterable[int]) -> Iterator[int]:
+    """The tokens; the flight record hears of each."""
+    for token in tokens:
+        flight.enter("sample")
+        yield token
 
 
 @dataclass(frozen=True)

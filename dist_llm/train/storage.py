@@ -17,6 +17,7 @@ from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
 from dist_llm.errors import Failure, SpaceError, from_dict
 from dist_llm.mesh import Mesh
+from dist_llm.train.durable import Disk
 
 
 @contextmanager
@@ -50,6 +51,18 @@ def together(mesh: Mesh, device: torch.device, work: Callable[[], Any], *, safe:
     return [answer["value"] for answer in answers]
 
 
+def make_folders(disk: Disk, path: Path) -> None:
+    """Makes a folder and those it lies in, as far as they are not there, and waits until their names are on the disk."""
+    if not path.is_dir():
+        make_folders(disk, path.parent)
+        try:
+            disk.make_folder(path)
+        except FileExistsError:
+            if not path.is_dir():  # else another job has made it
+                raise
+        disk.sync_folder(path.parent)
+
+
 class RunFolder:
     """The folder of a run, held by one job at a time until the process ends.
 
@@ -60,7 +73,7 @@ class RunFolder:
         self.path = path
         try:
             with storing(path):
-                path.mkdir(parents=True, exist_ok=True)
+                make_folders(Disk(), path)
                 self._handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except SpaceError as error:
