@@ -278,6 +278,26 @@ def test_a_run_goes_on_when_the_run_of_its_base_has_moved_on(chat: list[str], co
     assert done.returncode == 0 and json.loads(done.stdout)["text"]["loss"] > 0, done.stderr
 
 
+def test_preferences_go_on_without_their_base_as_long_as_its_judgement_is_kept(commands: Commands, tmp_path: Path) -> None:
+    """What pairs were worth before training is in the run's own folder; lost with the base gone, later weights must not stand in for it."""
+    text = "model: {layers: 1, dim: 16, heads: 2}\n" + DATA % (tmp_path / "data") + "schedule: {kind: constant, steps: 1}\n"
+    text = text.replace("sequence: 32", "sequence: 200, tokenizer: {kind: bytes}").replace("global: 12", "global: 4")
+    (tmp_path / "base.yaml").write_text(text)
+    plain = text.replace(", tokenizer: {kind: bytes}", "").replace("model: {layers: 1, dim: 16, heads: 2}\n", "")
+    (tmp_path / "run.yaml").write_text(f"base: {tmp_path / 'base'}\npreference: {{beta: 0.1}}\n{plain}")
+    for name, words in (("base", ()), ("run", ("--steps", "3", "--save-every", "1", "save.keep=0"))):
+        done = commands.run("train", str(tmp_path / f"{name}.yaml"), *words, "--run-dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "base").rename(tmp_path / "away")
+    again = ("train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"), "--resume")
+    whole = losses(tmp_path / "run")
+    done = commands.run(*again, str(tmp_path / "run/checkpoints/step-00000002"), "--steps", "3")
+    assert done.returncode == 0 and losses(tmp_path / "run") == whole, done.stderr
+    (tmp_path / "run/reference.bin").unlink()
+    refused = commands.run(*again, "auto", "--steps", "4")
+    assert refused.returncode == 4 and "the base is gone, and with it what the pairs were worth before training" in refused.stderr
+
+
 def test_an_adapter_whose_base_is_gone_says_so(commands: Commands, tmp_path: Path) -> None:
     """No checkpoint of it holds the base's weights; a copy of them takes their place."""
     text = "model: {layers: 1, dim: 16, heads: 2}\n" + DATA % (tmp_path / "data") + "schedule: {steps: 1}\n"
