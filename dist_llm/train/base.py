@@ -36,20 +36,22 @@ class Base:
 
     def __init__(self, given: str | Path, *, kept: Checkpoint | None = None) -> None:
         path, before = Path(given).expanduser(), kept.config.base if kept is not None else None
-        if before is not None and _same(path, Path(before).parent.parent):
+        if before is not None and Path(before).parent.name == "checkpoints" and _same(path, Path(before).parent.parent):
             path = Path(before)  # its run may have gone on since
+        self.folder: HuggingFaceFolder | None = None
+        self.checkpoint: Checkpoint | None = None
         self.gone = not path.is_dir() and before is not None and _same(path, Path(before))
         if kept is not None and self.gone:
             if kept.config.model.adapter.rank:
                 raise self._lost(path, kept.manifest.get("base"), "the base that this adapter lies beside is gone")
-            self.folder, self.checkpoint, self.path = None, kept, path
+            self.checkpoint, self.path = kept, path
             return
         if not path.is_dir():
             expected = "a run folder or step folder, or a Hugging Face folder"
             way = "train it first, or name another: base=PATH"
             raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder", next=way)
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
-        self.checkpoint: Checkpoint | None = None if self.folder else open_checkpoint(path)
+        self.checkpoint = None if self.folder else open_checkpoint(path)
         self.path = path if self.checkpoint is None else self.checkpoint.path
         if self.model.adapter.rank:
             what, advice = "the base is an adapter and not a model", "dist-llm merge BASE ADAPTER DIR, and DIR as the base"
