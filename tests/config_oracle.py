@@ -158,6 +158,14 @@ def from_to(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(whole(1, 64), value)) and value[0] <= value[1]
 
 
+def some_of(words: str, *, least: int) -> Any:
+    return lambda value: isinstance(value, list) and len(value) >= least and all(map(choice(words), value))
+
+
+def adapter_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", value))
+
+
 COUNT, WHOLE, SEED = whole(1), whole(0), whole(0, 2**63 - 1)
 NUMBER, POSITIVE = number(lambda value: value >= 0), number(lambda value: value > 0)
 SHARE, BELOW_ONE = number(lambda value: 0 <= value <= 1), number(lambda value: 0 <= value < 1)
@@ -178,6 +186,11 @@ SCHEMA: dict[str, Any] = {
         **dict.fromkeys(("tied", "qk_norm", "qkv_bias", "out_bias", "mlp_bias", "bias", "residual_scale"), switch),
         "norm": choice("rms layer"), "norm_eps": POSITIVE, "positions": choice("rotary learned"), "rope_theta": POSITIVE,
         "activation": choice("swiglu gelu gelu_tanh"), "dropout": BELOW_ONE, "init_std": NUMBER, "neftune": NUMBER,
+        "adapter": {
+            "name": adapter_name, "rank": WHOLE, "alpha": POSITIVE, "rank_stabilized": switch, "dora": switch, "dropout": BELOW_ONE,
+            "quantize": choice("none nf4 int8"), "block": lambda value: COUNT(value) and value % 8 == 0,
+            "targets": some_of("q k v o gate up down", least=1), "modules_to_save": some_of("embedding head", least=0),
+        },
     },
     "data": {
         "source": sources, "mix": None, "tokenizer": {"kind": choice("bpe bytes file ids"), "vocab": or_null(COUNT), "path": or_null(words),
@@ -366,6 +379,7 @@ def rules(given: dict[str, dict[str, Any]], world: int) -> dict[str, bool]:
     place = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": dp, "zero": zero, "engine": engine, "shard": shard, "data": data}
     place["reduce"], place["unshard"] = layout.get("reduce") or early, (layout.get("unshard") or early) if zero == 3 else "step"
     place["offload"], place["recompute"] = layout.get("offload", "none"), layout.get("recompute", "none")
+    broken |= adapter_rules(given["model"].get("adapter", {}), given, tp, engine)
     return broken | preference_rules(given, engine) | engine_rules(given, place) | machine_rules(given, place, world) | value_rules(given)
 
 
@@ -382,6 +396,21 @@ def preference_rules(given: dict[str, dict[str, Any]], engine: str) -> dict[str,
         "smoothed tokens": on and given["optimizer"].get("label_smoothing", 0) > 0,
         "engine of pairs": on and engine != "native",
         "graph of pairs": on and given["runtime"].get("cuda_graph", False),
+    }
+
+
+def adapter_rules(adapter: dict[str, Any], given: dict[str, dict[str, Any]], tp: int, engine: str) -> dict[str, bool]:
+    """What lies beside a model's matrices, and under it quantized ones: no block of theirs crosses an end of what a rank holds."""
+    model, runtime, on = given["model"], given["runtime"], adapter.get("rank", 0) > 0
+    quantized, block = adapter.get("quantize", "none") != "none", adapter.get("block", 64)
+    ends = {model["dim"]}
+    for rank in range(1, tp + 1 if quantized else 1):
+        ends |= {model["heads"] * rank // tp * model["head_dim"], model["ffn"] * rank // tp}
+    return {
+        "no adapter": not on and (adapter.get("dora", False) or adapter.get("dropout", 0) > 0 or bool(adapter.get("modules_to_save"))),
+        "beside 8 bits": (adapter.get("dora", False) or adapter.get("dropout", 0) > 0) and runtime.get("fp8", "off") != "off",
+        "quantized": quantized and (not on or any(end % block for end in ends)),
+        "engine of an adapter": on and (engine != "native" or runtime.get("compile", False)),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -216,6 +217,104 @@ def test_a_run_from_a_base_goes_on_and_refuses_another_base(home: Path, commands
         assert (tmp_path / "out" / name).read_bytes() == (home / "llama" / name).read_bytes(), "carried along through a run"
     assert open_checkpoint(cut).manifest["base"] == Base(home / "llama").identity
     assert Base(cut).model == Base(home / "llama").model
+
+
+def test_all_weights_learn_the_tokens_that_a_template_adds(commands: Commands, tmp_path: Path) -> None:
+    """They take rows that the base has to spare, under any layout, and go with what is exported; a base without such rows is refused."""
+    data = f"data: {{source: skills, sequence: 200, max_tokens: 20_000, dir: {tmp_path / 'data'}}}\nbatch: {{global: 4, micro: 2}}\n"
+    for name, vocab in (("base", 264), ("full", 257)):
+        model = f"model: {{layers: 1, dim: 16, heads: 2, vocab: {vocab}, tied: true}}\nschedule: {{steps: 1}}\n"
+        (tmp_path / f"{name}.yaml").write_text(data.replace("200", "200, tokenizer: {kind: bytes}") + model)
+        done = commands.run("train", str(tmp_path / f"{name}.yaml"), "--dtype", "float64", "--run-dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "run.yaml").write_text(f"base: {tmp_path / name}\n{data}schedule: {{kind: constant, steps: 3}}\n")
+        for layout in ("dp=1", "tp=2", "dp=2,zero=3") if name == "base" else ("dp=1",):
+            words = ("--dtype", "float64", "--layout", layout, "--run-dir", str(tmp_path / layout if name == "base" else tmp_path / "none"))
+            done = commands.run("train", str(tmp_path / "run.yaml"), "data.chat.format=messages", "data.chat.template=chatml", *words)
+            assert done.returncode == (0 if name == "base" else 2), done.stderr
+    assert "vocabulary is smaller" in done.stderr and "at least 259" in done.stderr and "data.chat.template=plain" in done.stderr
+    one, *others = ([float.fromhex(loss) for loss in losses(tmp_path / layout)] for layout in ("dp=1", "tp=2", "dp=2,zero=3"))
+    assert all(other == pytest.approx(one, rel=1e-12) for other in others) and one[2] < one[0]
+    before, after = (open_checkpoint(tmp_path / run).parts.whole("embedding.weight") for run in ("base", "dp=1"))
+    assert (before[257:259] != after[257:259]).all(), "the rows of <|im_end|> and <|im_start|>"
+    done = commands.run("export", str(tmp_path / "tp=2"), str(tmp_path / "out"), "--verify")
+    assert done.returncode == 0, done.stderr
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load(tmp_path / "out")
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    text = load_template("chatml", end=load(tmp_path / "base/checkpoints/step-00000001").end).render(turns)
+    assert theirs.apply_chat_template(turns, tokenize=False) == text
+    ids = ours.commanding.encode(text, add_special_tokens=False).ids
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids and {257, 258} <= {*ids}
+
+
+@pytest.mark.parametrize("chat", [[], ["data.chat.format=messages"], ["data.chat.template=chatml", "data.chat.format=messages"]], ids=str)
+def test_a_run_goes_on_when_the_run_of_its_base_has_moved_on(chat: list[str], commands: Commands, tmp_path: Path) -> None:
+    """Its base's run folder may have a newer step, and no more the one it began with: all that it needs is in its own checkpoint."""
+    data = f"data: {{source: skills, sequence: 200, max_tokens: 20_000, dir: {tmp_path / 'data'}}}\nbatch: {{global: 4, micro: 2}}\n"
+    model = "model: {layers: 1, dim: 16, heads: 2, vocab: 264, tied: true}\n"
+    (tmp_path / "base.yaml").write_text(data.replace("200", "200, tokenizer: {kind: bytes}") + model + "schedule: {steps: 1}\n")
+    (tmp_path / "run.yaml").write_text(f"base: {tmp_path / 'base'}\n{data}schedule: {{kind: constant, steps: 4}}\n")
+    first = ("train", str(tmp_path / "base.yaml"), "save.keep=1", "--run-dir", str(tmp_path / "base"))
+    again = ("train", str(tmp_path / "run.yaml"), *chat, "--save-every", "2", "--run-dir")
+    for words in (first, (*again, str(tmp_path / "calm")), (*again, str(tmp_path / "cut"), "schedule.steps=2")):
+        done = commands.run(*words)
+        assert done.returncode == 0, done.stderr
+    before = tmp_path / "base/checkpoints/step-00000001"
+    done = commands.run(*first, "--resume", "auto", "--steps", "2", "save.keep=2")
+    assert done.returncode == 0 and before.exists(), done.stderr
+    own = ("train", str(tmp_path / "cut/config.yaml"), "schedule.steps=4", "--run-dir")
+    for folder, start in (("newer", again), ("gone", again), ("config", own)):
+        shutil.copytree(tmp_path / "cut", tmp_path / folder)
+        if folder == "gone":
+            done = commands.run(*first, "--resume", "auto", "--steps", "3")
+            assert done.returncode == 0 and not before.exists(), done.stderr
+        done = commands.run(*start, str(tmp_path / folder), "--resume", "auto")
+        assert done.returncode == 0, done.stderr
+        assert losses(tmp_path / folder) == losses(tmp_path / "calm")
+        last, calm = (open_checkpoint(tmp_path / name) for name in (folder, "calm"))
+        assert last.config.base == str(before) and last.manifest["base"] == calm.manifest["base"]
+        assert last.beside == calm.beside
+    done = commands.run("eval", str(tmp_path / "gone"), "--skills", "0", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["text"]["loss"] > 0, done.stderr
+
+
+def test_preferences_go_on_without_their_base_as_long_as_its_judgement_is_kept(commands: Commands, tmp_path: Path) -> None:
+    """What pairs were worth before training is in the run's own folder; lost with the base gone, later weights must not stand in for it."""
+    text = "model: {layers: 1, dim: 16, heads: 2}\n" + DATA % (tmp_path / "data") + "schedule: {kind: constant, steps: 1}\n"
+    text = text.replace("sequence: 32", "sequence: 200, tokenizer: {kind: bytes}").replace("global: 12", "global: 4")
+    (tmp_path / "base.yaml").write_text(text)
+    plain = text.replace(", tokenizer: {kind: bytes}", "").replace("model: {layers: 1, dim: 16, heads: 2}\n", "")
+    (tmp_path / "run.yaml").write_text(f"base: {tmp_path / 'base'}\npreference: {{beta: 0.1}}\n{plain}")
+    for name, words in (("base", ()), ("run", ("--steps", "3", "--save-every", "1", "save.keep=0"))):
+        done = commands.run("train", str(tmp_path / f"{name}.yaml"), *words, "--run-dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "base").rename(tmp_path / "away")
+    again = ("train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"), "--resume")
+    whole = losses(tmp_path / "run")
+    done = commands.run(*again, str(tmp_path / "run/checkpoints/step-00000002"), "--steps", "3")
+    assert done.returncode == 0 and losses(tmp_path / "run") == whole, done.stderr
+    (tmp_path / "run/reference.bin").unlink()
+    refused = commands.run(*again, "auto", "--steps", "4")
+    assert refused.returncode == 4 and "the base is gone, and with it what the pairs were worth before training" in refused.stderr
+
+
+def test_an_adapter_whose_base_is_gone_says_so(commands: Commands, tmp_path: Path) -> None:
+    """No checkpoint of it holds the base's weights; a copy of them takes their place."""
+    text = "model: {layers: 1, dim: 16, heads: 2}\n" + DATA % (tmp_path / "data") + "schedule: {steps: 1}\n"
+    (tmp_path / "base.yaml").write_text(text.replace("sequence", "tokenizer: {kind: bytes}, sequence"))
+    (tmp_path / "run.yaml").write_text(f"base: {tmp_path / 'base'}\n" + text.replace("layers: 1, dim: 16, heads: 2", "adapter: {rank: 2}"))
+    for name in ("base", "run"):
+        done = commands.run("train", str(tmp_path / f"{name}.yaml"), "--run-dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "base").rename(tmp_path / "moved")
+    again = ("train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"), "--resume", "auto", "--steps", "2")
+    refused = commands.run(*again)
+    assert refused.returncode == 4 and "the base that this adapter lies beside is gone" in refused.stderr
+    assert "step-00000001" in refused.stderr and "a copy: base=PATH" in refused.stderr
+    refused = commands.run("sample", str(tmp_path / "run"), "--prompt", "a")
+    assert refused.returncode == 4 and "the base that this adapter lies beside is gone" in refused.stderr
+    done = commands.run(*again, f"base={tmp_path / 'moved'}")
+    assert done.returncode == 0 and len(losses(tmp_path / "run")) == 2, done.stderr
 
 
 def test_the_template_that_a_run_trains_with_goes_with_its_checkpoint(home: Path, commands: Commands, tmp_path: Path) -> None:

@@ -167,6 +167,10 @@ GOLDEN = [
     ("model: {dim: 130}", ["run.yaml:1:9: model.dim: dim 130 over 4 heads leaves 2; change one of them, or give head_dim"]),
     ("model: {preset: 70b}", None),
     ("optimizer: {kind: adam}", ["run.yaml:1:13: optimizer.kind: expected one of adamw, sgd, found 'adam'; did you mean 'adamw'?"]),
+    (
+        "preference: {loss: dpo}",
+        ["run.yaml:1:14: preference.loss: expected one of sigmoid, ipo, hinge, found 'dpo': it is called sigmoid here"],
+    ),
     ("optimizer: {lr: .nan}", None),
     ("optimizer: {betas: 0.9}", ["run.yaml:1:13: optimizer.betas: expected a list, found 0.9"]),
     ("optimizer: {betas: [0.9]}", ["run.yaml:1:13: optimizer.betas: expected 2 values"]),

@@ -354,6 +354,11 @@ def test_mixtures_hold_the_tasks_and_lengths_that_are_asked_for() -> None:
     assert open_corpus("skills", seed=1, mixture=MIXTURES[1]).identity != open_corpus("skills", seed=1).identity
 
 
+def test_a_task_that_is_named_twice_comes_twice_as_often() -> None:
+    drawn = Counter(skills.pair(1, index, skills.Mixture(("brackets", "copy", "brackets"))).skill for index in range(3000))
+    assert drawn.keys() == {"brackets", "copy"} and abs(drawn["brackets"] / 3000 - 2 / 3) < 0.03
+
+
 @pytest.mark.parametrize("mixture", MIXTURES, ids=str)
 def test_skills_are_right_by_another_reckoning(mixture: skills.Mixture) -> None:
     for index in range(600):

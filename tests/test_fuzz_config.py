@@ -48,6 +48,9 @@ BASES = (
     "data: {source: [skills, a.jsonl], document_mask: true, chat: {template: model}, packing: none}\n",
     "model: {family: llama}\ndata: {source: skills, chat: {train_on: last}, packing: none}\n"
     "preference: {loss: sigmoid, beta: 0.2, label_smoothing: 0.1, length_normalised: on, sft: 1}\n",
+    "model: {adapter: {name: a.b, rank: 4, alpha: 8, rank_stabilized: on, targets: [q, v], modules_to_save: [embedding, head]}}\n"
+    "base: a\nruntime: {fp8: off, compile: false}\n",
+    "model: {dim: 64, heads: 4, ffn: 128, adapter: {rank: 2, dora: true, dropout: 0.1, quantize: nf4, block: 8}}\nlayout: {tp: 2}\n",
 )  # fmt: skip
 SCALARS = (
     *("null", "~", "yes", "no", "on", "off", "True", "tRue", "0", "1", "-1", "2", "3", "4", "5", "6", "8", "16", "31", "64", "257"),
@@ -55,7 +58,7 @@ SCALARS = (
     *("-.inf", ".nan", "1e", "0.0", "-0.0", "1099511627776", "1099511627777", "9223372036854775807", "9223372036854775808"),
     *("9" * 40, "9" * 41, "9" * 101, "'2'", '"2"', "two", "1e-4x", "2001-01-01", "12:30:45", "!!int 3", "!!python/object:os.system x"),
     *("&a 3", "*a", "[]", "{}", "[1, 2]", "[0.9, 0.95]", "{a: 1}", "[[[[[[[[[[[[[1]]]]]]]]]]]]]", "'a\tb'", '"a\\tb"'),
-    *("[9, 8]", "[1, 65]", "[copy, copy]", "[copy, walk]"),
+    *("[9, 8]", "[1, 65]", "[copy, copy]", "[copy, walk]", "[q, up]", "[q, x]", "[head]", "nf4", "int8", ".a", "a" + "b" * 64),
     *('"\\u202e"', '"\\e[2J"'),
     *('"\\ud83d\\ude00"', '"\\ud83d"', "😀", "é", "\u00a0", "a\u200bb", "|\n   text", "python", "skills", "a: b", "- x", "#x"),
     *("bytes", "bpe", "best_fit", "concat", "none", "messages", "text", "all"),
@@ -107,7 +110,9 @@ def tree(chance: random.Random) -> dict[str, Any]:
     }
     some: dict[str, dict[str, tuple]] = {
         "model": {"kv_heads": (1, 2, 3, 4), "ffn": (1, 2, 32, 37, 48), "vocab": (2, 256, 257, 300), "head_dim": (7, 8, 16),
-                  "family": ("llama", "gpt2", "qwen3"), "max_positions": (16, 63, 64, 96), "positions": ("rotary", "learned")},
+                  "family": ("llama", "gpt2", "qwen3"), "max_positions": (16, 63, 64, 96), "positions": ("rotary", "learned"),
+                  "adapter": ({"rank": 2}, {"rank": 2, "quantize": "nf4", "block": 8}, {"rank": 2, "quantize": "int8", "block": 24},
+                              {"rank": 2, "dora": True}, {"dropout": 0.1}, {"rank": 0, "modules_to_save": ["head"]})},
         "layout": {"zero": (0, 1, 2, 3), "sp": (True, False), "cp": (1, 2), "ep": (1, 2), "shard": (1, 2, 3, 4), "chunks": (1, 2, 3),
                    "schedule": ("gpipe", "1f1b", "interleaved", "zb-h1", "auto"), "engine": ("native", "ddp", "fsdp2", "deepspeed"),
                    "reduce": ("micro_batch", "step"), "unshard": ("micro_batch", "step"), "recompute": ("none", "full", "selective"),
@@ -234,6 +239,11 @@ def test_every_key_at_its_edges() -> None:
     """One key at a time, with the numbers beside every bound; and every word of every choice of any key."""
     words = ("native", "ddp", "gelu", "layer", "learned", "gpt2", "qwen3-8b", "wsd", "sgd", "file", "full", "all", "fast", "nccl")
     keys = [(name, key) for name, section in oracle.SCHEMA.items() for key in section if key != "mix"]
+    inside = [(name, key, part) for name, key in keys if isinstance(oracle.SCHEMA[name][key], dict) for part in oracle.SCHEMA[name][key]]
+    for number, (section, key, part) in enumerate(inside):
+        for value in (*EDGES, *words[number % 4 :: 4]):
+            rank = "rank: 2, " if key == "adapter" and part != "rank" else ""
+            outcome(f"{section}: {{{key}: {{{rank}{part}: {value}}}}}", 1)
     for number, (section, key) in enumerate(keys):
         far = FAR_EDGES if key in ("layers", "threads", "timeout_seconds", "vocab", "seed", "lr", "keep", "max_tokens", "shard") else ()
         for value in (*EDGES, *far, *words[number % 4 :: 4]):

@@ -418,6 +418,31 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     assert full - causal == 3 * model.layers * 2 * 12 * model.heads * model.head_dim
 
 
+@pytest.mark.parametrize(
+    ("tied", "saved", "times"),
+    [
+        (False, (), 2),
+        (False, ("embedding",), 2),
+        (False, ("head",), 3),
+        (False, ("embedding", "head"), 3),
+        (True, (), 2),
+        (True, ("embedding",), 3),
+    ],
+    ids=str,
+)
+def test_flops_beside_an_adapter_are_those_counted_by_hand(tied: bool, saved: tuple[str, ...], times: int) -> None:
+    """Weights that stay: forward and the slope of what goes in. Trained ones, and attention: a third product. A look-up costs none."""
+    rank, sequence, layers, dim, vocab = 3, 12, 2, 24, 50
+    sizes = {"layers": layers, "dim": dim, "heads": 4, "kv_heads": 2, "head_dim": 10, "ffn": 36, "vocab": vocab, "tied": tied}
+    model = ModelConfig.model_validate({**sizes, "adapter": {"rank": rank, "modules_to_save": list(saved)}})
+    shapes = [(24, 40), (24, 20), (24, 20), (40, 24), (24, 36), (24, 36), (36, 24)]  # q, k, v, o, gate, up, down: in, out
+    still = sum(wide * high for wide, high in shapes)  # 5,472
+    beside = sum(rank * (wide + high) for wide, high in shapes)  # 1,188
+    scores = 2 * sequence * 4 * 10  # and values
+    block = 2 * (2 * still + 3 * beside + 3 * scores)
+    assert step_flops_per_token(model, sequence) == layers * block + 2 * times * vocab * dim
+
+
 def test_attend_is_an_attribute_that_can_be_replaced() -> None:
     """The seam of context parallelism."""
     plain = sharpen(Plain(config()))

@@ -58,9 +58,13 @@ def test_before_and_after_under_every_layout(adapter: tuple[str, ...], commands:
 
 
 def test_a_run_that_goes_on_keeps_what_it_began_with(commands: Commands, small_run: Path, tmp_path: Path) -> None:
-    assert tuned(commands, small_run, tmp_path, "run", "schedule.steps=2").returncode == 0
+    """And asks each task once, however often it is drawn."""
+    often = "data.skills.tasks=[copy, count, copy]"
+    assert tuned(commands, small_run, tmp_path, "run", often, "schedule.steps=2").returncode == 0
     first = metrics(tmp_path / "run")[0]
-    assert tuned(commands, small_run, tmp_path, "run", "--resume", "auto").returncode == 0
+    assert list(first["answers"]) == ["copy", "count", "all"]
+    assert first["answers"]["all"]["count"] == sum(first["answers"][task]["count"] for task in ("copy", "count"))
+    assert tuned(commands, small_run, tmp_path, "run", often, "--resume", "auto").returncode == 0
     lines = metrics(tmp_path / "run")
     assert lines[0] == first and [line["step"] for line in lines] == [0, 1, 2, 3] and "answers" in lines[3]
 

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def train(
     """
     short = {"layout": layout, "schedule.steps": steps, "save.every": save_every, "save.dir": run_dir, "runtime.dtype": dtype}
     short["data.max_bad_lines"] = max_bad_lines
-    loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)], base=read_base)
+    loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)], base=partial(read_base, resume=resume))
     place = torchrun_place()
     if place is not None:
         for flag, given in (("--nproc", nproc), ("--max-restarts", max_restarts)):
@@ -277,12 +278,12 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
         if watchdog is not None and (failure := watchdog.look()) is not None:
             raise failure
 
-    ready = training.prepare_here(config, local_ranks=place.local_rank + 1, tell=tell)
+    places = [str(one) for one in candidates]
+    ready = training.prepare_here(config, local_ranks=place.local_rank + 1, candidates=places, tell=tell)
     tell({"data": ready})
     where: dict[str, Any] = {"rank": place.rank, "world": place.world, "meeting": place.meeting}
     mesh.connect(backend=ready["backend"], timeout_seconds=config.runtime.timeout_seconds, **where)
     watchdog = _records(run, place, lambda text: tell({"note": text})) if first else None
-    places = [str(one) for one in candidates]
     arguments = (config_tree(config), asdict(run.layout), str(run.path), places, place.local_rank, run.profile)
     result = training.train_rank(place.rank, place.world, tell, *arguments)
     mesh.disconnect()

@@ -15,14 +15,18 @@ FREE = ("preset", "dropout", "neftune", "init_std", "residual_scale", "adapter")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a base. path: as the config is to name it; model: every value of its section; tokenizer: its file."""
+    """What is known of a base. path: as the config is to name it; model: every value of its section; tokenizer: its file.
+
+    was: where a config of the run may still look for that file, which is there no more.
+    """
 
     path: str
     model: dict[str, Any]
     tokenizer: str
+    was: str | None = None
 
 
-ReadBase = Callable[[str], Facts]
+ReadBase = Callable[[dict[str, Any]], Facts]  # of a config's plain tree
 
 
 def take(tree: dict[str, Any], facts: Facts) -> tuple[list[tuple[tuple[str, ...], str]], dict[str, str]]:
@@ -44,7 +48,8 @@ def take(tree: dict[str, Any], facts: Facts) -> tuple[list[tuple[tuple[str, ...]
     tree["base"] = facts.path
     filled = {f"model.{name}": f"base {facts.path}" for name in taken if name not in given}
     data = tree.get("data")
-    if data is None or (isinstance(data, dict) and data.get("tokenizer") is None):
+    known = data.get("tokenizer") if isinstance(data, dict) else data
+    if known is None or (facts.was is not None and isinstance(known, dict) and known.get("path") == facts.was):
         tree["data"] = {**(data or {}), "tokenizer": {"kind": "file", "path": facts.tokenizer}}
         filled |= dict.fromkeys(("data.tokenizer.kind", "data.tokenizer.path"), f"base {facts.path}")
     return faults, filled

@@ -54,6 +54,7 @@ OTHER_NAMES = {
     "save.dir": "run_dir output_dir",
 }
 RENAMED = {old: new for new, others in OTHER_NAMES.items() for old in others.split()}
+OTHER_VALUES = {"preference.loss": {"dpo": "sigmoid"}}  # the same for values
 SHORTHANDS = {"model": ("bias",)}  # accepted, spread over other keys, not kept
 
 Key = tuple[str | int, ...]
@@ -89,7 +90,7 @@ def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str, ba
     tree = walk.section(root, Config, ())
     taken: dict[str, str] = {}
     if base is not None and isinstance(tree.get("base"), str) and tree["base"].isprintable() and not faults:
-        contradictions, taken = take_base(tree, base(tree["base"]))
+        contradictions, taken = take_base(tree, base(tree))
         faults += [Fault(walk.places.get(key, Place("the config")), text) for key, text in contradictions]
     config = None if broken else _validated(tree, walk)
     if faults or config is None:
@@ -247,7 +248,10 @@ def _sentence(item: Any, key: Key) -> str:
         return "expected 2 values" if isinstance(item["loc"][-1], int) else f"{item['loc'][-1]} is missing"
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        near = did_you_mean(found, choices) if isinstance(found, str) else ""
+        near = ""
+        if isinstance(found, str):
+            called = OTHER_VALUES.get(dotted(key), {}).get(found.lower())
+            near = f": it is called {called} here" if called else did_you_mean(found, choices)
         return f"expected one of {', '.join(choices)}, found {_found(found)}{near}"
     if key == ("data", "source"):
         return f"expected a corpus name, a path, or a list of them, found {'an empty list' if found in ([], ()) else _found(found)}"

@@ -209,7 +209,7 @@ SkillTask = Literal["copy", "reverse", "sort", "order", "brackets", "add", "subt
 
 
 class SkillsConfig(Section):
-    """Which pairs the source `skills` draws."""
+    """Which pairs the source `skills` draws; a task that is named twice comes twice as often."""
 
     tasks: Annotated[tuple[SkillTask, ...] | None, Field(min_length=1), BeforeValidator(_tuple)] = None  # None: all twelve
     length: Annotated[tuple[SkillLength, SkillLength] | None, BeforeValidator(_tuple)] = None  # fewest and most parts of an argument

@@ -39,8 +39,9 @@ class Draws:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which pairs are drawn. tasks: their names; none: all. length: the fewest and the most parts of an argument, where it is not
-    each task's own. apart: letters and brackets stand apart, so that each is a token of its own under any tokenizer that splits at spaces.
+    """Which pairs are drawn. tasks: their names, one that is named twice twice as often; none: all. length: the fewest and the most parts
+    of an argument, where it is not each task's own. apart: letters and brackets stand apart, so that each is a token of its own under
+    any tokenizer that splits at spaces.
     """
 
     tasks: tuple[str, ...] = ()
@@ -173,7 +174,7 @@ SKILLS = (
 def pair(seed: int, index: int, how: Mixture = ALL) -> Pair:
     """Chat pair number `index` of the seed."""
     draws = Draws(seed, "skills", index, size=_size(how))
-    chosen = [skill for skill in SKILLS if not how.tasks or skill.name in how.tasks]
+    chosen = [skill for skill in SKILLS for _ in range(how.tasks.count(skill.name) if how.tasks else 1)]
     skill = chosen[draws.below(len(chosen))]
     argument = skill.draw(draws, how)
     return Pair(skill.name, f"{skill.ask}: {argument}", skill.solve(argument))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_llm.config.base import Facts
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.schema import ModelConfig, SaveConfig
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
 from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES
 from dist_llm.strict import strict_json
-from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
+from dist_llm.train.folder import MANIFEST, Checkpoint, newest, open_checkpoint, step_folders
 
 if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
@@ -25,20 +28,39 @@ CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 class Base:
-    """An opened base. path: the step folder, or the folder of Hugging Face's. Raises CheckpointError or UsageError."""
+    """An opened base. path: the step folder, or the folder of Hugging Face's. Raises CheckpointError or UsageError.
 
-    def __init__(self, given: str | Path) -> None:
-        path = Path(given).expanduser()
+    kept: a checkpoint of a run that began with it. Where the base's run folder is named, the step that the run began with is meant, and
+    where that is gone the checkpoint knows all but the weights, which only an adapter still needs.
+    """
+
+    def __init__(self, given: str | Path, *, kept: Checkpoint | None = None) -> None:
+        path, before = Path(given).expanduser(), kept.config.base if kept is not None else None
+        if before is not None and Path(before).parent.name == "checkpoints" and _same(path, Path(before).parent.parent):
+            path = Path(before)  # its run may have gone on since
+        self.folder: HuggingFaceFolder | None = None
+        self.checkpoint: Checkpoint | None = None
+        self.gone = not path.is_dir() and before is not None and _same(path, Path(before))
+        if kept is not None and self.gone:
+            if kept.config.model.adapter.rank:
+                raise self._lost(path, kept.manifest.get("base"), "the base that this adapter lies beside is gone")
+            self.checkpoint, self.path = kept, path
+            return
         if not path.is_dir():
             expected = "a run folder or step folder, or a Hugging Face folder"
             way = "train it first, or name another: base=PATH"
             raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder", next=way)
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
-        self.checkpoint: Checkpoint | None = None if self.folder else open_checkpoint(path)
+        self.checkpoint = None if self.folder else open_checkpoint(path)
         self.path = path if self.checkpoint is None else self.checkpoint.path
         if self.model.adapter.rank:
             what, advice = "the base is an adapter and not a model", "dist-llm merge BASE ADAPTER DIR, and DIR as the base"
             raise UsageError(what, where=str(self.path), expected="all weights of a model", found="an adapter's alone", next=advice)
+
+    @staticmethod
+    def _lost(path: Path, identity: str | None, what: str) -> CheckpointError:
+        expected, way = f"the weights {str(identity)[:16]}, which the run began with", "put them back there, or name a copy: base=PATH"
+        return CheckpointError(what, where=str(path), expected=expected, found="no such folder", next=way)
 
     @property
     def model(self) -> ModelConfig:
@@ -53,6 +75,8 @@ class Base:
     @cached_property
     def identity(self) -> str:
         """What tells these weights from others: the hash of the manifest, or of a Hugging Face folder's config and headers."""
+        if self.gone:
+            return self._opened.manifest["base"]
         return self.folder.identity() if self.folder else hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
     @cached_property
@@ -66,7 +90,10 @@ class Base:
 
     def facts(self) -> Facts:
         """What a config takes from it."""
-        return Facts(str(self.path), self.model.model_dump(exclude={"adapter", "neftune"}), str(self.path / "tokenizer.json"))
+        model = self.model.model_dump(exclude={"adapter", "neftune"})
+        if not self.gone:
+            return Facts(str(self.path), model, str(self.path / "tokenizer.json"))
+        return Facts(str(self.path), model, str(self._opened.path / "tokenizer.json"), self._opened.config.data.tokenizer.path)
 
     def require_tokenizer(self, found: str, *, where: str = "data.tokenizer") -> None:
         """Raises UsageError when a run's tokenizer is another: its ids would mean other things. Tokens that a template adds come after."""
@@ -96,7 +123,9 @@ class Base:
         return self.folder.model.max_positions if self.folder else self._opened.config.data.sequence
 
     def source(self) -> Source:
-        """The weights. Every byte that is read of a checkpoint of ours is compared with its hash."""
+        """The weights. Every byte that is read of a checkpoint of ours is compared with its hash. Raises CheckpointError if it is gone."""
+        if self.gone:
+            raise self._lost(self.path, self.identity, "the base is gone, and with it what the pairs were worth before training")
         if self.folder is None:
             return self._opened.parts
         from dist_llm.interop.slices import Slices
@@ -122,10 +151,34 @@ def with_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:
     return kept | {CONFIG: json.dumps({**config, "chat_template": template}, ensure_ascii=False, indent=2).encode()}
 
 
-def read_base(path: str) -> Facts:
-    """What a config takes from the base that it names."""
-    base = Base(path)
+def _same(one: Path, other: Path) -> bool:
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def kept_of(candidates: Iterable[Path]) -> Checkpoint | None:
+    """The first sound checkpoint of those that a run may go on from, where it began with a base."""
+    for path in candidates:
+        with contextlib.suppress(CheckpointError):
+            opened = open_checkpoint(path)
+            return opened if "base" in opened.manifest else None
+    return None
+
+
+def read_base(tree: dict[str, Any], *, resume: str | None = None) -> Facts:
+    """What a config takes from the base that its plain tree names. resume: `auto`, or the checkpoint that the run goes on from."""
+    base = Base(tree["base"], kept=kept_of(_resumed(tree, resume)))
     try:
         return base.facts()
     finally:
         base.close()
+
+
+def _resumed(tree: dict[str, Any], resume: str | None) -> list[Path]:
+    """The step folders that a run may go on from, the newest first."""
+    with contextlib.suppress(OSError, CheckpointError):
+        if resume == "auto":
+            save = tree.get("save")
+            run = save.get("dir") if isinstance(save, dict) else None
+            return step_folders(Path(run if isinstance(run, str) else SaveConfig().dir).expanduser())
+        return [newest(Path(resume))] if resume is not None else []
+    return []

@@ -91,7 +91,7 @@ def adapted(beside: Overlay, name: str, values: Tensor, scale: float) -> Tensor 
 def base_of(opened: Checkpoint) -> Base:
     """The base of an adapter's checkpoint. Raises UsageError where it is not the one that the adapter was trained on (F30)."""
     assert opened.config.model.adapter.rank and opened.config.base is not None
-    base = Base(opened.config.base)
+    base = Base(opened.config.base, kept=opened)
     require_base(opened, base)
     return base
 

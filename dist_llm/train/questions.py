@@ -21,7 +21,7 @@ class Questions:
 
     def __init__(self, engine: NativeEngine, config: Config, prepared: Prepared, folder: Path) -> None:
         self.engine, self.config, self.prepared, self.folder = engine, config, prepared, folder / ".weights"
-        self.tasks = config.data.skills.tasks or TASKS
+        self.tasks = tuple(dict.fromkeys(config.data.skills.tasks or TASKS))
 
     def ask(self) -> dict[str, dict[str, Any]] | None:
         """`exam.marks` by task and for `all` on rank 0, None elsewhere and where nothing is asked; every rank calls it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dist_llm.mesh import Group, whole_world
 from dist_llm.model.table import table
 from dist_llm.ranks import run_ranks
 from dist_llm.train import checkpoint, reference
-from dist_llm.train.base import Base
+from dist_llm.train.base import Base, kept_of
 from dist_llm.train.begin import begin
 from dist_llm.train.durable import Disk
 from dist_llm.train.fit import fit
@@ -74,24 +74,25 @@ def run_local(
     def hear(rank: int, message: dict[str, Any]) -> None:
         tell(message)
 
-    (ready,) = run_ranks(1, prepare_rank, tree, layout.world, log_dir=logs, on_message=hear)
+    begun = [str(path) for path in candidates]
+    (ready,) = run_ranks(1, prepare_rank, tree, layout.world, begun, log_dir=logs, on_message=hear)
     tell({"data": ready})
     where: dict[str, Any] = {"backend": ready["backend"], "timeout_seconds": config.runtime.timeout_seconds, "log_dir": logs}
-    arguments = (tree, asdict(layout), str(folder), [str(path) for path in candidates], None, profile)
+    arguments = (tree, asdict(layout), str(folder), begun, None, profile)
     return run_ranks(
         layout.world, train_rank, *arguments, on_message=hear, note=lambda text: tell({"note": text}), stoppable=True, **where
     )[0]
 
 
-def prepare_rank(rank: int, world: int, say: Tell, config: dict, ranks: int) -> dict[str, Any]:
+def prepare_rank(rank: int, world: int, say: Tell, config: dict, ranks: int, candidates: list[str]) -> dict[str, Any]:
     """`prepare_here` in a process of its own, so that the parent stays fit to fork ranks."""
-    return prepare_here(Config.model_validate(config), local_ranks=ranks, tell=say)
+    return prepare_here(Config.model_validate(config), local_ranks=ranks, candidates=candidates, tell=say)
 
 
-def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, Any]:
+def prepare_here(config: Config, *, local_ranks: int, candidates: Sequence[str] = (), tell: Tell) -> dict[str, Any]:
     """Builds the data, or finds it again, and looks at the devices; refuses what cannot run. Returns what a user wants to know.
 
-    local_ranks: at least so many ranks run on this machine.
+    local_ranks: at least so many ranks run on this machine. candidates: the checkpoints that the run may go on from.
     """
     device = choose_device(config.runtime, local_rank=local_ranks - 1)
     on_cuda = device.type == "cuda"
@@ -100,7 +101,7 @@ def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, A
     if config.model.adapter.rank and config.base is None:
         advice = "base: a run folder of yours, or a Hugging Face folder"
         raise UsageError("an adapter has nothing to lie beside", where="model.adapter.rank", expected="a base", found="none", next=advice)
-    prepared = prepare_data(config, tell=tell)
+    prepared = prepare_data(config, kept=kept_of(map(Path, candidates)), tell=tell)
     return {
         "backend": backend_name(config.runtime),
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
@@ -111,7 +112,7 @@ def prepare_here(config: Config, *, local_ranks: int, tell: Tell) -> dict[str, A
     }
 
 
-def prepare_data(config: Config, *, tell: Tell) -> Prepared:
+def prepare_data(config: Config, *, kept: Checkpoint | None = None, tell: Tell) -> Prepared:
     """The data of a run, built or found again; raises DataError or UsageError where it cannot feed it."""
     prepared = prepare(config.data, seed=config.runtime.seed, progress=lambda message, fraction: tell({"progress": [message, fraction]}))
     prepared.require_vocab(config.model.vocab)
@@ -121,7 +122,7 @@ def prepare_data(config: Config, *, tell: Tell) -> Prepared:
     for note in (*prepared.notes, *([order.sentence()] if isinstance(order, PackedBatches) else [])):
         tell({"note": note})
     if config.base is not None:
-        base = Base(config.base)
+        base = Base(config.base, kept=kept)
         base.close()
         base.require_tokenizer(prepared.plain)
         for note in new_rows(config.model, prepared.added):
@@ -146,7 +147,7 @@ def train_rank(
     settle_rank(settings.runtime)
     device = choose_device(settings.runtime, local_rank=rank if local_rank is None else local_rank)
     prepared = prepare(settings.data, seed=settings.runtime.seed)
-    base = Base(settings.base) if settings.base is not None else None
+    base = Base(settings.base, kept=kept_of(map(Path, candidates))) if settings.base is not None else None
     prepared = base.beside(prepared) if base else prepared
     require_equal(whole_world(rank, world), device, config=config, layout=layout, data=prepared.fingerprint, base=prepared.base)
     mesh = make_mesh(settings, shape, rank)

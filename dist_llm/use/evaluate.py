@@ -153,8 +153,10 @@ def _prepared(opened: Checkpoint, tokenizer: Tokenizer, data: str | None, share:
     """The run's text, or another one in the tokens of the checkpoint. Raises UsageError where its tokens are not the model's (F24)."""
     config = opened.config
     settings, seed = config.data, config.runtime.seed
+    own = TokenizerConfig(kind="file", path=str(opened.path / "tokenizer.json"))
+    if settings.tokenizer.path is not None and not Path(settings.tokenizer.path).expanduser().exists():  # a base's, which may be gone
+        settings = settings.model_copy(update={"tokenizer": own})
     if data is not None:
-        own = TokenizerConfig(kind="file", path=str(opened.path / "tokenizer.json"))
         settings = settings.model_copy(update={"source": data, "mix": None, "tokenizer": own, "validation": 0.0, "max_tokens": None})
     try:
         prepared = prepare(
