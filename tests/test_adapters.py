@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from dist_llm.data.batches import MicroBatch
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
 from dist_llm.interop.peft_folder import RECEIPT, PeftFolder, write_adapter
+from dist_llm.model import quantize as quantize_module
 from dist_llm.model.quantize import NF4, code_bytes, dequantize, quantize
 from dist_llm.model.roles import Roles
 from dist_llm.model.table import table
@@ -309,6 +312,23 @@ def test_nf4_takes_the_nearest_quantile() -> None:
     nearest = (rows[..., None] - choices).abs().min(-1).values
     assert torch.allclose((found.view(-1, 64) - rows).abs(), nearest, atol=1e-6)
     assert torch.equal(found.view(-1, 64).abs().amax(1), largest[:, 0]) and not found[:64].any()
+
+
+@pytest.mark.parametrize(("off", "raised", "believed"), [(0.0, None, True), (1e-3, None, False), (0.0, ImportError, False)])
+def test_a_kernel_is_believed_when_it_gives_our_numbers(
+    monkeypatch: pytest.MonkeyPatch, off: float, raised: type[Exception] | None, believed: bool
+) -> None:
+    """bitsandbytes' place is taken by a stand-in that knows the format, or nearly, or is not there."""
+
+    def kernel(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
+        if raised:
+            raise raised
+        quantize_module.in_pieces(codes, scales, out, kind="nf4", block=block).add_(off)
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setattr(quantize_module, "_bitsandbytes", kernel)
+    kernel_of = quantize_module.kernel_of.__wrapped__
+    assert (kernel_of(torch.device("cpu"), 64, torch.bfloat16) is kernel) == believed
 
 
 def test_nf4_is_that_of_bitsandbytes() -> None:

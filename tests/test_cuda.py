@@ -18,6 +18,7 @@ from dist_llm.model.fused import fuse
 from dist_llm.model.kernels import norm_backward
 from dist_llm.model.loss import loss_and_gradients, scale_by, whole
 from dist_llm.model.products import Products, add_product, wide_product
+from dist_llm.model.quantize import dequantize, quantize
 from dist_llm.plan.predict import predicted, shape_of
 from dist_llm.staging import Lane
 from dist_llm.train.profile import Profile
@@ -116,6 +117,17 @@ def test_the_peak_is_as_predicted(dtype: str, text: str) -> None:
     found = torch.cuda.max_memory_allocated(DEVICE) - before
     need = predicted(shape_of(settings, layout_of(text), dtype=dtype, device="cuda"))["memory_bytes"]["total"]
     assert found == pytest.approx(need, rel=0.05), (found, need, found / need)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_codes_become_the_weights_that_a_cpu_makes(dtype: str) -> None:
+    """By bitsandbytes' kernel where it is installed, and by ours."""
+    values = torch.randn(64 * 5000, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantize(values, kind="nf4", block=64)
+    made = [torch.empty(len(values), dtype=DTYPES[dtype], device=device) for device in ("cpu", DEVICE)]
+    for out in made:
+        dequantize(codes.to(out.device), scales.to(out.device), out, kind="nf4", block=64)
+    assert torch.equal(made[0], made[1].cpu())
 
 
 def test_products_that_add_up_in_float32() -> None:

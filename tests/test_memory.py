@@ -9,9 +9,9 @@ import pytest
 from dist_llm.config.schema import Config
 from dist_llm.engines import offload
 from dist_llm.mesh import coordinate
-from dist_llm.model import kernels, loss
+from dist_llm.model import kernels, loss, quantize
 from dist_llm.parallel import correction, pipeline
-from dist_llm.plan import memory, traffic, units
+from dist_llm.plan import memory, residency, traffic, units
 from dist_llm.plan.memory import PARTS, peak_bytes, persistent_bytes
 from dist_llm.plan.predict import predicted, shape_of
 from tests.engine_cases import config, layout_of
@@ -138,6 +138,7 @@ def test_the_constants_are_the_engines() -> None:
     assert (units.PIECE, units.CHUNK, units.MEASURED) == (kernels.TOKENS, loss.CHUNK, correction.PIECE)
     assert (memory.MESSAGES, memory.IN_FLIGHT, traffic.KEPT_UNITS) == (pipeline.SENDS, pipeline.IN_FLIGHT, pipeline.KEPT_UNITS)
     assert memory.HOST_BUFFERS == offload.BUFFERS
+    assert (residency.PIECE, residency.PIECE_CUDA) == (quantize.PIECE, quantize.PIECE_CUDA)
 
 
 def test_host_memory_counts_where_the_device_is_the_host() -> None:

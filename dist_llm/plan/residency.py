@@ -8,7 +8,7 @@ from __future__ import annotations
 from dist_llm.parallel.flat import FlatPlan
 from dist_llm.plan.traffic import Shape
 
-PIECE = 1 << 18  # elements of codes that are made float32 at once (model/quantize.py)
+PIECE, PIECE_CUDA = 1 << 18, 1 << 24  # elements of codes that are made float32 at once (model/quantize.py)
 FLOAT32 = {"nf4": 6, "int8": 4, "none": 0}  # bytes an element there: two codes as an int32, and what they stand for
 
 
@@ -51,6 +51,7 @@ class Residency:
         layout, wide = shape.layout, shape.widths
         self.trained = plan.trained
         self.elements, self.float32 = plan.padded, FLOAT32[shape.model.adapter.quantize]
+        self.piece = PIECE if shape.device == "cpu" else PIECE_CUDA
         self.tally, self.stage, self.keep = tally, layout.zero, layout.unshard == "step"
         self.by_step, self.fixed, self.alone = layout.reduce == "step", shape.fixed, layout.shard == 1
         self.weights, self.quantized = plan.padded * wide.weight, plan.block > 0
@@ -78,7 +79,7 @@ class Residency:
             return
         if self.quantized:
             self.tally.hold("buffers", self.weights)
-            self.tally.moment(min(self.elements, PIECE) * self.float32)
+            self.tally.moment(min(self.elements, self.piece) * self.float32)
             self.tally.free("buffers", self.codes if self.sharded else 0)
         self.here, self.coming = True, False
 
