@@ -161,7 +161,9 @@ def test_a_chunk_of_logits_on_a_gpu_is_a_gibibyte() -> None:
     assert loss.at_once(5, 128256, cpu=False) == 5
 
 
-@pytest.mark.parametrize(("norm", "device", "tensors"), [("rms", "cuda", 1), ("rms", "cpu", 7), ("layer", "cuda", 7), ("unit_rms", "cuda", 7)])
+@pytest.mark.parametrize(
+    ("norm", "device", "tensors"), [("rms", "cuda", 1), ("rms", "cpu", 7), ("layer", "cuda", 7), ("unit_rms", "cuda", 7)]
+)
 def test_a_gpu_s_norm_of_bfloat16_makes_no_float32_copies(norm: str, device: str, tensors: int) -> None:
     given = Config.model_validate(run_of(norm=norm))
     found = units.Tensors(shape_of(given, layout_of("dp=1"), dtype="bfloat16", device=device), pp=0, tp=0)
