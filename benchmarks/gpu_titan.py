@@ -1,7 +1,7 @@
 """torchtitan on one GPU: its Llama 3 blocks, per-block torch.compile, compiled cross-entropy and clipping in a loop as its trainer's.
 
 Written for torchtitan 0.2.2: 0.3.0 imports what torch 2.11 has not. Only model, compile, loss and clipping are imported, so that of
-what it depends on tokenizers and tyro are enough: `pip install --no-deps torchtitan==0.2.2 tyro docstring-parser`.
+what it depends on tokenizers and tyro are enough (benchmarks/README.md has the command).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TCP_BYTES_SENT = 200  # offset of tcpi_bytes_sent in the kernel's struct tcp_info (Linux 4.19)
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "torchtitan")
 
 
 def machine() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from dist_llm.model import fused
 from dist_llm.model.fused import fuse
+from dist_llm.model.loss import Slice, loss_and_gradients
 from dist_llm.parallel import compose
 from tests.engine_cases import build, config, layout_of
 
@@ -51,6 +52,21 @@ def test_a_step_has_the_same_gradients(compiling: list[str], fp8: str, smoothing
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-8, msg=name)
     assert set(compiling) <= {"_statistics", "_loss_and_new_slope", "measured", "measured_and_cast"}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_the_cross_entropy_keeps_the_digits_of_float64(compiling: list[str], softcap: float, smoothing: float) -> None:
+    """A slice of the vocabulary, labels outside it and ignored ones, weighted tokens: the slope made anew is the one made in place."""
+    source = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, 8, generator=source, dtype=torch.float64) for size in (50, 37))
+    labels, weights = torch.randint(-1, 60, (50,), generator=source), torch.rand(50, generator=source, dtype=torch.float64)
+    part = Slice(11, 60, smoothing, lambda known: known, softcap)
+    found = loss_and_gradients(x, weight, labels, part, weights)
+    fuse(False)
+    for a, b in zip(found, loss_and_gradients(x, weight, labels, part, weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert set(compiling) <= {"_statistics", "_loss_and_new_slope"}
 
 
 def test_nothing_is_compiled_on_a_cpu() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.gpu import RESULTS
+from benchmarks.gpu_work import Job
 from dist_llm.config.schema import Config
 from dist_llm.engines import offload
 from dist_llm.mesh import coordinate
@@ -49,6 +53,7 @@ CASES: list[Case] = [
     ("tp=2", "float32", {"family": "olmo2"}),
     ("dp=1", "float32", {"family": "gemma3", "kv_heads": 2, "sliding_window": 32, "full_every": 2}),
     ("dp=1,recompute=full", "float32", {"family": "gemma2", "sliding_window": 32, "attention_softcap": 0.0}),
+    ("dp=1", "float32", {"family": "gemma2", "attention_softcap": 0.0, "vocab": 4096, "micro": 12, "batch": 12, "layers": 1}),
     ("dp=2", "float32", {}),
     ("dp=2,zero=0,reduce=micro_batch", "float32", {"batch": 8}),
     ("dp=2,zero=1", "float32", {"tied": True, "batch": 8}),
@@ -139,6 +144,41 @@ def test_the_constants_are_the_engines() -> None:
     assert (memory.MESSAGES, memory.IN_FLIGHT, traffic.KEPT_UNITS) == (pipeline.SENDS, pipeline.IN_FLIGHT, pipeline.KEPT_UNITS)
     assert memory.HOST_BUFFERS == offload.BUFFERS
     assert (residency.PIECE, residency.PIECE_CUDA) == (quantize.PIECE, quantize.PIECE_CUDA)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_chunk_of_logits_is_the_engines(cpu: bool) -> None:
+    """plan/ repeats the rule, too: tokens below, at and above a chunk, over slices of small and large vocabularies."""
+    for rows in (1, 97, 2048, 2**15, 50257, 128256, 2**18 - 1, 2**18, 2**18 + 1, 2**30):
+        for tokens in (1, 1023, 1024, 1025, 8192, 2**20, 2**29):
+            assert units.at_once(tokens, rows, cpu=cpu) == loss.at_once(tokens, rows, cpu=cpu), (tokens, rows)
+
+
+def test_a_chunk_of_logits_on_a_gpu_is_a_gibibyte() -> None:
+    assert loss.CHUNK_BYTES == units.CHUNK_BYTES == 2**30
+    assert loss.at_once(2**20, 2**18, cpu=False) * 2**18 * 4 == loss.CHUNK_BYTES
+    assert loss.at_once(2**20, 128256, cpu=False) == 2048  # the largest power of two below 2**30 / (4 x 128256) = 2093
+    assert loss.at_once(2**20, 2**20, cpu=False) == loss.CHUNK  # never fewer
+    assert loss.at_once(5, 128256, cpu=False) == 5
+
+
+@pytest.mark.parametrize(
+    ("norm", "device", "tensors"), [("rms", "cuda", 1), ("rms", "cpu", 7), ("layer", "cuda", 7), ("unit_rms", "cuda", 7)]
+)
+def test_a_gpu_s_norm_of_bfloat16_makes_no_float32_copies(norm: str, device: str, tensors: int) -> None:
+    given = Config.model_validate(run_of(norm=norm))
+    found = units.Tensors(shape_of(given, layout_of("dp=1"), dtype="bfloat16", device=device), pp=0, tp=0)
+    assert found.norm_backward(found.stream) == tensors * found.stream
+
+
+def test_the_peak_of_a_gpu_is_as_it_was_measured() -> None:
+    """Of 1.24 B parameters in bfloat16, eager; a CPU can hold the prediction against the number that a GPU left."""
+    (path,) = RESULTS.glob("gpu-nvidia-h100-80gb-hbm3-*.json")
+    result = next(part["result"] for part in json.loads(path.read_text())["parts"] if part["name"] == "1b, ours, eager")
+    job = Job(**{**result["job"], "runtime": ()})
+    settings = job.config(torch.device("cpu"), job.model())
+    need = peak_bytes(shape_of(settings, layout_of("dp=1"), dtype="bfloat16", device="cuda"))["total"]
+    assert result["peak_memory_bytes"] == pytest.approx(need, rel=WITHIN)
 
 
 def test_host_memory_counts_where_the_device_is_the_host() -> None:

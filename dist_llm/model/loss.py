@@ -166,7 +166,7 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tens
 def _cap(logits: Tensor, softcap: float) -> Tensor:
     """Logits (chunk, v) become softcap x tanh(logits / softcap) in place; leaves the slope of that, as large."""
     logits.div_(softcap).tanh_()
-    bend = 1.0 - logits.square()
+    bend = logits.square().neg_().add_(1.0)
     logits.mul_(softcap)
     return bend
 
@@ -230,7 +230,8 @@ def _loss_and_new_slope(
     loss, counted = _losses(labels, weights, largest, exponentials, label, total, vocab, smoothing)
     slope = (logits - largest[:, None]).exp() * (counted / exponentials)[:, None]
     hit = torch.arange(first, first + logits.shape[1], device=labels.device) == labels[:, None]
-    slope = slope - (torch.where(hit, 1.0 - smoothing, 0.0) + smoothing / vocab) * counted[:, None]
+    aim = hit.to(logits.dtype) * (1.0 - smoothing) + smoothing / vocab  # numbers alone would make float32 of float64
+    slope = slope - aim * counted[:, None]
     return loss, (slope if bend is None else slope * bend).to(dtype)
 
 

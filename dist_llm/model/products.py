@@ -57,7 +57,7 @@ class Products:
 
     cut: which features are spread over ranks, "output" (column parallel) or "input" (row parallel). share: largest
     magnitudes of this rank's part, float32 -> those over all ranks; None: all is here.
-    An operand of several products is measured once, as long as this object lives.
+    An operand with one scale is measured once, as long as this object lives; it is held as long, so it must not be written to.
     """
 
     kind: str = "off"

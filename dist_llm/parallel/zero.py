@@ -122,7 +122,7 @@ class FlatUnit(FlatWeights):
             parameter.grad = None
 
     def _write(self, use: int) -> None:
-        """The first gradients of a step into a new accumulator, zeros where there are none."""
+        """The first gradients into a new accumulator, zeros where there are none."""
         self.unwritten.remove(use)
         buffer, end = self.whole[use], 0
         for slot in self.plan.slots:

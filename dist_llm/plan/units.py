@@ -133,8 +133,12 @@ class Tensors:
     # --- norms, dropout ------------------------------------------------------------------------------------------------
 
     def norm_backward(self, size: int) -> int:
-        """Beside the slope (of that size): the gradient by the input; from bfloat16, also input, slope and gradient in float32."""
-        return size if self.exact == self.width else (1 + 3 * self.exact // self.width) * size
+        """Beside the slope (of that size): the gradient by the input; from bfloat16, also input, slope and gradient in float32.
+
+        A GPU's RMSNorm takes bfloat16 as it is.
+        """
+        direct = self.exact == self.width or (not self.cpu and self.model.norm == "rms")
+        return size if direct else (1 + 3 * self.exact // self.width) * size
 
     @property
     def mask(self) -> int:
@@ -301,6 +305,12 @@ def _embedding(t: Tensors) -> Holds:
     return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering, rows))
 
 
+def at_once(tokens: int, rows: int, *, cpu: bool) -> int:
+    """Tokens whose logits exist at once, as `model/loss.py` has it."""
+    most = CHUNK if cpu else max(CHUNK, 1 << max(1, CHUNK_BYTES // (4 * rows)).bit_length() - 1)
+    return min(most, tokens)
+
+
 def _head(t: Tensors) -> Holds:
     """Norm, output projection and loss: all of it in backward, which makes loss and gradients in one pass."""
     by_table = t.by_table("head")
@@ -308,8 +318,7 @@ def _head(t: Tensors) -> Holds:
     rows = t.weights["embedding.weight" if t.model.tied else "head.weight"][0]
     narrow = t.exact != t.width
     beside = t.exact if t.model.logit_softcap else t.width if narrow else 0  # the slope of a cap; of a cast, what it was made of
-    most = CHUNK if t.cpu else max(CHUNK, 1 << max(1, CHUNK_BYTES // (4 * rows)).bit_length() - 1)
-    logits = min(most, t.tokens) * rows * (t.exact + beside)
+    logits = at_once(t.tokens, rows, cpu=t.cpu) * rows * (t.exact + beside)
     cast = by_table if narrow else 0
     made = t.stream + by_table
     making = [
