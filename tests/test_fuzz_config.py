@@ -318,14 +318,15 @@ def test_the_search_for_a_layout_ends_soon(axes: str, world: int) -> None:
 
 
 def test_through_the_shell(commands: Commands, tmp_path: Path) -> None:
-    """The whole command: exit 0 or 2 as the oracle says, one short block, and nothing else on stderr."""
+    """The whole command: exit 0 or 2 as the oracle says, or 4 for want of the base, one short block, and nothing else on stderr."""
     chosen = random.Random(23).sample([(text, 1 + n % 4) for n, text in enumerate(cases(23, 900)) if "\x00" not in text], SHELL_CASES)
     for number, (text, world) in enumerate(chosen):
         path = tmp_path / f"{number}.yaml"
         path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
         done = commands.run("check", str(path), "--world", str(world), timeout=30)
         refused = bool(oracle.judge(text.removeprefix("\ufeff"), world))
-        assert done.returncode == (2 if refused else 0), (text, world, done.stderr)
+        missing = re.search("^base:", text, re.MULTILINE) is not None and "there is no base here" in done.stderr
+        assert done.returncode == (4 if missing else 2 if refused else 0), (text, world, done.stderr)
         lines = done.stderr.splitlines()
-        assert len(lines) <= MAX_LINES and "Traceback" not in done.stderr and bool(lines) == refused, (text, lines)
+        assert len(lines) <= MAX_LINES and "Traceback" not in done.stderr and bool(lines) == (missing or refused), (text, lines)
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", done.stderr + done.stdout), text
