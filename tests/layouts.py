@@ -342,6 +342,14 @@ LATER: set[tuple[str, str]] = {
     *(("pairs", text) for text in ("pp=2,schedule=interleaved,chunks=2", "dp=2,tp=2,zero=3,recompute=full", "dp=2,tp=2,pp=2,zero=1")),
     *(("lora pairs", text) for text in ("dp=2,zero=2", "pp=2", "dp=2,tp=2,zero=3")),
     *(("weighted", text) for text in ("dp=2,zero=1", "dp=2,zero=2", "tp=2,sp=off")),
+    *((model, "tp=4") for model in ("lora dropped", "nf4 dora", "lora on some", "olmo2")),
+    *(("llama", text) for text in ("dp=4,zero=1,shard=2,reduce=micro_batch", "dp=2,tp=2,zero=1,offload=optimizer", "dp=8,zero=2,shard=2")),
+    ("gemma3", "dp=2,zero=3,recompute=full"),
+    ("dora dropped", "tp=2,recompute=selective"),
+    ("gemma2", "tp=2,recompute=selective"),
+    ("lora", "dp=2,tp=2,zero=3,recompute=full"),
+    ("gpt2", "tp=2,pp=2,offload=optimizer"),
+    ("tied", "dp=2,pp=2,zero=3,offload=optimizer"),
 }
 
 

@@ -102,9 +102,10 @@ def test_updates_are_those_of_torch(torch_says: dict[str, dict[str, float]], nam
 FSDP2 = ["zero=2", "zero=3", "zero=3,reduce=step", "zero=3,unshard=step", "zero=2,offload=all", "zero=3,offload=all"]
 
 
-@pytest.mark.parametrize(
-    "model", [{}, {"family": "gpt2", "kv_heads": 4, "dropout": 0.1, "max_positions": 17}], ids=["llama", "gpt2-tied-dropout"]
-)
+TIED_AND_DROPPED = {"family": "gpt2", "kv_heads": 4, "dropout": 0.1, "max_positions": 17}
+
+
+@pytest.mark.parametrize("model", [{}, pytest.param(TIED_AND_DROPPED, marks=pytest.mark.long)], ids=["llama", "gpt2-tied-dropout"])
 def test_ddp_and_fsdp2_train_as_we_do(ranks: Ranks, tmp_path: Path, model: dict[str, Any]) -> None:
     """Gradients, weights and moments of 3 steps, under AdamW and SGD: DDP is the reference, our ZeRO stages must follow it."""
     ours = ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"]

@@ -72,7 +72,8 @@ def test_bfloat16_stages_are_equal_to_the_bit(run: Any, zero: int) -> None:
     assert different(reference, run(f"dp=2,zero={zero},reduce=step", dtype="bfloat16", tied=True)) == []
 
 
-SHARDED = [("dp=4", "shard=2", {"tied": True}), ("dp=3", "shard=1", {}), ("dp=2,tp=2", "shard=1", {"kv_heads": 1})]
+SHARDED: list[Any] = [("dp=4", "shard=2", {"tied": True}), ("dp=3", "shard=1", {})]
+SHARDED += [pytest.param("dp=2,tp=2", "shard=1", {"kv_heads": 1}, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("reduce", ["step", "micro_batch"])
