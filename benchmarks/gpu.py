@@ -84,6 +84,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(json.dumps(work(next(part for part in PARTS if part.name == given.part), given.device, quick)))
         return 0
     chosen = [part for part in PARTS if given.only in part.name]
+    if not chosen:
+        parser.error(f"no part's name holds {given.only!r}; there are: {'; '.join(part.name for part in PARTS)}")
+    if given.device == "cuda" and not has_device():
+        parser.error("there is no CUDA device here; --device cpu runs miniatures")
     parts = measure(chosen, lambda part, seconds: apart(part, seconds, given.device, quick), seconds=given.seconds)
     result = {"version": VERSION, "question": "gpu", "quick": quick, **facts(given.device), "parts": parts}
     show(parts)
@@ -141,6 +145,13 @@ def work(part: Part, device_name: str, quick: bool) -> dict[str, Any]:
     return gpu_work.as_tensor_free(found)
 
 
+def has_device() -> bool:
+    """Whether there is a CUDA device; takes no memory on it, which belongs to the parts."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def facts(device: str) -> dict[str, Any]:
     """When, where and on what."""
     from benchmarks.machine import machine, versions
@@ -149,7 +160,7 @@ def facts(device: str) -> dict[str, Any]:
     if device == "cuda":
         import torch
 
-        name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device"
+        name = torch.cuda.get_device_name(0)
     return {"when": time.strftime("%Y-%m-%d %H:%M"), "device": name, "machine": machine(), "versions": versions()}
 
 

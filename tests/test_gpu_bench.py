@@ -120,3 +120,13 @@ def test_the_other_parts_in_miniature(name: str) -> None:
     assert "result" in found, found
     if name == "shared":
         assert all(row["equal"] for row in found["result"]["rows"].values()), found
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "no CUDA device here"), (["--device", "cpu", "--only", "9b"], "'9b'")])
+def test_what_cannot_be_measured_is_refused_and_leaves_no_result(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "has_device", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([*words, "--out", str(tmp_path)])
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())

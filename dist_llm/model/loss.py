@@ -43,6 +43,9 @@ class Statistics:
     total: Tensor | None  # (T,) sum of the logits, under label smoothing
 
 
+Shared = tuple[Tensor, Tensor, Tensor, Tensor | None]  # its fields, over the whole vocabulary, as a compiler takes them
+
+
 @dataclass(frozen=True)
 class Slice:
     """A rank's part of the vocabulary. share: local statistics -> those of the whole vocabulary, in place.
@@ -156,11 +159,11 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tens
     here = _statistics(logits, labels, part.first, part.smoothing > 0, kept)
     largest = here[0].clone()  # `share` may write over the one it is given
     known = part.share(Statistics(*here))
-    shared = (known.largest, known.exponentials, known.label, known.total)
+    shared: Shared = (known.largest, known.exponentials, known.label, known.total)
     rule = (part.first, part.vocab, part.smoothing)
     if kept:
-        return _loss_and_new_slope(logits, labels, weights, bend, *shared, *rule, x.dtype)
-    return _loss_and_slope(logits, labels, weights, bend, largest, *shared, *rule), logits
+        return _loss_and_new_slope(logits, labels, weights, bend, shared, *rule, x.dtype)
+    return _loss_and_slope(logits, labels, weights, bend, largest, shared, *rule), logits
 
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
@@ -189,17 +192,15 @@ def _loss_and_slope(
     weights: Tensor | None,
     bend: Tensor | None,
     local_largest: Tensor,
-    largest: Tensor,
-    exponentials: Tensor,
-    label: Tensor,
-    total: Tensor | None,
+    shared: Shared,
     first: int,
     vocab: int,
     smoothing: float,
 ) -> Tensor:
     """exp(logit - local_largest) (chunk, v) becomes the slope in place; the rest is of the whole vocabulary, (chunk,). Leaves each loss."""
     inside, local = _local(labels, first=first, rows=slope.shape[1])
-    loss, counted = _losses(labels, weights, largest, exponentials, label, total, vocab, smoothing)
+    loss, counted = _losses(labels, weights, shared, vocab, smoothing)
+    largest, exponentials = shared[:2]
     # Of a softmax relative to this slice's largest logit only one factor a token is missing.
     slope.mul_(((local_largest - largest).exp() / exponentials * counted)[:, None])
     if smoothing:
@@ -217,17 +218,15 @@ def _loss_and_new_slope(
     labels: Tensor,
     weights: Tensor | None,
     bend: Tensor | None,
-    largest: Tensor,
-    exponentials: Tensor,
-    label: Tensor,
-    total: Tensor | None,
+    shared: Shared,
     first: int,
     vocab: int,
     smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """As `_loss_and_slope`, of the logits (chunk, v) themselves -> (each loss, the slope in `dtype`)."""
-    loss, counted = _losses(labels, weights, largest, exponentials, label, total, vocab, smoothing)
+    loss, counted = _losses(labels, weights, shared, vocab, smoothing)
+    largest, exponentials = shared[:2]
     slope = (logits - largest[:, None]).exp() * (counted / exponentials)[:, None]
     hit = torch.arange(first, first + logits.shape[1], device=labels.device) == labels[:, None]
     aim = hit.to(logits.dtype) * (1.0 - smoothing) + smoothing / vocab  # numbers alone would make float32 of float64
@@ -256,14 +255,12 @@ def _scale_by(gradient: Tensor, slope: Tensor) -> Tensor:
 def _losses(
     labels: Tensor,
     weights: Tensor | None,
-    largest: Tensor,
-    exponentials: Tensor,
-    label: Tensor,
-    total: Tensor | None,
+    shared: Shared,
     vocab: int,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """(the loss of each token times its weight, what the token counts), both (chunk,)."""
+    largest, exponentials, label, total = shared
     counted = (labels >= 0).to(largest.dtype)
     loss = largest + exponentials.log() - (1.0 - smoothing) * label
     if total is not None:

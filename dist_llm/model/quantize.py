@@ -40,10 +40,7 @@ NF4 = (
     1.0,
 )
 INT8 = 127
-PIECE, PIECE_CUDA = (
-    1 << 18,
-    1 << 24,
-)  # elements that are made float32 at once, on a CPU and on a GPU
+PIECE, PIECE_CUDA = 1 << 18, 1 << 24  # elements that are made float32 at once, on a CPU and on a GPU
 Kernel = Callable[[Tensor, Tensor, int, Tensor], None]  # codes, scales, block, out
 
 
