@@ -257,6 +257,25 @@ def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None
     assert losses(folder) == calm(layout)
 
 
+def test_a_restart_by_torchrun_begins_where_it_was_told_to(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """torchrun's ranks come again with `--resume` an earlier step: the folder's newest is theirs only once that was taken up."""
+    folder, port = tmp_path / "run", free_port()
+    first = [*words(home, folder, "dp=1"), "schedule.steps=4", "save.keep=2"]
+
+    def again(attempt: int) -> str:
+        early = str(folder / "checkpoints/step-00000002")
+        result = commands.run(*first, "--resume", early, **place(0, 1, port), TORCHELASTIC_RESTART_COUNT=str(attempt))
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert commands.run(*first).returncode == 0
+    assert "going on from step 2" in again(1), "lost before anything was taken up"
+    assert "going on from step 4" in again(2), "taken up: the newest is its own"
+    assert "going on from step 2" in again(0), "another job"
+    (folder / "logs/resumed").write_text("[null, \"elsewhere\"]")
+    assert "going on from step 2" in again(1), "the note is of another beginning"
+
+
 def test_told_to_stop_under_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None:
     """As a scheduler stops it: torchrun hands the signal on, and the step that was made is saved."""
     folder = tmp_path / "run"

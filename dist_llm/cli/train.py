@@ -258,7 +258,10 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     from dist_llm.train.storage import RunFolder
 
     folder = RunFolder(run.path) if first else None
-    again = "auto" if place.meeting.attempt and saved_steps(run.path) else run.resume
+    begun = Begun(run)
+    if first and not place.meeting.attempt:
+        begun.forget()
+    again = "auto" if place.meeting.attempt and saved_steps(run.path) and begun.is_known() else run.resume
     command = f"torchrun as before with {go_on(sys.argv[1:])}"
     candidates = training.candidates(run.path, again, go_on=command)  # every rank finds the same
     if folder is not None:
@@ -274,6 +277,8 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
 
     def tell(message: dict[str, Any]) -> None:
         if first:
+            if "resumed" in message:
+                begun.note()
             console.take(message)
         if watchdog is not None and (failure := watchdog.look()) is not None:
             raise failure
@@ -288,6 +293,44 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     result = training.train_rank(place.rank, place.world, tell, *arguments)
     mesh.disconnect()
     return result
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A note in the run's logs that torchrun's job has taken up what `--resume` names: from then on the folder's newest is its own.
+
+    Before that, later checkpoints are of another beginning, and a restart has to start from what was asked for.
+    """
+
+    run: Run
+
+    @property
+    def _path(self) -> Path:
+        return self.run.path / "logs" / "resumed"
+
+    def _words(self) -> str:
+        return json.dumps([os.environ.get("TORCHELASTIC_RUN_ID"), self.run.resume])
+
+    def is_known(self) -> bool:
+        """Whether nothing but the folder's own was asked for, or that has been taken up."""
+        with contextlib.suppress(OSError):
+            return self.run.resume in (None, "auto") or self._path.read_text() == self._words()
+        return False
+
+    def forget(self) -> None:
+        """What an earlier job has noted. Raises SpaceError."""
+        self._write("")
+
+    def note(self) -> None:
+        """That it is taken up. Raises SpaceError."""
+        self._write(self._words())
+
+    def _write(self, words: str) -> None:
+        from dist_llm.train.storage import storing
+
+        with storing(self._path):
+            self._path.parent.mkdir(exist_ok=True)
+            self._path.write_text(words)
 
 
 def told_by(failure: Failure, *, rank: int, local_rank: int, teller: int = 0) -> bool:
