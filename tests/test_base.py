@@ -268,8 +268,10 @@ def test_a_run_goes_on_when_the_run_of_its_base_has_moved_on(chat: list[str], co
         if folder == "gone":
             done = commands.run(*first, "--resume", "auto", "--steps", "3")
             assert done.returncode == 0 and not before.exists(), done.stderr
-        done = commands.run(*start, str(tmp_path / folder), "--resume", "auto")
-        assert done.returncode == 0, done.stderr
+        lost = ["--max-restarts", "1", "--save-every", "1", "save.keep=1", "save.async=false"] if folder == "gone" else []
+        fault = {"DIST_LLM_FAULT": "step.forward:0:4"} if lost else {}  # by then the checkpoint whose tokenizer it took is deleted
+        done = commands.run(*start, str(tmp_path / folder), "--resume", "auto", *lost, **fault)
+        assert done.returncode == 0 and ("restart 1 of 1, from step 3" in done.stdout) == bool(lost), done.stderr
         assert losses(tmp_path / folder) == losses(tmp_path / "calm")
         last, calm = (open_checkpoint(tmp_path / name) for name in (folder, "calm"))
         assert last.config.base == str(before) and last.manifest["base"] == calm.manifest["base"]

@@ -236,7 +236,8 @@ def test_a_restart_begins_where_it_was_told_to(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("dist_llm.train.run.run_local", run_local)
     monkeypatch.setattr("dist_llm.cli.train.saved_steps", lambda path: [late, early] if len(tried) < 2 else [early])
-    started = Run(load_config("configs/tiny.yaml", []), Layout(), tmp_path, str(early), None)
+    loaded = load_config("configs/tiny.yaml", [])
+    started = Run(loaded, Layout(), tmp_path, str(early), None, lambda resume: loaded)
     _run_local(started, [early], Console(steps=8), 3)
     assert tried == [[early]] * 4
     tried.clear()

@@ -56,7 +56,12 @@ def train(
     """
     short = {"layout": layout, "schedule.steps": steps, "save.every": save_every, "save.dir": run_dir, "runtime.dtype": dtype}
     short["data.max_bad_lines"] = max_bad_lines
-    loaded = load_config(config_path, [*(overrides or []), *short_overrides(short, data)], base=partial(read_base, resume=resume))
+    words = [*(overrides or []), *short_overrides(short, data)]
+
+    def read(resume: str | None) -> Loaded:
+        return load_config(config_path, words, base=partial(read_base, resume=resume))
+
+    loaded = read(resume)
     place = torchrun_place()
     if place is not None:
         for flag, given in (("--nproc", nproc), ("--max-restarts", max_restarts)):
@@ -67,7 +72,7 @@ def train(
     world = place.world if place else nproc or world_of(loaded.config.layout)
     concrete = check_rules(loaded.config, world)
     window = None if profile is None else profile_window(profile, steps=loaded.config.schedule.steps)
-    run = Run(loaded, concrete, Path(loaded.config.save.dir).expanduser(), resume, window)
+    run = Run(loaded, concrete, Path(loaded.config.save.dir).expanduser(), resume, window, read)
     try:
         if place is None:
             _train_here(run, max_restarts)
@@ -91,13 +96,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be trained. profile: the first and the last step to trace."""
+    """What is to be trained. profile: the first and the last step to trace. read: the config again, for a run that goes on."""
 
     loaded: Loaded
     layout: Layout
     path: Path
     resume: str | None
     profile: tuple[int, int] | None
+    read: Callable[[str | None], Loaded]
 
 
 def short_overrides(values: dict[str, Any], data: str | None) -> list[str]:
@@ -196,6 +202,7 @@ def _run_local(run: Run, candidates: list[Path], console: Console, restarts: int
     """Trains; after a rank was lost goes on from the newest checkpoint, at most so often."""
     from dist_llm.train.run import run_local
 
+    config = run.loaded.config
     begun = not candidates  # else the folder's newest may be of another beginning, until the one that was asked for is taken up
 
     def tell(message: dict[str, Any]) -> None:
@@ -205,14 +212,16 @@ def _run_local(run: Run, candidates: list[Path], console: Console, restarts: int
 
     for attempt in range(1, restarts + 1):
         try:
-            return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
+            return run_local(config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
         except PeerError as lost:
             faults.arm(None)
             own = saved_steps(run.path) if begun else []
+            if own and config.base is not None:
+                config = run.read("auto").config  # with the base gone, its tokenizer is in a checkpoint that may be gone by now
             candidates = own or candidates
             start = f"from step {step_of(own[0])}" if own else "from where it began, nothing was saved yet"
             console.line(f"note: {plain(lost.what)} ({plain(lost.where)}): restart {attempt} of {restarts}, {start}")
-    return run_local(run.loaded.config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
+    return run_local(config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
 
 
 def _train_under_torchrun(run: Run, place: Place) -> None:
