@@ -76,14 +76,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="miniatures: does it run?")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="of the whole call")
     parser.add_argument("--out", type=Path, help="folder of the results; benchmarks/results by default")
-    parser.add_argument("--only", default="", help="parts whose name holds this text")
+    parser.add_argument("--only", default="", help="the part of this name, else those whose name holds it")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     quick = given.quick or given.device == "cpu"
     if given.part is not None:
         print(json.dumps(work(next(part for part in PARTS if part.name == given.part), given.device, quick)))
         return 0
-    chosen = [part for part in PARTS if given.only in part.name]
+    chosen = [part for part in PARTS if part.name == given.only] or [part for part in PARTS if given.only in part.name]
     if not chosen:
         parser.error(f"no part's name holds {given.only!r}; there are: {'; '.join(part.name for part in PARTS)}")
     if given.device == "cuda" and not has_device():

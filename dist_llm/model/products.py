@@ -51,6 +51,16 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total.add_(left @ right)
 
 
+def scaled_product(a: Tensor, back_a: Tensor, b: Tensor, back_b: Tensor, *, fast: bool = False) -> Tensor:
+    """a (M, K), b (N, K) in 8 bits, their factors (1, 1), or (M, 1) and (N, 1) -> a b^T times both (M, N), bfloat16.
+
+    fast: a GPU's kernel sums in fewer digits. A CPU's takes hundreds of times as long as the same product in float32, which stands for it.
+    """
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.T, scale_a=back_a, scale_b=back_b.T, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return (a.float() @ b.float().T).mul_(back_a).mul_(back_b.T).bfloat16()
+
+
 @dataclass(frozen=True)
 class Products:
     """The products of one projection under one rule.
@@ -109,7 +119,7 @@ class Products:
             found = self._shared(operands, found, one, over_ranks)
         a, back_a, b, back_b, *found = measured_and_cast(*operands, *found, one, (dtypes[0], dtypes[1]), rows)
         self.known.update((places[at], (operands[at], found[at])) for at in range(2) if one[at])  # held, so that no other takes its place
-        return torch._scaled_mm(a, b.T, scale_a=back_a, scale_b=back_b.T, out_dtype=torch.bfloat16, use_fast_accum=fast)
+        return scaled_product(a, back_a, b, back_b, fast=fast)
 
     def _shared(
         self, operands: tuple[Tensor, Tensor], known: Sequence[Tensor | None], one: tuple[bool, bool], over_ranks: bool

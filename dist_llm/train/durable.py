@@ -4,7 +4,7 @@ What a crash leaves for certain is the bytes of a file after `sync` and the name
 may be there, in part, in any order, or not at all. Torch-free.
 
 Bytes are hashed with XXH3 (128 bits), at nine times the speed of SHA-256 where this was measured: a hash is to find damage, not a
-forger, who could write the hashes too.
+forger, who could write the hashes too. A second thread hashes a large piece while the first one writes it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from xxhash import xxh3_128
 from dist_llm import faults
 
 BLOCK = 1 << 18  # bytes that are hashed together, and so the least that a reader of tensors reads
+LARGE = 1 << 20  # bytes of a piece that is hashed beside its writing
 Bytes = bytes | memoryview
 
 
@@ -69,11 +71,14 @@ class Disk:
     def write(self, path: Path, chunks: Iterable[Bytes]) -> Digest:
         """Writes a new file and hashes what it should hold. Nothing of it is on the disk for certain."""
         digest = Digest()
-        with _named(path), path.open("xb", buffering=0) as handle:
+        with _named(path), path.open("xb", buffering=0) as handle, ThreadPoolExecutor(1) as beside:  # its thread begins with its first work
             for chunk in chunks:
-                digest.update(chunk)
+                size = memoryview(chunk).nbytes
+                hashed = beside.submit(digest.update, chunk) if size >= LARGE else digest.update(chunk)
                 _write_all(handle, chunk)
-                self.moved += memoryview(chunk).nbytes
+                self.moved += size
+                if hashed is not None:
+                    hashed.result()
                 self.reach("save.write")
         return digest
 

@@ -69,7 +69,7 @@ FP8_NEEDS = {"tensorwise": (8, 9), "rowwise": (9, 0)}  # CUDA compute capability
 
 
 def refuse_fp8(runtime: RuntimeConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UsageError where the device has no 8-bit products, or the blocks are not bfloat16. A CPU computes them, slowly."""
+    """Raises UsageError where the device has no 8-bit products, or the blocks are not bfloat16. A CPU multiplies them in float32."""
     if runtime.fp8 == "off":
         return
     if dtype != torch.bfloat16:
