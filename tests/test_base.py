@@ -247,7 +247,10 @@ def test_all_weights_learn_the_tokens_that_a_template_adds(commands: Commands, t
     assert theirs(text, add_special_tokens=False)["input_ids"] == ids and {257, 258} <= {*ids}
 
 
-@pytest.mark.parametrize("chat", [[], ["data.chat.format=messages"], ["data.chat.template=chatml", "data.chat.format=messages"]], ids=str)
+OTHER_TEXT = [pytest.param([], marks=pytest.mark.long), pytest.param(["data.chat.format=messages"], marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("chat", [*OTHER_TEXT, ["data.chat.template=chatml", "data.chat.format=messages"]], ids=str)
 def test_a_run_goes_on_when_the_run_of_its_base_has_moved_on(chat: list[str], commands: Commands, tmp_path: Path) -> None:
     """Its base's run folder may have a newer step, and no more the one it began with: all that it needs is in its own checkpoint."""
     data = f"data: {{source: skills, sequence: 200, max_tokens: 20_000, dir: {tmp_path / 'data'}}}\nbatch: {{global: 4, micro: 2}}\n"

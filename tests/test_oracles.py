@@ -175,15 +175,17 @@ def test_torch_tensor_parallelism_has_our_loss_and_gradients(ranks: Ranks, tmp_p
 
 DEEPSPEED_OFFLOADED = [f"dp=2,zero={stage},offload=optimizer,engine=deepspeed" for stage in (1, 2, 3)]
 DEEPSPEED_OFFLOADED += ["dp=2,zero=3,offload=all,engine=deepspeed"]
-BFLOAT16 = [*(f"dp=2,zero={stage},engine=deepspeed" for stage in (1, 2, 3)), *DEEPSPEED_OFFLOADED]
+BFLOAT16 = ["dp=2,zero=3,reduce=step,offload=all,engine=fsdp2", "dp=2,zero=2,engine=deepspeed"]
+BFLOAT16_LATER = [*(f"dp=2,zero={stage},engine=deepspeed" for stage in (1, 3)), *DEEPSPEED_OFFLOADED]
 STEEP = {"tied": True, "init_std": 0.3}  # gradients larger than 1
 
 
-def test_deepspeed_trains_as_we_do(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offloaded", [DEEPSPEED_OFFLOADED[-1:], pytest.param(DEEPSPEED_OFFLOADED[:-1], marks=pytest.mark.long)], ids=len)
+def test_deepspeed_trains_as_we_do(ranks: Ranks, tmp_path: Path, offloaded: list[str]) -> None:
     """ZeRO 0-3, AdamW and SGD, float32: within 10 x the distance between our own float32 and float64 runs, kind by kind."""
     wide, narrow = (run_all(ranks, job({"tied": True}, dtype=dtype), ["dp=1"], tmp_path)["dp=1"] for dtype in ("float64", "float32"))
     bounds = {kind: 10 * distance for kind, distance in numbers(judge(wide, narrow)).items()}
-    texts = [f"dp=2,zero={stage},engine=deepspeed" for stage in range(4)] + DEEPSPEED_OFFLOADED
+    texts = [f"dp=2,zero={stage},engine=deepspeed" for stage in range(4)] + offloaded
     for text, run in run_all(ranks, job({"tied": True}, dtype="float32"), texts, tmp_path).items():
         for kind, difference in numbers(judge(wide, run)).items():
             assert difference < bounds[kind], (text, kind, difference, bounds[kind])
@@ -209,9 +211,10 @@ def test_deepspeed_clips_as_the_config_says(ranks: Ranks, tmp_path: Path) -> Non
                 assert wrong < 1e-4 if step == 0 else wrong > 1e-2, (text, step, wrong)
 
 
-def test_bfloat16_gradients_are_summed_and_reduced_in_float32(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [BFLOAT16, pytest.param(BFLOAT16_LATER, marks=pytest.mark.long)], ids=["plain", "the rest"])
+def test_bfloat16_gradients_are_summed_and_reduced_in_float32(ranks: Ranks, tmp_path: Path, others: list[str]) -> None:
     """trap 14: every engine takes the same bfloat16 gradients of its micro-batches and ranks; rounding their sums would show."""
-    first, *others = ["dp=2,zero=3,engine=fsdp2", "dp=2,zero=3,reduce=step,offload=all,engine=fsdp2", *BFLOAT16]
+    first = "dp=2,zero=3,engine=fsdp2"
     runs = run_all(ranks, job({"tied": True}, dtype="bfloat16", steps=1), [first, *others], tmp_path)
     for text in others:
         difference = worst(tensors(runs[text], 0, "gradient"), tensors(runs[first], 0, "gradient"))

@@ -162,7 +162,11 @@ def calm(tiny: Config, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -
     return of
 
 
-@pytest.mark.parametrize(("point", "background"), KILLS)
+LATER = {(point, False) for point in ("save.commit", "retain.delete")}
+MARKED = [pytest.param(*kill, marks=pytest.mark.long) if kill in LATER else kill for kill in KILLS]
+
+
+@pytest.mark.parametrize(("point", "background"), MARKED)
 def test_killed_in_every_phase_of_a_save(
     point: str, background: bool, tiny: Config, ranks: Ranks, calm: Callable[[str], list], tmp_path: Path
 ) -> None:
