@@ -404,7 +404,7 @@ def adapter_rules(adapter: dict[str, Any], given: dict[str, dict[str, Any]], tp:
     model, runtime, on = given["model"], given["runtime"], adapter.get("rank", 0) > 0
     quantized, block = adapter.get("quantize", "none") != "none", adapter.get("block", 64)
     ends = {model["dim"]}
-    for rank in range(1, tp + 1 if quantized else 1):
+    for rank in range(1, min(tp, 4096) + 1 if quantized else 1):  # as many ranks as anybody has, one after the other
         ends |= {model["heads"] * rank // tp * model["head_dim"], model["ffn"] * rank // tp}
     return {
         "no adapter": not on and (adapter.get("dora", False) or adapter.get("dropout", 0) > 0 or bool(adapter.get("modules_to_save"))),

@@ -155,16 +155,22 @@ def _adapter(config: Config, layout: Layout) -> Iterator[Problem]:
         return
     if not adapter.rank:
         yield Problem("model.adapter.quantize", f"{adapter.quantize} weights are not trained: it needs model.adapter.rank above 0")
-    ends = {
-        "dim": {model.dim},
-        "heads x head_dim": {rank * model.heads // layout.tp * model.head_dim for rank in range(1, layout.tp + 1)},
-        "ffn": {rank * model.ffn // layout.tp for rank in range(1, layout.tp + 1)},
+    cuts = {
+        "dim": model.dim,
+        "heads x head_dim": model.heads // layout.tp * model.head_dim,
+        "ffn": _uneven_cut(model.ffn, layout.tp, adapter.block),
     }
-    for name, cuts in ends.items():
-        odd = sorted(cut for cut in cuts if cut % adapter.block)
-        if odd:
-            text = f"{name} is cut at {odd[0]} (tp={layout.tp}), which over blocks of {adapter.block} leaves {odd[0] % adapter.block}"
+    for name, cut in cuts.items():
+        if cut % adapter.block:
+            text = f"{name} is cut at {cut} (tp={layout.tp}), which over blocks of {adapter.block} leaves {cut % adapter.block}"
             yield Problem("model.adapter.block", text)
+
+
+def _uneven_cut(whole: int, parts: int, block: int) -> int:
+    """The first of the cuts r x whole // parts that is no multiple of a block, else the first of all."""
+    size, over = divmod(whole, parts)
+    first_larger = -(-parts // over) if over else 1  # pieces are of `size` elements, and of one more from here on
+    return size if size % block else first_larger * whole // parts
 
 
 OFFLOADS: dict[str, tuple[tuple[str, ...], ...]] = {  # what each engine can keep in host memory, by ZeRO stage
