@@ -25,7 +25,7 @@ from dist_llm.parallel.flat import pack
 from dist_llm.train import run
 from dist_llm.train.checkpoint import KINDS, Saver
 from dist_llm.train.durable import Disk
-from dist_llm.train.folder import Checkpoint, open_checkpoint, retain, step_folders
+from dist_llm.train.folder import Checkpoint, open_checkpoint, retain, step_folders, step_of
 from dist_llm.train.parts import Parts, part_of, write_part
 from dist_llm.train.setup import choose_dtype, make_engine, make_mesh
 from dist_llm.train.trainer import Trainer
@@ -379,9 +379,10 @@ def test_where_a_run_may_start(first: Path, tmp_path: Path) -> None:
         assert missing.value.code == 4
     left = tmp_path / "run/checkpoints/step-00000009"
     left.mkdir(parents=True)
-    with pytest.raises(CheckpointError):
-        run.candidates(tmp_path / "run", "auto")  # a folder without COMMIT is no checkpoint
+    assert run.candidates(tmp_path / "run", "auto") == [left], "one that lost its COMMIT is refused by name, not passed by"
     assert "not complete" in refusal(left).what
+    with pytest.raises(UsageError, match="already holds a run"):
+        run.candidates(tmp_path / "run", None)
 
 
 def test_another_run_is_refused(tiny: Config, ranks: Ranks, first: Path, tmp_path: Path) -> None:
@@ -392,7 +393,7 @@ def test_another_run_is_refused(tiny: Config, ranks: Ranks, first: Path, tmp_pat
     told = "\n".join(caught.value.details)
     for word in ("gate.weight", "runtime.seed: 7", "batch.global: 8", "data.sequence: 64", "text:"):
         assert word in told, told
-    result = train(ranks, tiny, "dp=1", tmp_path / "b", resume=str(first), optimizer__lr=1e-4, schedule__steps=7)
+    result = train(ranks, tiny, "dp=1", tmp_path / "b", resume=str(first), optimizer__lr=1e-4, schedule__steps=7, model__dropout=0.2)
     assert result["last"]["step"] == 7 and result["last"]["learning_rate"] == 1e-4
 
 
@@ -435,16 +436,16 @@ def test_retention_and_what_a_killed_save_leaves(first: Path, tmp_path: Path) ->
     home = folder / "checkpoints"
     newest = Path(shutil.copytree(home / "step-00000006", home / "step-00000012"))
     (home / ".step-00000015.0011.partial").mkdir()
-    (home / "step-00000020").mkdir()  # without COMMIT: counts for nothing
+    (home / "step-00000020").mkdir()  # without COMMIT: counts for nothing here, and is told of by who would take it
     retain(Disk(), folder, 0, verified=newest)
-    assert [path.name for path in step_folders(folder)] == ["step-00000012", "step-00000006", "step-00000003"]
+    assert [step_of(path) for path in step_folders(folder)] == [20, 12, 6, 3]
     retain(Disk(), folder, 2, verified=newest)
     assert sorted(path.name for path in home.iterdir()) == ["step-00000006", "step-00000012", "step-00000020"]
     retain(Disk(), folder, 5, verified=newest)
-    assert len(step_folders(folder)) == 2
+    assert len(step_folders(folder)) == 3
     retain(Disk(), folder, 1, verified=home / "step-00000006")  # not the newest, and the only one that is known to be sound
     retain(Disk(), folder, 1, verified=home / "step-00000020")  # none of them is
-    assert len(step_folders(folder)) == 2
+    assert len(step_folders(folder)) == 3
 
 
 def test_there_is_no_pickle_and_no_path_of_this_machine(first: Path) -> None:

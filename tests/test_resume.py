@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
@@ -26,6 +27,7 @@ from dist_llm.train.setup import choose_dtype, make_engine, make_mesh
 from dist_llm.train.trainer import Trainer
 from tests.commands import Commands
 from tests.ranks import Ranks
+from tests.small_checkpoints import reseal
 
 STEPS, CUTS = 6, (2, 4)
 LAYOUTS = ("dp=1", "dp=2,zero=0", "dp=2,zero=1", "dp=2,zero=3", "tp=2", "pp=2", "dp=1,tp=2,pp=2", "dp=2,tp=2,zero=2")
@@ -176,9 +178,9 @@ def test_killed_in_every_phase_of_a_save(
     config, folder = changed(tiny, {"save.async": background, "save.keep": 1}), tmp_path / "run"
     everywhere = point in ("save.copy", "save.write", "save.sync", "save.verify")
     victim = number % concrete(layout).world if everywhere else 0  # the rest is rank 0's work
-    if point == "save.replace":  # there is a folder of that step already, which is no checkpoint
-        train(ranks, changed(config, {"schedule.steps": 4, "save.keep": 2}), layout, folder)
-        (folder / "checkpoints/step-00000004/COMMIT").unlink()
+    if point == "save.replace":  # there is something of that name already, which is no checkpoint
+        train(ranks, changed(config, {"schedule.steps": 2}), layout, folder)
+        (folder / "checkpoints/step-00000004").write_text("somebody's")
     with pytest.raises(PeerError, match="died") as caught:
         train(ranks, config, layout, folder, resume="auto" if step_folders(folder) else None, fault=f"{point}:{victim}:4")
     assert f"rank {victim}" in str(caught.value.where) and caught.value.found == "SIGKILL"
@@ -212,3 +214,58 @@ def test_what_a_user_sees(commands: Commands, tiny: Config, tmp_path: Path) -> N
     refused = commands.run(*words, "--resume", "auto")
     assert refused.returncode == 4 and refused.stderr.count("the manifest of the checkpoint is damaged") == 3, refused.stderr
     assert len(refused.stderr.strip().splitlines()) <= 12 and "Traceback" not in refused.stderr
+
+
+def poisoned(step: Path) -> None:
+    """Makes a number of a weight NaN, under true hashes."""
+    content = bytearray((step / "rank-00000.safetensors").read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    at = start + next(about["data_offsets"][0] for name, about in header.items() if name.startswith("weight/"))
+    content[at : at + 4] = struct.pack("<f", float("nan"))
+    reseal(step, {"rank-00000.safetensors": bytes(content)})
+
+
+def test_what_cannot_be_taken_up_is_told_of_and_kept(commands: Commands, tiny: Config, tmp_path: Path) -> None:
+    """A folder without its COMMIT, one with a number that is not finite, settings of another run; nothing is deleted."""
+    folder, steps = tmp_path / "run", {number: tmp_path / f"run/checkpoints/step-{number:08d}" for number in (2, 4, 6, 8, 10)}
+    words = ["train", "configs/tiny.yaml", "--run-dir", str(folder), "--save-every", "2", "runtime.device=cpu", "save.keep=0"]
+    words += [f"data.dir={tiny.data.dir}", "data.max_tokens=20_000", "data.validation=0", "runtime.dtype=float32", "save.async=false"]
+
+    def told(*more: str, code: int) -> str:
+        result = commands.run(*words, *more)
+        assert result.returncode == code and "Traceback" not in result.stderr, (result.stdout, result.stderr)
+        return result.stdout if code == 0 else result.stderr
+
+    told("--steps", "6", code=0)
+    config, lines = (folder / "config.yaml").read_text(), (folder / "metrics.jsonl").read_text().splitlines()
+    for change in ("model.rope_theta=500.0", "model.heads=2", "data.document_mask=true", "batch.global=16"):
+        key = change.partition("=")[0]
+        assert f"{key}: " in told("--resume", "auto", "--steps", "8", change, code=2), change
+    assert (folder / "config.yaml").read_text() == config
+    assert "nothing left to do: 6 steps" in told("--resume", "auto", "--steps", "4", code=0)
+
+    (steps[6] / "COMMIT").unlink()
+    verified = commands.run("verify", str(folder))
+    assert verified.returncode == 4 and "COMMIT" in verified.stderr, verified.stderr
+    assert "already holds a run" in told("--steps", "8", code=2)
+    out = told("--resume", "auto", "--steps", "8", "model.dropout=0.1", code=0)
+    assert f"passed over: {steps[6]}" in out and "going on from step 4" in out and "a later checkpoint was set aside" in out
+    assert len([path for path in (folder / "checkpoints").iterdir() if "step-00000006" in path.name]) == 2
+    assert (folder / "metrics.set-aside.jsonl").read_text().splitlines() == lines[4:]
+
+    poisoned(steps[8])
+    out = told("--resume", "auto", "--steps", "8", code=0)
+    assert f"passed over: {steps[8]}: the checkpoint holds numbers that are not finite" in out and "going on from step 6" in out
+    poisoned(steps[8])
+    text = told("--resume", str(steps[8]), "--steps", "10", code=6)
+    assert "last good" not in text and "no step was made" in text and "--resume CKPT" in text, text
+
+    (steps[8] / "COMMIT").write_bytes(b"")
+    text = told("--resume", str(steps[8]), "--steps", "10", code=4)
+    assert f"where:    {steps[8]}/COMMIT" in text and text.splitlines()[-1].endswith("--steps 10 --resume auto"), text
+    for step in steps.values():
+        if step.exists():
+            (step / "COMMIT").write_bytes(b"")
+    text = told("--resume", "auto", "--steps", "10", code=4)
+    assert "--resume auto" not in text and "--run-dir DIR" in text, text

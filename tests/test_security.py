@@ -39,7 +39,7 @@ from dist_llm.errors import CheckpointError, DataError, holds_secret, plain, red
 from dist_llm.train.durable import Disk
 from dist_llm.train.folder import open_checkpoint, tidy
 from dist_llm.train.metrics import keep_until
-from dist_llm.train.storage import RunFolder
+from dist_llm.train.storage import RunFolder, write_config
 from tests.ports import LOOPBACK, family, lan_address, listening
 from tests.small_checkpoints import reseal, rows_of, save_small, seal, take_up
 from tests.test_report import CHROMIUM, EXAMPLE, Page
@@ -229,7 +229,8 @@ def test_links_in_a_run_folder_are_never_followed_to_be_written_or_emptied(tmp_p
     (run / f".report.html.{os.getpid()}").symlink_to(treasure / "gold")
     (run / "report.html").symlink_to(treasure / "gold")
     tidy(Disk(), run)
-    RunFolder(run).write_config(load_config(TINY).config)
+    RunFolder(run)
+    write_config(run, load_config(TINY).config)
     keep_until(run / "metrics.jsonl", 1)
     assert verb("report", str(run)) == 0
     assert (treasure / "gold").read_text() == "gold" and [path.name for path in treasure.iterdir()] == ["gold"]

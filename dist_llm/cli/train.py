@@ -29,7 +29,7 @@ from dist_llm.model.table import num_parameters, num_trained
 from dist_llm.report.units import show_bytes
 from dist_llm.train.base import read_base
 from dist_llm.train.console import Console
-from dist_llm.train.folder import step_folders, step_of
+from dist_llm.train.folder import ANOTHER, newest, open_checkpoint, step_folders, step_of
 from dist_llm.watch import Watchdog
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -81,6 +81,8 @@ def train(
     except Failure as failure:
         if failure.code == Code.MEMORY:
             _advise(failure, run)
+        if failure.next == ANOTHER:
+            failure.next = _another(run)
         raise with_last_good(failure, run.path, sys.argv[1:]) from failure.__cause__
 
 
@@ -144,7 +146,7 @@ def with_last_good(failure: Failure, path: Path, words: list[str]) -> Failure:
     """The failure of a run that had begun, with what of it is safe and how to go on."""
     if failure.code not in (Code.PEER, Code.NUMERIC, Code.SPACE, Code.MEMORY) or failure.next is not None:
         return failure
-    saved = saved_steps(path)
+    saved = [found for found in saved_steps(path) if _opens(found)]
     if saved:
         good = f"last good: step {step_of(saved[0])}, verified ({saved[0]})"
         failure.safe = f"{failure.safe}; {good}" if failure.safe else good
@@ -152,6 +154,23 @@ def with_last_good(failure: Failure, path: Path, words: list[str]) -> Failure:
         failure.safe = "nothing was saved yet"
     failure.next = go_on(words) if saved else "the same command again, once the cause is gone"
     return failure
+
+
+def _another(run: Run) -> str:
+    """What to do where none of the checkpoints that were tried is sound."""
+    tried = saved_steps(run.path) if run.resume == "auto" else [newest(Path(str(run.resume)))]
+    if any(_opens(step) for step in saved_steps(run.path) if step.resolve() not in [one.resolve() for one in tried]):
+        return go_on(sys.argv[1:])
+    return "a sound copy in its place, or a run from the beginning: --run-dir DIR without --resume"
+
+
+def _opens(step: Path) -> bool:
+    """Whether a step folder has a sound manifest and all of its files; their bytes were read back when it was saved."""
+    try:
+        open_checkpoint(step)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _advise(failure: Failure, run: Run) -> None:
@@ -192,9 +211,8 @@ def _train_here(run: Run, restarts: int) -> None:
         from dist_llm.train.run import candidates  # torch: seconds, after there is something to read
         from dist_llm.train.storage import RunFolder
 
-        folder = RunFolder(run.path)
+        RunFolder(run.path)  # held until the process ends
         found = candidates(run.path, run.resume, go_on=go_on(sys.argv[1:]))
-        folder.write_config(run.loaded.config)
         _conclude(run, _run_local(run, found, console, restarts), console)
 
 
@@ -266,15 +284,14 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     from dist_llm.train import run as training
     from dist_llm.train.storage import RunFolder
 
-    folder = RunFolder(run.path) if first else None
+    if first:
+        RunFolder(run.path)  # held until the process ends
     begun = Begun(run)
     if first and not place.meeting.attempt:
         begun.forget()
     again = "auto" if place.meeting.attempt and saved_steps(run.path) and begun.is_known() else run.resume
     command = f"torchrun as before with {go_on(sys.argv[1:])}"
     candidates = training.candidates(run.path, again, go_on=command)  # every rank finds the same
-    if folder is not None:
-        folder.write_config(config)
     stacks_into(open_log(run.path / "logs" / f"rank-{place.rank}.log"))
     record = run.path / "logs" / f"rank-{place.rank}.flight"
     try:
@@ -375,7 +392,7 @@ def _conclude(run: Run, result: dict[str, Any], console: Console | None) -> None
 
         console.close()
         if not result["last"]:
-            console.line(f"nothing left to do: {run.loaded.config.schedule.steps} steps were made before; --steps asks for more")
+            console.line(f"nothing left to do: {result['start']} steps were made before; --steps asks for more")
         write_run_page(run.path, run.path / "report.html")
         console.line(f"report      {plain(run.path / 'report.html')}")
         if result["checkpoint"]:

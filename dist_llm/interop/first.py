@@ -18,7 +18,7 @@ from dist_llm.sidefiles import SIDE_FILES
 from dist_llm.train.durable import Disk
 from dist_llm.train.folder import NO_TEXT, VERSION, begin, commit, flush
 from dist_llm.train.parts import Part, write_part
-from dist_llm.train.storage import RunFolder, storing
+from dist_llm.train.storage import RunFolder, storing, write_config
 
 
 def write_first(
@@ -43,5 +43,5 @@ def write_first(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        held.write_config(config)
+        write_config(held.path, config)
     return final

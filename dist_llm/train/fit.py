@@ -27,8 +27,8 @@ def fit(
     """Trains from step `start` (updates already made) to `schedule.steps`; every rank calls it, rank 0 writes and tells.
 
     profile: the first and the last step to be profiled (train/profile.py).
-    tell: gets {"step": metrics}, {"sample": ...}, {"checkpoint": path}, {"note": ...}. Returns the last step's metrics, the last
-    checkpoint, and the step after which it was told to stop, if it was.
+    tell: gets {"step": metrics}, {"sample": ...}, {"checkpoint": path}, {"note": ...}. Returns the step it began after, the last step's
+    metrics, the last checkpoint, and the step after which it was told to stop, if it was.
     """
     config, engine, writes = trainer.config, trainer.engine, trainer.mesh.rank == 0
     steps, save, track = config.schedule.steps, config.save, config.track
@@ -95,7 +95,8 @@ def fit(
     metrics.close()
     texts.close()
     flight.enter("end")
-    return {"last": record, "checkpoint": saver.last and str(saver.last), "stopped": done if trainer.stopping and done < steps else None}
+    stopped = done if trainer.stopping and done < steps else None
+    return {"start": start, "last": record, "checkpoint": saver.last and str(saver.last), "stopped": stopped}
 
 
 def _due(done: int, every: int) -> bool:

@@ -6,8 +6,8 @@
     COMMIT                                    the sha256 of manifest.json
 
 Files are written into a folder of another name, flushed and read back; then come the manifest and COMMIT; then the folder
-gets its name, and only then is an older one deleted. A folder without COMMIT is never chosen. An earlier folder of the
-same step keeps a name that readers know until the new one has its own. Torch-free.
+gets its name, and only then is an older one deleted. So a folder of that name without COMMIT has lost it: it is damaged and
+told of, never taken. An earlier folder of the same step keeps a name that readers know until the new one has its own. Torch-free.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ FILE_NAME = re.compile(r"rank-\d{5}\.(safetensors|json)", re.ASCII)
 FOLDER_NAME = re.compile(r"step-(\d{8,18})|\.step-(\d{8,18})\.[0-9a-f]{16}\.replaced", re.ASCII)
 ROW_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 SHA256, XXH128 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
+COMMITTED = re.compile(rb"[0-9a-f]{64}\n")
 KEYS = {"version", "save_id", "step", "world", "layout", "config", "rows", "tokenizer", "data", "seed", "files"}
 OPTIONAL = {"base"}  # the identity of the weights that the run began with
+ANOTHER = "dist-llm train CONFIG --resume auto takes the newest one that is sound"  # to do where one is damaged
 NO_TEXT = "0" * 64  # the data of a checkpoint that no run of ours has made
 
 
@@ -100,8 +102,7 @@ class Checkpoint:
 
 def damaged(what: str, path: Path, *, expected: str | None = None, found: str | None = None) -> CheckpointError:
     """The failure of a file that is not what was saved."""
-    advice = "dist-llm train CONFIG --resume auto takes the newest one that is sound"
-    return CheckpointError(what, where=str(path), expected=expected, found=found, safe="no weight was changed", next=advice)
+    return CheckpointError(what, where=str(path), expected=expected, found=found, safe="no weight was changed", next=ANOTHER)
 
 
 def require_hash(path: Path, found: str, *, expected: str, part: str = "") -> None:
@@ -121,13 +122,13 @@ def step_of(path: Path) -> int:
 
 
 def step_folders(run: Path) -> list[Path]:
-    """The step folders with a COMMIT of a run, the newest first.
+    """The step folders of a run, the newest first, damaged ones too.
 
     One whose place a newer save of the same step was to take counts until that one is there: the save was cut between two renames.
     """
     found: dict[int, Path] = {}
     for path in sorted((run / "checkpoints").glob("*step-*"), reverse=True):  # `step-` comes before `.step-`
-        if FOLDER_NAME.fullmatch(path.name) and (path / COMMIT).is_file():
+        if FOLDER_NAME.fullmatch(path.name) and (path.is_dir() if path.name[0] != "." else (path / COMMIT).is_file()):
             found.setdefault(step_of(path), path)
     return [found[step] for step in sorted(found, reverse=True)]
 
@@ -162,6 +163,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         advice = "name the run folder: its newest complete checkpoint is taken"
         raise CheckpointError(what, where=str(folder), expected=f"{MANIFEST} and {COMMIT}", found=lacks, next=advice) from None
     found = hashlib.sha256(text).hexdigest()
+    if not COMMITTED.fullmatch(commit):
+        raise damaged(
+            "the COMMIT of the checkpoint is damaged", folder / COMMIT, expected="a sha256 and a line feed", found=f"{len(commit)} bytes"
+        )
     if commit != f"{found}\n".encode():
         expected = f"sha256 {commit.decode(errors='replace').strip()} (in {COMMIT})"
         raise damaged("the manifest of the checkpoint is damaged", folder / MANIFEST, expected=expected, found=f"sha256 {found}")
@@ -267,7 +272,7 @@ def commit(disk: Disk, partial: Path, manifest: dict[str, Any]) -> Path:
 
 def retain(disk: Disk, run: Path, keep: int, *, verified: Path) -> None:
     """Deletes checkpoints before `verified`, which has been read back, but for the newest `keep` in all (0: none are deleted)."""
-    home, folders = run / "checkpoints", step_folders(run)
+    home, folders = run / "checkpoints", [path for path in step_folders(run) if (path / COMMIT).is_file()]
     if verified not in folders:
         return
     old = [path for path in folders[keep:] if step_of(path) < step_of(verified)] if keep else []

@@ -43,7 +43,7 @@ from dist_llm.train.trainer import Step, Trainer
 class Lines:
     """A JSON-lines file that is written line by line; one that stays empty on other ranks than 0.
 
-    Lines after step `start` are dropped first: a resumed run makes those steps again.
+    Lines after step `start` are set aside first: a resumed run makes those steps again.
     """
 
     def __init__(self, path: Path, *, start: int, writes: bool) -> None:
@@ -66,24 +66,35 @@ class Lines:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Rewrites a JSON-lines file without what comes after `step`, and without a line that was cut; no file, no change."""
+    """Takes what comes after `step` out of a JSON-lines file, and a line that was cut; no file, no change.
+
+    What is taken out is appended to a file beside it: `metrics.set-aside.jsonl` of `metrics.jsonl`.
+    """
     if not path.is_file():
         return
-    kept = []
+    kept, aside = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and record.get("step", 0) <= step and step:
-            kept.append(line + "\n")
+        if isinstance(record, dict):
+            (kept if record.get("step", 0) <= step and step else aside).append(line + "\n")
+    if aside:
+        with path.with_name(f"{path.stem}.set-aside{path.suffix}").open("a", encoding="utf-8") as file:
+            _write_through(file, aside)
     spare = path.with_name(f".{path.name}.kept")
     spare.unlink(missing_ok=True)  # it may be a link to somewhere else
     with spare.open("x", encoding="utf-8") as file:
-        file.write("".join(kept))
-        file.flush()
-        os.fsync(file.fileno())  # before it takes the other's name: a crash must leave one of the two
+        _write_through(file, kept)  # before it takes the other's name: a crash must leave one of the two
     os.replace(spare, path)
+
+
+def _write_through(file: TextIO, lines: list[str]) -> None:
+    """Writes lines, and waits until they are on the disk."""
+    file.write("".join(lines))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Meter:

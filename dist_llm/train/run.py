@@ -33,11 +33,16 @@ from dist_llm.train.folder import Checkpoint, newest, set_aside, settle, step_fo
 from dist_llm.train.nonfinite import bad_state
 from dist_llm.train.preflight import require_space
 from dist_llm.train.setup import backend_name, choose_device, choose_dtype, make_engine, make_mesh, refuse_fp8, refuse_graph, settle_rank
-from dist_llm.train.storage import together
+from dist_llm.train.storage import together, write_config
 from dist_llm.train.trainer import Trainer
 
 # What the order of samples and the meaning of the state depend on: a resumed run may not change it.
-FIXED = ("runtime.seed", "data.seed", "batch.global", "data.sequence", "data.packing", "data.chat", "preference.loss", "optimizer.kind")
+FIXED = (
+    *("runtime.seed", "data.seed", "batch.global", "data.sequence", "data.packing", "data.chat", "data.document_mask"),
+    *("data.reset_positions", "preference.loss", "optimizer.kind"),
+)
+# Nor its model, but for names, how it began, what is drawn in training, and what the shapes of its tensors tell anyway.
+FREE = {"family", "preset", "init_std", "residual_scale", "dropout", "neftune", "max_positions", "adapter.name", "adapter.dropout"}
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -169,6 +174,7 @@ def train_rank(
         start = resume(trainer, prepared, [Path(path) for path in candidates], run=Path(folder), tell=tell)
     if base is not None:
         base.close()
+    together(mesh, device, lambda: write_config(Path(folder), settings) if rank == 0 else None)
     return fit(trainer, prepared, folder=Path(folder), start=start, tell=tell, profile=profile)
 
 
@@ -192,20 +198,28 @@ def make_room(run: Path, config: Config, *, dtype: torch.dtype, world: int) -> N
 def resume(trainer: Trainer, prepared: Prepared, candidates: list[Path], *, run: Path, tell: Tell) -> int:
     """Takes weights, moments and the step from the first sound checkpoint, under any layout; returns the number of steps done.
 
-    Every byte is compared with its hash by some rank before any weight changes. Raises CheckpointError or UsageError on all ranks alike.
+    Every byte is compared with its hash by some rank before any weight changes. Raises CheckpointError, UsageError, or where no number
+    can be trusted NumericError, on all ranks alike.
     """
     mesh, engine = trainer.mesh, trainer.engine
     if not hasattr(engine, "load_state"):
         name = f"engine={mesh.layout.engine}"
         raise UsageError("this engine cannot take up a checkpoint", where="layout.engine", expected="engine=native", found=name)
-    found, passed = checkpoint.load(candidates, engine, accept=lambda found: require_same_run(found, trainer.config, prepared))
-    for line in passed:
-        tell({"note": f"passed over: {line}"})
-    bad = together(mesh, engine.device, lambda: bad_state(engine.state())[:3])
-    for rank, names in enumerate(bad):
-        if names:
-            what, expected = "the checkpoint holds numbers that are not finite", "finite numbers"
-            raise NumericError(what, where=f"{found.path}, rank {rank}", expected=expected, details=names)
+    while True:
+        found, passed = checkpoint.load(candidates, engine, accept=lambda found: require_same_run(found, trainer.config, prepared))
+        for line in passed:
+            tell({"note": f"passed over: {line}"})
+        bad = together(mesh, engine.device, lambda: bad_state(engine.state())[:3])
+        names = {rank: names for rank, names in enumerate(bad) if names}
+        if not names:
+            break
+        what, candidates = "the checkpoint holds numbers that are not finite", candidates[len(passed) + 1 :]
+        rank, first = next(iter(names.items()))
+        if not candidates:
+            way = "another checkpoint: --resume CKPT, or a run from the beginning: --run-dir DIR without --resume"
+            safe = "no step was made"
+            raise NumericError(what, where=f"{found.path}, rank {rank}", expected="finite numbers", details=first, safe=safe, next=way)
+        tell({"note": f"passed over: {found.path}: {what} (rank {rank}, {first[0]})"})
     (aside, *_) = together(mesh, engine.device, lambda: [str(p) for p in set_aside(Disk(), run, found.step)] if mesh.rank == 0 else [])
     for path in aside:
         tell({"note": f"a later checkpoint was set aside: {path}"})
@@ -223,6 +237,10 @@ def require_same_run(found: Checkpoint, config: Config, prepared: Prepared) -> N
     rows = {row.name: row.shape for row in table(config.model) if row.trained}
     if rows != found.shapes:
         differences.append(f"model: {_other_tensors(rows, found.shapes)}")
+    old_model, new_model = (flat_tree(one.model.model_dump(mode="json")) for one in (before, config))
+    for name in sorted(old_model.keys() - FREE):
+        if old_model[name] != new_model[name]:
+            differences.append(f"model.{name}: {old_model[name]} in the checkpoint, {new_model[name]} here")
     for key in fixed:
         section, name = key.split(".")
         old, new = (config_tree(one)[section][name] for one in (before, config))

@@ -82,11 +82,12 @@ class RunFolder:
                 raise SpaceError(what, where=str(path), next=advice) from None
             raise
 
-    def write_config(self, config: Config) -> None:
-        """Writes the resolved config, itself a valid one."""
-        spare = self.path / ".config.yaml"
-        with storing(spare):
-            spare.unlink(missing_ok=True)  # it may be a link to somewhere else
-            with spare.open("x", encoding="utf-8") as file:
-                file.write(dump_config(config))
-            os.replace(spare, self.path / "config.yaml")
+
+def write_config(run: Path, config: Config) -> None:
+    """Writes the resolved config into a run's folder, itself a valid one. Raises SpaceError."""
+    spare = run / ".config.yaml"
+    with storing(spare):
+        spare.unlink(missing_ok=True)  # it may be a link to somewhere else
+        with spare.open("x", encoding="utf-8") as file:
+            file.write(dump_config(config))
+        os.replace(spare, run / "config.yaml")
