@@ -283,6 +283,7 @@ def _measured(one: Contestant) -> dict[str, Any]:
         **one.alone,
         "peak_rss_bytes": [rank["resident"] for rank in last],
         "sent_bytes": [rank["sent"] for rank in last],
+        "read_bytes": [rank["read"] for rank in last],
         "booked_bytes": [rank["booked"] for rank in last],
         "losses": [loss for loss, _ in _numbers(one)],
         "norms": [norm for _, norm in _numbers(one)],

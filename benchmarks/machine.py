@@ -88,6 +88,11 @@ def sent_bytes() -> int:
     return total
 
 
+def read_bytes() -> int:
+    """Bytes that this process has asked files and sockets for so far, out of the system's memory or from a disk."""
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar
+
+
 def resident() -> int:
     """Resident bytes of this process now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import peak_resident, resident, sent_bytes
+from benchmarks.machine import peak_resident, read_bytes, resident, sent_bytes
 from benchmarks.rivals import Rival, Taken, bring, make_rival
 from dist_llm.train.memory import LiveMemory
 
@@ -39,14 +39,15 @@ class Seat:
         self.rival, self.world, self.live, self.before = rival, world, live, before
 
     def warm(self, step: int) -> dict[str, Any]:
-        """A step that is not judged: its loss and norm, and what was sent."""
+        """A step that is not judged: its loss and norm, what was sent, and what was read."""
         self._meet()
         self.rival.booked()
-        before = sent_bytes()
+        before, held = sent_bytes(), read_bytes()
         taken = self.rival.step(step)
+        read = read_bytes() - held
         self._meet()
         sent = sent_bytes() - before
-        return {**self._told(taken), "sent": sent, "booked": self.rival.booked(), "resident": self._resident()}
+        return {**self._told(taken), "sent": sent, "read": read, "booked": self.rival.booked(), "resident": self._resident()}
 
     def timed(self, step: int) -> dict[str, Any]:
         """A step under the clock: wall and CPU seconds of this rank. What a contestant still has under way ends before."""

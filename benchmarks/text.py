@@ -72,6 +72,9 @@ def findings(row: dict[str, Any]) -> list[str]:
     if row["sent"]:
         sent = row["sent"]
         found.append(f"sent by our books {sent['mb']:.1f} MB a rank and step, figure <= {sent['figure']:g}: {sent['verdict']}")
+    read = {one["label"]: mb(one.get("read_bytes")) or 0.0 for one in (row["ours"], *row["rivals"])}
+    if min(read.values()) > 1.0:
+        found.append(f"read by a rank: {', '.join(f'{label} {shown(value)} MB' for label, value in read.items())}")
     during = row["during"]
     disturbed = f"stolen {during['stolen_fraction']:.1%}, other processes {during['others_fraction']:.0%} of the cores"
     return [*found, f"{disturbed}, load {during['load_average'][0]:g}"]

@@ -185,7 +185,7 @@ def test_memory_finds_what_modules_and_optimizers_keep() -> None:
 def contestant_of(label: str, **more: Any) -> dict[str, Any]:
     """What one contestant measured."""
     measured = {"key": label, "label": label, "step_seconds": 1.0, "cpu_seconds": [0.9, 0.8], "peak_bytes": [3e8, 2e8]}
-    return {**measured, "peak_rss_bytes": [4e8, 3e8], "sent_bytes": [23.2e6, 23.2e6], "error": None, **more}
+    return {**measured, "peak_rss_bytes": [4e8, 3e8], "sent_bytes": [23.2e6, 23.2e6], "read_bytes": [35e6, 34e6], "error": None, **more}
 
 
 def result_of(*, verdict: str = "missed", error: dict | None = None) -> dict[str, Any]:
@@ -213,6 +213,7 @@ def test_a_missed_figure_is_shown_as_missed() -> None:
     page = made([result])
     assert "**missed**" in page and "- zero=0: time against DDP not slower" in page and "stolen 1.0%" in page
     assert "peak -0.2% from the predicted one, figure within 10%: met" in page
+    assert "read by a rank: ours 35.0 MB, DDP 35.0 MB" in page
 
 
 def test_a_rival_that_could_not_run_is_named() -> None:
