@@ -74,7 +74,9 @@ class Disk:
         with _named(path), path.open("xb", buffering=0) as handle, ThreadPoolExecutor(1) as beside:  # its thread begins with its first work
             for chunk in chunks:
                 size = memoryview(chunk).nbytes
-                hashed = beside.submit(digest.update, chunk) if size >= LARGE else digest.update(chunk)
+                hashed = beside.submit(digest.update, chunk) if size >= LARGE else None
+                if hashed is None:
+                    digest.update(chunk)
                 _write_all(handle, chunk)
                 self.moved += size
                 if hashed is not None:
