@@ -54,8 +54,9 @@ class Masks:
     def __call__(self, x: Tensor, at: slice) -> Tensor:
         """d(x) of the tokens `at` of all, x (t, D) -> (t, D); linear, so that slopes pass it the same way."""
         adapter, places = self.adapter, self.draw.places.flatten()[at]
+        assert adapter.place is not None, "an adapter that drops has a place"
         features = torch.arange(self.first, self.first + x.shape[1], device=x.device)
-        keep = Draw(places, self.draw.key).keep(adapter.name, features, width=adapter.width, drop=adapter.drop)
+        keep = Draw(places, self.draw.key).keep(adapter.place, features, width=adapter.width, drop=adapter.drop)
         return (x * keep).div_(1.0 - adapter.drop)
 
 
