@@ -68,6 +68,12 @@ class Correction:
     norm: Tensor | None
     masks: Masks | None
 
+    @classmethod
+    def of(cls, adapter: Adapter, norm: Tensor | None, draw: Draw | None, group: Group | None) -> Correction:
+        """What an adapter is in one use. group: the ranks that its input features are cut over, as sharding.split_parts cuts them."""
+        first = 0 if group is None else group.index * adapter.width // group.size
+        return cls(adapter, norm, None if draw is None or not adapter.drop else Masks(draw, adapter, first))
+
     @property
     def factor(self) -> Tensor | None:
         """c, (O,)."""
