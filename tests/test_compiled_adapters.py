@@ -100,7 +100,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], room
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_compiled_block_is_the_block(name: str) -> None:
-    """One graph forward and backward. Norms, positions and SwiGLU have other formulas there; not compiled, without those, equal to the bit."""
+    """One graph forward and backward. Norms, rotary and SwiGLU are other formulas; without those, not compiled, equal to the bit."""
     (model, block), (_, plain) = (block_of(MODELS[name], roles) for roles in (CompiledAdaptedRoles, AdaptedRoles))
     torch._dynamo.reset()
     graph = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -214,7 +214,7 @@ def provers(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pro
     """As it is, and in graphs."""
     folders = (tmp_path_factory.mktemp(name) for name in ("plain", "graphs"))
     work = "tests.test_compiled_adapters:graph_rank"
-    return Prover(ranks, next(folders), sgd=False), Prover(ranks, next(folders), work, sgd=False)
+    return Prover(ranks, next(folders), sgd=False), Prover(ranks, next(folders), work, sgd=False, seconds=300)
 
 
 @pytest.mark.parametrize(("model", "text"), RUNS)
