@@ -44,17 +44,23 @@ def uniform(index: Tensor, key: int) -> Tensor:
     return _uniform(bits(index, key))
 
 
-def keep_mask(index: Tensor, base: Tensor, name: tuple[int, int], *, drop: float) -> Tensor:
-    """Boolean mask of `index`'s shape, False with probability `drop`; compiles, because what changes by step is a tensor.
+def place_of(purpose: str, name: str = "", *, device: torch.device | None = None) -> Tensor:
+    """(2,) int64: the halves of a key of a place where random numbers are used; a tensor, so that one graph serves all places."""
+    return torch.tensor(halves(key_of(0, purpose, name)), device=device)
 
-    base (2,) int64: the halves of a key of seed and step. name: the halves of a key of the place where it is used.
+
+def keep_mask(index: Tensor, base: Tensor, place: Tensor, *, drop: float) -> Tensor:
+    """Boolean mask of `index`'s shape, False with probability `drop`; compiles, because what changes by step or place is a tensor.
+
+    base (2,) int64: the halves of a key of seed and step. place (2,) int64: those of a key of the place where it is used.
     """
-    return uniform_at(index, base, name) >= drop
+    return uniform_at(index, base, place) >= drop
 
 
-def uniform_at(index: Tensor, base: Tensor, name: tuple[int, int]) -> Tensor:
+def uniform_at(index: Tensor, base: Tensor, place: Tensor) -> Tensor:
     """As `uniform`, under a key of two parts as `keep_mask` has it."""
-    return _uniform(_bits(index, _mix(base[0] ^ name[0]), _mix(base[1] ^ name[1])))
+    low, high = _mix(base ^ place)
+    return _uniform(_bits(index, low, high))
 
 
 def fill_normal(out: Tensor, key: int, *, std: float, shape: tuple[int, ...], box: tuple[tuple[int, int], ...], start: int = 0) -> Tensor:

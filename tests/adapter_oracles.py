@@ -93,7 +93,7 @@ class Addressed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         adapter = self.adapter
-        keep = self.draw.keep(adapter.name, torch.arange(adapter.width), width=adapter.width, drop=adapter.drop)
+        keep = self.draw.keep(adapter.place, torch.arange(adapter.width), width=adapter.width, drop=adapter.drop)
         assert 0.4 < float(keep.double().mean()) < 1.0, "it drops"
         return x * keep / (1 - adapter.drop)
 

@@ -410,7 +410,7 @@ def adapter_rules(adapter: dict[str, Any], given: dict[str, dict[str, Any]], tp:
         "no adapter": not on and (adapter.get("dora", False) or adapter.get("dropout", 0) > 0 or bool(adapter.get("modules_to_save"))),
         "beside 8 bits": (adapter.get("dora", False) or adapter.get("dropout", 0) > 0) and runtime.get("fp8", "off") != "off",
         "quantized": quantized and (not on or any(end % block for end in ends)),
-        "engine of an adapter": on and (engine != "native" or runtime.get("compile", False)),
+        "engine of an adapter": on and engine != "native",
     }
 
 

@@ -185,7 +185,6 @@ def test_nothing_is_dropped_in_evaluation() -> None:
         ({"adapter": {"dropout": 0.1}}, {}, "model.adapter.dropout: is part of an adapter"),
         ({"adapter": {"modules_to_save": ["head"]}}, {}, "model.adapter.modules_to_save: is part of an adapter"),
         ({"adapter": {"rank": 2, "dora": True}}, {"fp8": "rowwise", "dtype": "bfloat16"}, "runtime.fp8: model.adapter.dora makes products"),
-        ({"adapter": {"rank": 2}}, {"compile": True}, "runtime.compile: blocks with an adapter are not compiled"),
     ],
 )
 def test_what_does_not_go_together_is_said(model: dict[str, Any], runtime: dict[str, Any], says: str) -> None:

@@ -49,6 +49,7 @@ STRATEGIES: tuple[tuple[str, ...], ...] = (
     ("across", "weights"),
     ("tensor", "zero", "quantized", "recompute", "correction"),
     ("adapted", "compiled", "pipeline", "magnitudes"),
+    ("compiled_adapted",),
     ("compose",),
 )
 DISTRIBUTED = {"mesh.py", "comm.py", "engines/ddp.py", "engines/fsdp2.py", "engines/deepspeed.py", "engines/whole.py"}

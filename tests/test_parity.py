@@ -30,10 +30,13 @@ SWEEP_WIDER = list(itertools.islice(drawn(seed=2027, models=WIDER), 60))
 
 
 class Prover:
-    """Runs cases on ranks and keeps the references."""
+    """Runs cases on ranks and keeps the references. work: what each rank does, in so many seconds; sgd: with a second run of SGD."""
 
-    def __init__(self, ranks: Ranks, folder: Path) -> None:
-        self.ranks, self.folder, self.references = ranks, folder, dict[str, Run]()
+    def __init__(
+        self, ranks: Ranks, folder: Path, work: str = "dist_llm.train.proof:proof_rank", *, sgd: bool = True, seconds: float = 60.0
+    ) -> None:
+        self.ranks, self.folder, self.work, self.references = ranks, folder, work, dict[str, Run]()
+        self.sgd, self.seconds = [SGD] if sgd else [], seconds
         self.count = itertools.count()
 
     def run(self, config: Config, layout: Layout) -> Run:
@@ -41,8 +44,8 @@ class Prover:
         folder = self.folder / f"run-{next(self.count)}"
         folder.mkdir()
         tree = config.model_dump(by_alias=True)
-        job = {"config": tree, "steps": STEPS, "dtype": "float64", "optimizers": [tree["optimizer"], SGD]}
-        records = self.ranks.run(layout.world, "dist_llm.train.proof:proof_rank", job, asdict(layout), str(folder))
+        job = {"config": tree, "steps": STEPS, "dtype": "float64", "optimizers": [tree["optimizer"], *self.sgd]}
+        records = self.ranks.run(layout.world, self.work, job, asdict(layout), str(folder), timeout_seconds=self.seconds)
         shape = Shape(config.model, layout, config.data.sequence, config.batch.micro, num_micro_batches(config, layout), "float64",
                       config.optimizer.label_smoothing > 0, pairs=config.preference.loss is not None)  # fmt: skip
         for rank, record in enumerate(records):

@@ -114,8 +114,6 @@ def _engine(config: Config, layout: Layout) -> Iterator[Problem]:
     """Foreign engines split the batch alone. Selective recompute runs autograd inside a block, which no compiler can trace."""
     if config.runtime.compile and layout.recompute == "selective":
         yield Problem("layout.recompute", "selective does not go with runtime.compile; full or none do")
-    if config.model.adapter.rank and config.runtime.compile:
-        yield Problem("runtime.compile", "blocks with an adapter are not compiled in this version; set it to false")
     if layout.engine == "native":
         return
     if config.model.adapter.rank:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import AdapterConfig
 from dist_llm.model.kernels import Normed, norm
-from dist_llm.random import halves, keep_mask, key_of, uniform_at
+from dist_llm.random import keep_mask, place_of, uniform_at
 
 Make = Callable[[str], Any]  # global name -> its nn.Parameter, None where the model has no such row
 
@@ -43,14 +43,14 @@ class Draw:
     places: Tensor
     key: Tensor
 
-    def keep(self, name: tuple[int, int], features: Tensor, *, width: int, drop: float) -> Tensor:
-        """(B, S, len(features)), False with probability `drop`: of some of `width` features, under the name of where they are."""
-        return keep_mask(self.places[..., None] * width + features, self.key, name, drop=drop)
+    def keep(self, place: Tensor, features: Tensor, *, width: int, drop: float) -> Tensor:
+        """(B, S, len(features)), False with probability `drop`: of some of `width` features, under the key of where they are."""
+        return keep_mask(self.places[..., None] * width + features, self.key, place, drop=drop)
 
-    def spread(self, name: tuple[int, int], width: int) -> Tensor:
+    def spread(self, place: Tensor, width: int) -> Tensor:
         """(B, S, width), uniform in (-1, 1), float64."""
         features = torch.arange(width, device=self.places.device)
-        return uniform_at(self.places[..., None] * width + features, self.key, name).mul_(2.0).sub_(1.0)
+        return uniform_at(self.places[..., None] * width + features, self.key, place).mul_(2.0).sub_(1.0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Adapter:
     """What is added to a projection: scale B A x, with a (R, D) and b (O, R) (LoRA, arXiv:2106.09685).
 
     m (O,): the lengths that the rows of W + scale B A are brought to (DoRA, arXiv:2402.09353); None: they stay as they are. drop: the
-    part of x that does not reach A in training; name, width: of its masks, and how many features the whole input has.
+    part of x that does not reach A in training; place, width: of its masks, and how many features the whole input has.
     """
 
     a: Tensor
@@ -66,7 +66,7 @@ class Adapter:
     scale: float
     m: Tensor | None = None
     drop: float = 0.0
-    name: tuple[int, int] = (0, 0)
+    place: Tensor | None = None
     width: int = 0
 
 
@@ -80,8 +80,8 @@ class Projection(nn.Module):
         if adapter is None or (a := make(f"{name}.lora_a")) is None:
             return
         self.lora_a, self.lora_b, self.lora_m = a, make(f"{name}.lora_b"), make(f"{name}.lora_m")
-        mask = (adapter.dropout, halves(key_of(0, "adapter dropout", name)), width)
-        self.adapter = Adapter(self.lora_a, self.lora_b, adapter.scale, self.lora_m, *mask)
+        place = place_of("adapter dropout", name, device=a.device) if adapter.dropout else None
+        self.adapter = Adapter(self.lora_a, self.lora_b, adapter.scale, self.lora_m, adapter.dropout, place, width)
 
     def forward(self, x: Tensor, draw: Draw | None = None) -> Tensor:
         """(..., D) -> (..., O), in plain linear algebra; with `draw` x is (B, S, D), and the adapter's dropout on."""
@@ -89,9 +89,9 @@ class Projection(nn.Module):
         if adapter is None:
             return y
         given = x
-        if adapter.drop and draw is not None:
+        if adapter.place is not None and draw is not None:
             features = torch.arange(adapter.width, device=x.device)
-            given = x * draw.keep(adapter.name, features, width=adapter.width, drop=adapter.drop) / (1.0 - adapter.drop)
+            given = x * draw.keep(adapter.place, features, width=adapter.width, drop=adapter.drop) / (1.0 - adapter.drop)
         added = adapter.scale * F.linear(F.linear(given, adapter.a), adapter.b)
         if adapter.m is None:
             return y + added

@@ -29,7 +29,7 @@ from dist_llm.model.roles import Roles
 from dist_llm.model.rotary import rotary_table as rotary_table
 from dist_llm.model.rotary import rotary_tables
 from dist_llm.model.table import is_windowed
-from dist_llm.random import halves, key_of
+from dist_llm.random import halves, key_of, place_of
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,15 @@ def _mask(length: int, window: int, documents: Tensor | None, *, dtype: torch.dt
 class Dropout:
     """Dropout with an addressed mask: the same elements are dropped under every layout."""
 
-    def __init__(self, name: str, rate: float, roles: Roles) -> None:
-        self.name, self.rate, self.roles = halves(key_of(0, "dropout", name)), rate, roles
+    def __init__(self, name: str, rate: float, roles: Roles, device: torch.device | None = None) -> None:
+        self.place, self.rate, self.roles = place_of("dropout", name, device=device) if rate else None, rate, roles
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> (B, S, D), S the tokens kept outside split regions."""
-        if context.key is None or not self.rate:
+        if context.key is None or self.place is None:
             return x
         width, here = x.shape[-1], Draw(self.roles.outside(context.places), context.key)
-        keep = here.keep(self.name, torch.arange(width, device=x.device), width=width, drop=self.rate)
+        keep = here.keep(self.place, torch.arange(width, device=x.device), width=width, drop=self.rate)
         return x * keep / (1.0 - self.rate)
 
 
@@ -210,14 +210,16 @@ class Embedding(nn.Module):
     def __init__(self, make: Make, model: ModelConfig, roles: Roles) -> None:
         super().__init__()
         self.embedding, self.positions = Projection(make, "embedding"), Projection(make, "positions")
-        self.roles, self.dropout, self.noise = roles, Dropout("embedding", model.dropout, roles), halves(key_of(0, "noise"))
+        device = self.embedding.weight.device
+        self.roles, self.dropout = roles, Dropout("embedding", model.dropout, roles, device)
+        self.noise = place_of("noise", device=device) if model.neftune else None
         # Rounded as the weights are: so were the published models trained.
         self.scale = float(torch.tensor(model.dim**0.5, dtype=self.embedding.weight.dtype)) if model.embedding_scale else None
 
     def forward(self, context: Context) -> Tensor:
         """The context's tokens (B, S) -> (B, S, D)."""
         x = self.roles.embed(context.tokens, self.embedding.weight)
-        if context.noise is not None and context.key is not None:
+        if context.noise is not None and context.key is not None and self.noise is not None:
             here, most = Draw(self.roles.outside(context.places), context.key), self.roles.outside(context.noise)
             x = x + here.spread(self.noise, x.shape[-1]).mul_(most[..., None]).to(x.dtype)
         if self.scale is not None:
@@ -239,8 +241,9 @@ class Block(nn.Module):
         self.mlp_post_norm = Norm(make, f"{name}.mlp_post_norm", **norm)
         self.attention = Attention(make, f"{name}.attention", model, roles, windowed=is_windowed(model, layer))
         self.mlp = Mlp(make, f"{name}.mlp", model, roles)
-        self.drop_attention = Dropout(f"{name}.attention", model.dropout, roles)
-        self.drop_mlp = Dropout(f"{name}.mlp", model.dropout, roles)
+        device = self.mlp.up.weight.device
+        self.drop_attention = Dropout(f"{name}.attention", model.dropout, roles, device)
+        self.drop_mlp = Dropout(f"{name}.mlp", model.dropout, roles, device)
         self.run_mlp: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda run, x: run(x)  # a seam for recomputation
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

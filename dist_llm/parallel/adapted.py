@@ -21,7 +21,7 @@ from torch.autograd import Function
 from dist_llm.mesh import Group
 from dist_llm.model.kernels import activate, activate_backward
 from dist_llm.model.parts import Adapter, Draw, Norm, Projection, Projections
-from dist_llm.parallel.correction import Correction, Masks, row_norms
+from dist_llm.parallel.correction import Correction, row_norms
 from dist_llm.parallel.tensor import Rule, Split, TensorRoles, finish_gather, finish_reduce, gather, own, reduce, start_gather, start_reduce
 
 
@@ -47,14 +47,13 @@ class AdaptedRoles(TensorRoles):
 
     def _correction(self, projection: Projection, draw: Draw | None, *, columns: bool) -> Correction | None:
         """What is on a projection in this use of it. columns: its outputs are cut over ranks, not its inputs."""
-        adapter, group = projection.adapter, self.split.group
+        adapter, group = projection.adapter, None if columns else self.split.group
         if adapter is None:
             return None
         norm = None
         if adapter.m is not None:  # in the digits of m, so that c is 1 where m begins
-            norm = self.norm_of(projection.weight, adapter, None if columns else group).to(adapter.m.dtype)
-        first = 0 if columns else group.index * adapter.width // group.size  # as sharding.split_parts cuts heads and features
-        return Correction(adapter, norm, None if draw is None or not adapter.drop else Masks(draw, adapter, first))
+            norm = self.norm_of(projection.weight, adapter, group).to(adapter.m.dtype)
+        return Correction.of(adapter, norm, draw, group)
 
 
 def _trained(corrections: Sequence[Correction | None]) -> list[Tensor]:
@@ -79,29 +78,35 @@ class AdaptedColumn(Function):
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
         """x (B, S', D), weights (O_i, D) with biases (O_i,) or None, and what is on them -> (B, S, O_i)."""
-        products = split.products("output")
         ctx.rule, ctx.split, ctx.corrections, ctx.weights = rule, split, corrections, [weight for weight, _ in frozen]
         ctx.save_for_backward(x, gain, shift)
-        whole, outputs = gather(rule(x, gain, shift), split).flatten(0, 1), []
-        for (weight, bias), correction in zip(frozen, corrections, strict=True):
-            late = None if correction is None or correction.norm is None else bias  # c leaves the bias alone
-            y = products.forward(whole, weight, bias if late is None else None)
-            if correction is not None:
-                correction.add(y, whole, weight)
-            outputs.append(y if late is None else y.add_(late))
-        return tuple(own(y.unflatten(0, (x.shape[0], -1))) for y in outputs)
+        return tuple(own(y) for y in columns_forward(rule(x, gain, shift), frozen, corrections, split))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         """By x (B, S', D), and by A, B and m of each adapter."""
         x, gain, shift = ctx.saved_tensors
         flat = [slope.flatten(0, 1) for slope in slopes]
-        by_normed, trained = _columns_backward(flat, ctx.rule(x, gain, shift), ctx.weights, ctx.corrections, ctx.split)
+        by_normed, trained = columns_backward(flat, ctx.rule(x, gain, shift), ctx.weights, ctx.corrections, ctx.split)
         by_x, _, _ = ctx.rule.backward(by_normed, x, gain, shift)
         return by_x, *[None] * 6, *trained
 
 
-def _columns_backward(
+def columns_forward(
+    x: Tensor, frozen: Sequence[tuple[Tensor, Tensor | None]], corrections: Sequence[Correction | None], split: Split
+) -> list[Tensor]:
+    """x (B, S', D), normed, weights (O_i, D) with biases (O_i,) or None, and what is on them -> (B, S, O_i)."""
+    whole, products, outputs = gather(x, split).flatten(0, 1), split.products("output"), []
+    for (weight, bias), correction in zip(frozen, corrections, strict=True):
+        late = None if correction is None or correction.norm is None else bias  # c leaves the bias alone
+        y = products.forward(whole, weight, bias if late is None else None)
+        if correction is not None:
+            correction.add(y, whole, weight)
+        outputs.append(y if late is None else y.add_(late))
+    return [y.unflatten(0, (x.shape[0], -1)) for y in outputs]
+
+
+def columns_backward(
     slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], corrections: Sequence[Correction | None], split: Split
 ) -> tuple[Tensor, list[Tensor]]:
     """Slopes (T, O_i), x (B, S', D), normed -> (by x (B, S', D), by A, B and m of each adapter, made while by x travels)."""
@@ -133,24 +138,34 @@ class AdaptedRow(Function):
         parts = matrices[:count]
         ctx.activation, ctx.split, ctx.weight, ctx.correction = activation, split, weight, correction
         ctx.save_for_backward(*parts)
-        wide = activate([part.flatten(0, 1) for part in parts], kind=activation)
-        y = split.products("input").forward(wide, weight)
-        if correction is not None:
-            correction.add(y, wide, weight)
-        del wide  # before the sum over ranks takes its own
-        return reduce(y.unflatten(0, (parts[0].shape[0], -1)), split)
+        return row_forward(activate(parts, kind=activation), weight, correction, split)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
         """By each part, in whose memory it lies behind an activation: a graph is good for one backward; and by what is trained."""
         parts, weight, correction = ctx.saved_tensors, ctx.weight, ctx.correction
-        whole, products = gather(slope.contiguous(), ctx.split).flatten(0, 1), ctx.split.products("input")
-        by_wide = products.by_input(whole if correction is None else correction.scaled(whole), weight)
-        by_low = None if correction is None else correction.by_input(whole, weight, by_wide)
+        whole, by_wide, by_low = row_slopes(slope, weight, correction, ctx.split)
         flat = [part.detach().flatten(0, 1) for part in parts]
         if ctx.activation == "none":
             wide, slopes = flat[0], [by_wide.view(parts[0].shape)]
         else:
             wide, slopes = activate_backward(by_wide, flat, kind=ctx.activation), [part.detach() for part in parts]
-        trained = [] if correction is None else correction.by_trained(whole, by_low, wide, weight)
+        trained = [] if correction is None or by_low is None else correction.by_trained(whole, by_low, wide, weight)
         return *[None] * 5, *slopes, *trained
+
+
+def row_forward(wide: Tensor, weight: Tensor, correction: Correction | None, split: Split) -> Tensor:
+    """wide (B, S, F), weight (D, F) and what is on it -> the sum over ranks (B, S', D)."""
+    batch, flat = len(wide), wide.flatten(0, 1)
+    y = split.products("input").forward(flat, weight)
+    if correction is not None:
+        correction.add(y, flat, weight)
+    del wide, flat  # before the sum over ranks takes its own
+    return reduce(y.unflatten(0, (batch, -1)), split)
+
+
+def row_slopes(slope: Tensor, weight: Tensor, correction: Correction | None, split: Split) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Slope (B, S', D) -> (of all tokens (T, D), by the input (T, F), behind A (T, R), where there is one)."""
+    whole = gather(slope.contiguous(), split).flatten(0, 1)
+    by_wide = split.products("input").by_input(whole if correction is None else correction.scaled(whole), weight)
+    return whole, by_wide, None if correction is None else correction.by_input(whole, weight, by_wide)

@@ -38,6 +38,7 @@ from dist_llm.model.table import table, unit_names, uses
 from dist_llm.model.transformer import Block, build_unit
 from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.compiled import CompiledRoles, keep_little
+from dist_llm.parallel.compiled_adapted import CompiledAdaptedRoles
 from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.parallel.pipeline import Stage, Unit
 from dist_llm.parallel.quantized import QuantizedWeights
@@ -90,7 +91,8 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     if options.compiled:
         keep_little()
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
-    kind = AdaptedRoles if model.adapter.rank else CompiledRoles if options.compiled else TensorRoles
+    kinds = {False: (TensorRoles, CompiledRoles), True: (AdaptedRoles, CompiledAdaptedRoles)}
+    kind = kinds[model.adapter.rank > 0][options.compiled]
     roles = kind(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing, fp8=options.fp8)
     parts = stage_units(model, layout, options.sequence)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)

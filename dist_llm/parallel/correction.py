@@ -54,8 +54,9 @@ class Masks:
     def __call__(self, x: Tensor, at: slice) -> Tensor:
         """d(x) of the tokens `at` of all, x (t, D) -> (t, D); linear, so that slopes pass it the same way."""
         adapter, places = self.adapter, self.draw.places.flatten()[at]
+        assert adapter.place is not None, "an adapter that drops has a place"
         features = torch.arange(self.first, self.first + x.shape[1], device=x.device)
-        keep = Draw(places, self.draw.key).keep(adapter.name, features, width=adapter.width, drop=adapter.drop)
+        keep = Draw(places, self.draw.key).keep(adapter.place, features, width=adapter.width, drop=adapter.drop)
         return (x * keep).div_(1.0 - adapter.drop)
 
 
@@ -66,6 +67,12 @@ class Correction:
     adapter: Adapter
     norm: Tensor | None
     masks: Masks | None
+
+    @classmethod
+    def of(cls, adapter: Adapter, norm: Tensor | None, draw: Draw | None, group: Group | None) -> Correction:
+        """What an adapter is in one use. group: the ranks that its input features are cut over, as sharding.split_parts cuts them."""
+        first = 0 if group is None else group.index * adapter.width // group.size
+        return cls(adapter, norm, None if draw is None or not adapter.drop else Masks(draw, adapter, first))
 
     @property
     def factor(self) -> Tensor | None:
