@@ -5,6 +5,7 @@ Nine points of a step or a save x kill -9, SIGTERM, SIGSTOP; layouts and ranks i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dist_llm.cli.train import Run, _run_local
 from dist_llm.config.layout import Layout
@@ -346,30 +349,89 @@ def place(rank: int, world: int, port: int, host: str = "127.0.0.1") -> dict[str
     return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
+def did_not_meet(result: Result, address: str, said: str) -> None:
+    """One block of ours on stderr, and nothing of torch's."""
+    lines = result.stderr.splitlines()
+    assert result.returncode == 5 and lines and lines[0] == "error: the ranks could not meet" and len(lines) <= 12, result
+    assert address in lines[1] and re.search(said, result.stderr), result.stderr
+    assert all(line.startswith("  ") for line in lines[1:]), result.stderr
+
+
+NOBODY, ANOTHER = "nobody answers there, where rank 0 should serve the store: ", "what answers there is not torch's store"
+
+
 @pytest.mark.parametrize(
     ("rank", "host", "said"),
-    [(0, "127.0.0.1", "rank 1 did not come"), (1, "127.0.0.1", "127.0.0.1:"), (1, "no-such-host.invalid", "no-such-host.invalid:")],
+    [(0, "127.0.0.1", "rank 1 did not come"), (1, "127.0.0.1", NOBODY + "Connection refused"), (1, "no-such-host.invalid", NOBODY)],
     ids=["a peer is missing", "no server", "a wrong name"],
 )
 def test_ranks_that_do_not_meet(commands: Commands, home: Path, tmp_path: Path, rank: int, host: str, said: str) -> None:
-    """Exit 5 within the timeout and five seconds, with the place and who is missing (F26)."""
+    """Exit 5 within the timeout and five seconds, with the place and who is missing; told by whoever meets nobody (F26)."""
     port, begun = free_port(), time.monotonic()
-    folder = tmp_path / "run"
-    result = commands.run(*words(home, folder, "dp=2"), **place(rank, 2, port, host))
+    result = commands.run(*words(home, tmp_path / "run", "dp=2"), **place(rank, 2, port, host))
     assert time.monotonic() - begun < TIMEOUT + 5 + 4, "4 s for what comes before"
-    told = result.stderr if rank == 0 else (folder / f"logs/rank-{rank}.log").read_text()
-    assert result.returncode == 5, result.stderr
-    assert rank != 0 or (f"{host}:{port}" in told and said in told and "Traceback" not in told and len(told.splitlines()) <= 12), told
-    assert rank == 0 or "the ranks could not meet" in told
+    did_not_meet(result, f"{host}:{port}", said)
 
 
-def test_a_port_that_is_taken(commands: Commands, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", [None, b"HTTP/1.1 400 Bad Request\r\n"], ids=["silent", "speaks otherwise"])
+@pytest.mark.parametrize(("rank", "said"), [(0, "EADDRINUSE"), (1, ANOTHER)], ids=["serves", "comes"])
+def test_a_port_that_is_taken(commands: Commands, home: Path, tmp_path: Path, rank: int, said: str, word: bytes | None) -> None:
+    """By a program that is no store: torch once waited for its answer without end, and no signal was heard."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        port = other.getsockname()[1]
-        result = commands.run(*words(home, tmp_path / "run", "dp=2"), **place(0, 2, port))
-    assert result.returncode == 5 and f"127.0.0.1:{port}" in result.stderr and "Traceback" not in result.stderr, result.stderr
+        if word is not None:
+            threading.Thread(target=answer_all, args=(other, word), daemon=True).start()
+        port, begun = other.getsockname()[1], time.monotonic()
+        result = commands.run(*words(home, tmp_path / "run", "dp=2"), **place(rank, 2, port), timeout=30.0)
+        assert time.monotonic() - begun < TIMEOUT + 5 + 4
+    did_not_meet(result, f"127.0.0.1:{port}", said)
+
+
+def answer_all(server: socket.socket, word: bytes) -> None:
+    """The same word to everyone who comes."""
+    with contextlib.suppress(OSError):  # closed
+        while True:
+            server.accept()[0].sendall(word)
+
+
+def test_told_to_stop_while_the_ranks_meet(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """SIGTERM is heard while torch waits for the answer of a program that gives none."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        job = commands.start(*words(home, tmp_path / "run", "dp=2"), "runtime.timeout_seconds=60", **place(1, 2, other.getsockname()[1]))
+        other.accept()
+        job.send(signal.SIGTERM)
+        assert job.wait(timeout=10.0).returncode == 143
+
+
+def test_a_store_that_stands_still(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """The rank that serves it is stopped while they meet: torch waits without end for what it says of the timeout."""
+    port, folder = free_port(), tmp_path / "run"
+    jobs = [commands.start(*words(home, folder, "dp=3"), "batch.global=6", **place(rank, 3, port)) for rank in range(2)]
+    while not (folder / "logs/rank-1.flight").exists():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    jobs[0].send(signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        result = jobs[1].wait(timeout=30.0)
+    finally:
+        jobs[0].send(signal.SIGKILL)
+    assert time.monotonic() - begun < TIMEOUT + 5
+    did_not_meet(result, f"127.0.0.1:{port}", f"a rank that had come no longer answers|{ANOTHER}")
+
+
+def test_the_first_of_those_that_came_tells_who_did_not(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """Also where that is not rank 0: torchrun may serve the store."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    served = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    first = [*words(home, tmp_path / "run", "dp=3"), "batch.global=6"]
+    jobs = [commands.start(*first, **place(rank, 3, store.port), **served) for rank in (1, 2)]
+    one, two = [job.wait() for job in jobs]
+    did_not_meet(one, f"127.0.0.1:{store.port}", "rank 0 did not come")
+    assert two.returncode == 5 and not two.stderr, two
 
 
 @pytest.mark.parametrize(

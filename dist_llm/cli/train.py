@@ -24,7 +24,7 @@ from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, config_tree, load_config
 from dist_llm.config.rules import check as check_rules
 from dist_llm.errors import MAX_COMMAND, CheckpointError, Code, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
-from dist_llm.meeting import Meeting
+from dist_llm.meeting import Meeting, MeetingError
 from dist_llm.model.table import num_parameters, num_trained
 from dist_llm.report.units import show_bytes
 from dist_llm.train.base import read_base
@@ -256,7 +256,9 @@ def _train_under_torchrun(run: Run, place: Place) -> None:
         failure = error if isinstance(error, Failure) else known_failure(error)
         keep_traceback(error, run.path / "logs" / f"rank-{place.rank}.log")
         teller = 0
-        if isinstance(failure, PeerError) and (explained := _records(run, place).explain()) is not None:
+        if isinstance(failure, MeetingError):
+            teller = place.rank if failure.teller is None else failure.teller
+        elif isinstance(failure, PeerError) and (explained := _records(run, place).explain()) is not None:
             failure, teller = explained, int(getattr(explained, "rank", None) == 0)  # the one that hangs says nothing
         if failure is None:
             raise
@@ -292,7 +294,9 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     again = "auto" if place.meeting.attempt and saved_steps(run.path) and begun.is_known() else run.resume
     command = f"torchrun as before with {go_on(sys.argv[1:])}"
     candidates = training.candidates(run.path, again, go_on=command)  # every rank finds the same
-    stacks_into(open_log(run.path / "logs" / f"rank-{place.rank}.log"))
+    log = open_log(run.path / "logs" / f"rank-{place.rank}.log")
+    stacks_into(log)
+    _noise_into(log)
     record = run.path / "logs" / f"rank-{place.rank}.flight"
     try:
         flight.start(flight.make_file(record), rank=place.rank, pid=os.getpid())
@@ -319,6 +323,13 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     result = training.train_rank(place.rank, place.world, tell, *arguments)
     mesh.disconnect()
     return result
+
+
+def _noise_into(log: int) -> None:
+    """From now on what torch's C++ writes to stderr goes into a log, as that of local ranks; what Python says stays where it was."""
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
+    os.dup2(log, 2)
 
 
 @dataclass(frozen=True)
