@@ -259,6 +259,19 @@ def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None
     assert result.returncode == 0, result.stderr
     assert "going on from step" in result.stdout
     assert losses(folder) == calm(layout)
+    (note,) = [line for line in result.stdout.splitlines() if "torchrun's restart" in line]
+    assert re.fullmatch(r"note: rank 1 died \(rank 1 .*, step 6, backward\): torchrun's restart 1 of 1, from step [24]", note), note
+    assert "error:" not in result.stderr, "the job has gone on"
+
+
+def test_an_error_that_torchrun_restarts_after_is_a_note(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """As long as there are restarts left, and not once there are none."""
+    first = [*words(home, tmp_path / "run", "dp=1"), f"data.source={home}/none.txt"]
+    restarts = {**place(0, 1, free_port()), "TORCHELASTIC_MAX_RESTARTS": "2"}
+    early, late = (commands.run(*first, **restarts, TORCHELASTIC_RESTART_COUNT=count) for count in ("1", "2"))
+    assert early.returncode == late.returncode == 2, late.stderr
+    assert "torchrun's restart 2 of 2, from where it began" in early.stdout and not early.stderr, early
+    assert late.stderr.startswith("error:") and "restart" not in late.stdout, late
 
 
 def test_a_restart_by_torchrun_begins_where_it_was_told_to(commands: Commands, home: Path, tmp_path: Path) -> None:
@@ -308,6 +321,29 @@ def test_a_stopped_rank_of_torchrun_is_named(commands: Commands, home: Path, tmp
     assert result.returncode == 5 and "Traceback" not in result.stderr, result.stderr
     assert f"rank {rank} hangs" in result.stderr and "step 3, forward" in result.stderr and "SIGSTOP" in result.stderr, result.stderr
     assert "most recent call first" in (folder / f"logs/rank-{1 - rank}.log").read_text(), "its stack"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_of_torchrun_is_named(commands: Commands, home: Path, tmp_path: Path, rank: int) -> None:
+    """It has died and does not hang, which the other knows from its process; only torchrun knows the signal (F3)."""
+    folder, port = tmp_path / "run", free_port()
+    fault = {"DIST_LLM_FAULT": f"step.reduce:{rank}:5"}
+    jobs = [commands.start(*words(home, folder, "dp=2,zero=1"), **place(one, 2, port), **fault) for one in range(2)]
+    result = jobs[1 - rank].wait()
+    assert jobs[rank].wait().returncode == 128 + signal.SIGKILL
+    lines = result.stderr.splitlines()
+    assert result.returncode == 5 and lines[0] == f"error: rank {rank} died" and len(lines) <= 12, result.stderr
+    assert "step 5, reduce" in lines[1] and "torchrun's own report" in result.stderr and "silent" not in result.stderr, result.stderr
+    assert lines[-1].startswith("  next:     torchrun as before with dist-llm train") and lines[-1].endswith("--resume auto"), lines[-1]
+
+
+def test_a_rank_of_torchrun_that_fails_is_no_hang(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """It says itself what has happened, and the first rank with which code it left."""
+    port, fault = free_port(), {"DIST_LLM_FAULT": "step.backward:1:3:MEMORY"}
+    jobs = [commands.start(*words(home, tmp_path / "run", "dp=2"), **place(rank, 2, port), **fault) for rank in range(2)]
+    first, second = [job.wait() for job in jobs]
+    assert second.returncode == 8 and second.stderr.startswith("error: out of memory"), second.stderr
+    assert first.returncode == 5 and first.stderr.startswith("error: rank 1 failed") and "exit code 8" in first.stderr, first.stderr
 
 
 def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:
