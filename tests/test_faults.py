@@ -386,7 +386,7 @@ def place(rank: int, world: int, port: int, host: str = "127.0.0.1") -> dict[str
 
 
 def did_not_meet(result: Result, address: str, said: str) -> None:
-    """One block of ours on stderr, and nothing of torch's."""
+    """One block of ours on stderr, and nothing else."""
     lines = result.stderr.splitlines()
     assert result.returncode == 5 and lines and lines[0] == "error: the ranks could not meet" and len(lines) <= 12, result
     assert address in lines[1] and re.search(said, result.stderr), result.stderr
@@ -417,6 +417,15 @@ def test_ranks_that_do_not_meet(commands: Commands, home: Path, tmp_path: Path, 
     port, folder = free_port(), tmp_path / "run"
     job = commands.start(*words(home, folder, "dp=2"), **place(rank, 2, port, host))
     did_not_meet(end_of(job, folder / f"logs/rank-{rank}.flight"), f"{host}:{port}", said)
+
+
+def test_what_torch_says_of_it_goes_into_the_log(home: Path, tmp_path: Path) -> None:
+    """Its C++ tells of a store that is not there in forty lines, in a process that was not forked."""
+    folder, port = tmp_path / "run", free_port()
+    command = [sys.executable, "-m", "dist_llm", *words(home, folder, "dp=2")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **place(1, 2, port)}, timeout=120)
+    did_not_meet(Result(done.returncode, done.stdout, done.stderr), f"127.0.0.1:{port}", NOBODY)
+    assert "c10d" in (folder / "logs/rank-1.log").read_text()
 
 
 @pytest.mark.parametrize("word", [None, b"HTTP/1.1 400 Bad Request\r\n"], ids=["silent", "speaks otherwise"])
