@@ -30,7 +30,7 @@ RING = 512  # collectives that are remembered
 STEPS = 32  # steps whose own work is remembered
 TEXTS, TEXT = 256, 96  # places for names of groups and lines of code; the last one is for those that find none
 NO_PLACE = "..."
-_HEAD = struct.Struct("<QIIqdqqqB")  # number, rank, pid, step, changed at, collectives begun, awaited, steps done, phase
+_HEAD = struct.Struct("<QIIqdqqqBh")  # number, rank, pid, step, changed at, collectives begun, awaited, steps done, phase, exit code
 _SUM = struct.Struct("<I")  # of the head, after it
 _SLOT = 80  # the head is written here and there in turn, so one of the two is always whole, even where a rank is stopped in the middle
 _ENTRY = struct.Struct("<QQIHHBBBB4I")  # number, place in its group, step, group, site, kind, dtype, state, num dims, dims
@@ -47,7 +47,7 @@ class Flight:
     def __init__(self, buffer: Any, *, rank: int, pid: int) -> None:
         self.buffer, self.rank, self.pid = buffer, rank, pid
         self.step, self.phase, self.begun, self.awaited, self.steps, self.written = 0, 0, 0, -1, 0, 0
-        self.waited, self.step_began = 0.0, time.monotonic()
+        self.waited, self.step_began, self.code = 0.0, time.monotonic(), -1
         self._texts: dict[Any, int] = {}
         self._counts: dict[int, int] = {}
         self._text("host", socket.gethostname())  # the first of the texts
@@ -55,8 +55,10 @@ class Flight:
 
     def _write(self) -> None:
         self.written += 1
-        place = (self.written, self.rank, self.pid, self.step, time.monotonic())
-        head = _HEAD.pack(*place, self.begun, self.awaited, self.steps, self.phase)
+        if self.code < 0:  # else it has gone on no further
+            self.changed_at = time.monotonic()
+        place = (self.written, self.rank, self.pid, self.step, self.changed_at)
+        head = _HEAD.pack(*place, self.begun, self.awaited, self.steps, self.phase, self.code)
         at = self.written % 2 * _SLOT
         self.buffer[at : at + _HEAD.size + _SUM.size] = head + _SUM.pack(crc32(head))
 
@@ -72,6 +74,11 @@ class Flight:
             struct.pack_into("<d", self.buffer, _SECONDS + 8 * (self.steps % STEPS), now - self.step_began - self.waited)
             self.steps += 1
         self.step, self.step_began, self.waited = step, now, 0.0
+        self._write()
+
+    def leave(self, code: int) -> None:
+        """The rank is about to end by itself, with an exit code."""
+        self.code = code
         self._write()
 
     def begin(self, kind: str, group: str, dtype: str, shape: Sequence[int]) -> int:
@@ -159,6 +166,12 @@ def begin_step(step: int) -> None:
         current.begin_step(step)
 
 
+def leave(code: int) -> None:
+    """This process is about to end by itself."""
+    if current is not None:
+        current.leave(code)
+
+
 def make() -> mmap.mmap:
     """Memory for a record, shared with processes that are forked later."""
     return mmap.mmap(-1, SIZE)
@@ -216,7 +229,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank's record says at a moment. changed_at: time.monotonic of its last word; awaited: None when it waits for nothing."""
+    """What a rank's record says at a moment.
+
+    changed_at: time.monotonic of its last word; awaited: None when it waits for nothing; code: with which it ends by itself.
+    """
 
     rank: int
     host: str
@@ -227,6 +243,7 @@ class Snapshot:
     calls: list[Call]  # in order; the last RING of them
     awaited: Call | None
     seconds: list[float]  # own work of the last steps
+    code: int | None = None
 
 
 def _head(buffer: Any) -> tuple | None:
@@ -245,12 +262,12 @@ def read(buffer: Any, *, calls: bool = True) -> Snapshot | None:
     head = _head(buffer)
     if head is None:
         return None
-    _, rank, pid, step, changed_at, begun, awaited, steps, phase = head
+    _, rank, pid, step, changed_at, begun, awaited, steps, phase, code = head
     found = [_call(buffer, number) for number in range(max(0, begun - RING + 8), begun)] if calls else []
     seconds = [struct.unpack_from("<d", buffer, _SECONDS + 8 * (at % STEPS))[0] for at in range(max(0, steps - STEPS), steps)]
     good = [call for call in found if call is not None]
     waiting = _call(buffer, awaited) if awaited >= 0 else None
-    return Snapshot(rank, _text_at(buffer, 0), pid, step, PHASES[phase], changed_at, good, waiting, seconds)
+    return Snapshot(rank, _text_at(buffer, 0), pid, step, PHASES[phase], changed_at, good, waiting, seconds, None if code < 0 else code)
 
 
 def signatures(buffer: Any) -> dict[tuple[str, int], tuple]:

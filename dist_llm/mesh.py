@@ -7,6 +7,7 @@ rank = ((pp * DP + dp) * CP + cp) * TP + tp.
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,11 +17,11 @@ import torch.distributed as dist
 
 from dist_llm import staging
 from dist_llm.config.layout import Layout
-from dist_llm.errors import PeerError
-from dist_llm.meeting import Meeting
+from dist_llm.meeting import Meeting, MeetingError, within
 from dist_llm.sharding import split_parts
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
+MARGIN_SECONDS = 2.0  # what torch's own timeouts are given to speak first
 _keys = itertools.count()
 _patience = timedelta(minutes=10)  # how long a group waits for its ranks: what `connect` was told
 groups_by_key: dict[str, Group] = {}  # custom operations name their group by a string
@@ -205,42 +206,66 @@ class _GroupMaker:
 def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str = "", meeting: Meeting | None = None) -> None:
     """Joins the job: through a file store on one machine, or at a meeting point.
 
-    timeout_seconds: how long a rank waits for the others, here and in every group that is made later. Raises PeerError that names the
+    timeout_seconds: how long a rank waits for the others, here and in every group that is made later. Raises MeetingError that names the
     place and the ranks that did not come.
     """
     global _patience
-    _patience = timedelta(seconds=timeout_seconds)
+    _patience, deadline = timedelta(seconds=timeout_seconds), time.monotonic() + timeout_seconds
     store: Any = None
-    try:
+    away: list[int] = []
+
+    def left() -> timedelta:
+        """The rest of the time, for the next thing that is waited for."""
+        return timedelta(seconds=max(deadline - time.monotonic(), 0.5))
+
+    def meet() -> None:
+        nonlocal store, away
         if meeting is None:
             store = dist.FileStore(store_path, world)
         else:
             serves = rank == 0 and not meeting.served
             tcp = dist.TCPStore(meeting.host, meeting.port, world, is_master=serves, timeout=_patience, wait_for_workers=False)
             store = dist.PrefixStore(f"attempt {meeting.attempt}", tcp)
-        store.set_timeout(_patience)
-        store.set(f"here/{rank}", "yes")
-        store.wait([f"here/{other}" for other in range(world)])
-        dist.init_process_group(backend, timeout=_patience, store=dist.PrefixStore("groups", store), rank=rank, world_size=world)
-        store.set(f"met/{rank}", "yes")  # who is done and leaves would break a connection that another rank still makes
-        store.wait([f"met/{other}" for other in range(world)])
-    except (RuntimeError, ValueError) as error:
-        raise PeerError(
+        try:
+            store.set_timeout(left())
+            store.set(f"here/{rank}", "yes")
+            store.wait([f"here/{other}" for other in range(world)])
+            store.set_timeout(_patience)
+            dist.init_process_group(backend, timeout=_patience, store=dist.PrefixStore("groups", store), rank=rank, world_size=world)
+            store.set(f"met/{rank}", "yes")  # who is done and leaves would break a connection that another rank still makes
+            store.wait([f"met/{other}" for other in range(world)], left())
+        except RuntimeError:
+            away = _missing(store, world)
+            raise
+
+    try:
+        within(timeout_seconds + MARGIN_SECONDS, meet)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise MeetingError(
             "the ranks could not meet",
-            where=f"rank {rank} of {world}, backend {backend}" + (f", at {meeting.host}:{meeting.port}" if meeting else ""),
+            teller=min(set(range(world)) - set(away)) if away else None,
+            where=f"rank {rank} of {world}, backend {backend}" + (f", at {meeting}" if meeting else ""),
             expected=f"{world} ranks within {timeout_seconds:g} s",
-            found=_missing(store, world) or str(error).splitlines()[0],
+            found=_reason(error, away, meeting if store is None else None),
             next="dist-llm doctor",
         ) from error
 
 
-def _missing(store: Any, world: int) -> str:
-    """Which ranks have not come to the store; empty where it does not say."""
+def _missing(store: Any, world: int) -> list[int]:
+    """Which ranks have not come to the store; none where it does not say."""
     try:
-        away = [rank for rank in range(world) if not store.check([f"here/{rank}"])]
-    except (RuntimeError, AttributeError):  # no store, or one that has gone
-        return ""
-    return f"rank{'' if len(away) == 1 else 's'} {', '.join(map(str, away[:16]))} did not come" if away else ""
+        return [rank for rank in range(world) if not store.check([f"here/{rank}"])]
+    except RuntimeError:  # it has gone
+        return []
+
+
+def _reason(error: Exception, away: list[int], unreached: Meeting | None) -> str:
+    """Why the ranks did not meet. unreached: where the store should have been."""
+    if away:
+        return f"rank{'' if len(away) == 1 else 's'} {', '.join(map(str, away[:16]))} did not come"
+    if unreached is not None and "EADDRINUSE" not in str(error):
+        return unreached.answer()
+    return "a rank that had come no longer answers" if isinstance(error, TimeoutError) else str(error).splitlines()[0]
 
 
 def disconnect() -> None:

@@ -166,6 +166,7 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
         say({**bug.as_dict(), "traceback": traceback.format_exc()}, "failure")
         code = bug.code
     finally:
+        flight.leave(code)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from dist_llm import flight
-from dist_llm.errors import Failure, PeerError
+from dist_llm.errors import Code, Failure, PeerError
 from dist_llm.flight import Call, Snapshot
 
 LOOK_SECONDS = 0.5  # between two looks
@@ -32,7 +32,7 @@ STACK_SECONDS = 0.5  # for the ranks to write their stacks
 
 
 class HangError(PeerError):
-    """Rank `rank` no longer goes on."""
+    """Rank `rank` no longer goes on: it hangs, or has ended."""
 
     def __init__(self, what: str, *, rank: int = -1, **fields: Any) -> None:
         super().__init__(what, **fields)
@@ -76,6 +76,13 @@ def culprit(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot:
         return (max(places, default=-1), -one.changed_at)
 
     return min(snapshots, key=progress)
+
+
+def ended(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot | None:
+    """The first rank that has ended, for another reason than that it gave up waiting or was done. states: read before the snapshots."""
+    gone = [one for one in snapshots if states.get(one.rank) in ("Z", "X")]
+    cause = [one for one in gone if one.code not in (Code.DONE, Code.PEER)]
+    return min(cause, key=lambda one: one.changed_at, default=None)
 
 
 def slow_rank(snapshots: Sequence[Snapshot]) -> tuple[int, float] | None:
@@ -131,6 +138,15 @@ def hang_failure(snapshots: Sequence[Snapshot], states: dict[int, str], *, now: 
     )
 
 
+def end_failure(one: Snapshot, *, logs: object = None) -> HangError:
+    """The message for a rank that has ended, when it is not us who started it: a signal is known to its parent alone."""
+    log = [] if logs is None else [f"its last words: {logs}/rank-{one.rank}.log"]
+    if one.code is not None:
+        return HangError(f"rank {one.rank} failed", rank=one.rank, where=place_of(one), found=f"exit code {one.code}", details=log)
+    found = "its process has ended without a word; the signal is in torchrun's own report"
+    return HangError(f"rank {one.rank} died", rank=one.rank, where=place_of(one), found=found, details=log)
+
+
 def slow_note(rank: int, ratio: float, snapshots: Sequence[Snapshot]) -> str:
     """One line about a slow rank."""
     step = max(one.step for one in snapshots)
@@ -141,7 +157,7 @@ def slow_note(rank: int, ratio: float, snapshots: Sequence[Snapshot]) -> str:
 
 
 def process_states(snapshots: Sequence[Snapshot]) -> dict[int, str]:
-    """The kernel's letter for each rank's process that is on this machine; none for a process that has ended."""
+    """The kernel's letter for each rank's process that is on this machine; X for one that has ended."""
     found, here = {}, socket.gethostname()
     for one in snapshots:
         if one.host != here:
@@ -150,7 +166,7 @@ def process_states(snapshots: Sequence[Snapshot]) -> dict[int, str]:
             with open(f"/proc/{one.pid}/stat", "rb") as file:
                 found[one.rank] = file.read().rsplit(b")", 1)[1].split()[0].decode()
         except (OSError, IndexError):
-            continue
+            found[one.rank] = "X"
     return found
 
 
@@ -196,8 +212,11 @@ class Watchdog:
         if (differing := self.mismatch()) is not None:
             return differing
         found = self.snapshots()
-        complete = self.complete and len(found) == len(self.buffers)  # a record may be there and not have begun
-        return self.hang(found) if complete and any(one.awaited is not None for one in found) else None
+        if not self.complete or len(found) < len(self.buffers):  # a record may be there and not have begun
+            return None
+        if any(one.awaited is not None for one in found):
+            return self.hang(found)
+        return self._end(found)
 
     def mismatch(self) -> Failure | None:
         """The failure of ranks that do not make the same collectives, if they do not."""
@@ -205,7 +224,9 @@ class Watchdog:
         return None if found is None else mismatch_failure(found)
 
     def hang(self, found: Sequence[Snapshot]) -> Failure:
-        """Has the living ranks write their stacks, and says which rank hangs."""
+        """Says which rank has ended or, with the stacks of the living ones written, which one hangs."""
+        if (end := self._end(found)) is not None:
+            return end
         now, states = time.monotonic(), process_states(found)
         if self.logs is not None:
             for one in found:
@@ -213,4 +234,10 @@ class Watchdog:
                     with contextlib.suppress(ProcessLookupError):  # it may end meanwhile
                         os.kill(one.pid, signal.SIGUSR2)
             time.sleep(STACK_SECONDS)
-        return hang_failure(found, states, now=now, logs=self.logs)
+        return self._end(found) or hang_failure(found, states, now=now, logs=self.logs)  # connections close before a process ends
+
+    def _end(self, found: Sequence[Snapshot]) -> Failure | None:
+        """The failure of a rank that has ended, if one has."""
+        states = process_states(found)
+        end = ended(self.snapshots(), states)
+        return None if end is None else end_failure(end, logs=self.logs)

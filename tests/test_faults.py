@@ -5,6 +5,7 @@ Nine points of a step or a save x kill -9, SIGTERM, SIGSTOP; layouts and ranks i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dist_llm.cli.train import Run, _run_local
 from dist_llm.config.layout import Layout
@@ -256,6 +259,19 @@ def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None
     assert result.returncode == 0, result.stderr
     assert "going on from step" in result.stdout
     assert losses(folder) == calm(layout)
+    (note,) = [line for line in result.stdout.splitlines() if "torchrun's restart" in line]
+    assert re.fullmatch(r"note: rank 1 died \(rank 1 .*, step 6, backward\): torchrun's restart 1 of 1, from step [24]", note), note
+    assert "error:" not in result.stderr, "the job has gone on"
+
+
+def test_an_error_that_torchrun_restarts_after_is_a_note(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """As long as there are restarts left, and not once there are none."""
+    first = [*words(home, tmp_path / "run", "dp=1"), f"data.source={home}/none.txt"]
+    restarts = {**place(0, 1, free_port()), "TORCHELASTIC_MAX_RESTARTS": "2"}
+    early, late = (commands.run(*first, **restarts, TORCHELASTIC_RESTART_COUNT=count) for count in ("1", "2"))
+    assert early.returncode == late.returncode == 2, late.stderr
+    assert "torchrun's restart 2 of 2, from where it began" in early.stdout and not early.stderr, early
+    assert late.stderr.startswith("error:") and "restart" not in late.stdout, late
 
 
 def test_a_restart_by_torchrun_begins_where_it_was_told_to(commands: Commands, home: Path, tmp_path: Path) -> None:
@@ -307,6 +323,29 @@ def test_a_stopped_rank_of_torchrun_is_named(commands: Commands, home: Path, tmp
     assert "most recent call first" in (folder / f"logs/rank-{1 - rank}.log").read_text(), "its stack"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_of_torchrun_is_named(commands: Commands, home: Path, tmp_path: Path, rank: int) -> None:
+    """It has died and does not hang, which the other knows from its process; only torchrun knows the signal (F3)."""
+    folder, port = tmp_path / "run", free_port()
+    fault = {"DIST_LLM_FAULT": f"step.reduce:{rank}:5"}
+    jobs = [commands.start(*words(home, folder, "dp=2,zero=1"), **place(one, 2, port), **fault) for one in range(2)]
+    result = jobs[1 - rank].wait()
+    assert jobs[rank].wait().returncode == 128 + signal.SIGKILL
+    lines = result.stderr.splitlines()
+    assert result.returncode == 5 and lines[0] == f"error: rank {rank} died" and len(lines) <= 12, result.stderr
+    assert "step 5, reduce" in lines[1] and "torchrun's own report" in result.stderr and "silent" not in result.stderr, result.stderr
+    assert lines[-1].startswith("  next:     torchrun as before with dist-llm train") and lines[-1].endswith("--resume auto"), lines[-1]
+
+
+def test_a_rank_of_torchrun_that_fails_is_no_hang(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """It says itself what has happened, and the first rank with which code it left."""
+    port, fault = free_port(), {"DIST_LLM_FAULT": "step.backward:1:3:MEMORY"}
+    jobs = [commands.start(*words(home, tmp_path / "run", "dp=2"), **place(rank, 2, port), **fault) for rank in range(2)]
+    first, second = [job.wait() for job in jobs]
+    assert second.returncode == 8 and second.stderr.startswith("error: out of memory"), second.stderr
+    assert first.returncode == 5 and first.stderr.startswith("error: rank 1 failed") and "exit code 8" in first.stderr, first.stderr
+
+
 def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:
     """Ten times slower from step 2 on: one note within 20 steps (F10)."""
     first = [*words(home, tmp_path / "run", "dp=2"), "schedule.steps=24", "save.every=0", "track.validate_every=0"]
@@ -346,30 +385,108 @@ def place(rank: int, world: int, port: int, host: str = "127.0.0.1") -> dict[str
     return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
+def did_not_meet(result: Result, address: str, said: str) -> None:
+    """One block of ours on stderr, and nothing else."""
+    lines = result.stderr.splitlines()
+    assert result.returncode == 5 and lines and lines[0] == "error: the ranks could not meet" and len(lines) <= 12, result
+    assert address in lines[1] and re.search(said, result.stderr), result.stderr
+    assert all(line.startswith("  ") for line in lines[1:]), result.stderr
+
+
+def end_of(job: Job, record: Path) -> Result:
+    """How a rank ends that meets nobody: within the timeout and five seconds; the clock starts when it has begun its record."""
+    while not record.exists():
+        assert job.running
+        time.sleep(0.01)
+    begun = time.monotonic()
+    result = job.wait(timeout=30.0)
+    assert time.monotonic() - begun < TIMEOUT + 5 + 2, "2 s for the data"
+    return result
+
+
+NOBODY, ANOTHER = "nobody answers there, where rank 0 should serve the store: ", "what answers there is not torch's store"
+
+
 @pytest.mark.parametrize(
     ("rank", "host", "said"),
-    [(0, "127.0.0.1", "rank 1 did not come"), (1, "127.0.0.1", "127.0.0.1:"), (1, "no-such-host.invalid", "no-such-host.invalid:")],
+    [(0, "127.0.0.1", "rank 1 did not come"), (1, "127.0.0.1", NOBODY + "Connection refused"), (1, "no-such-host.invalid", NOBODY)],
     ids=["a peer is missing", "no server", "a wrong name"],
 )
 def test_ranks_that_do_not_meet(commands: Commands, home: Path, tmp_path: Path, rank: int, host: str, said: str) -> None:
-    """Exit 5 within the timeout and five seconds, with the place and who is missing (F26)."""
-    port, begun = free_port(), time.monotonic()
-    folder = tmp_path / "run"
-    result = commands.run(*words(home, folder, "dp=2"), **place(rank, 2, port, host))
-    assert time.monotonic() - begun < TIMEOUT + 5 + 4, "4 s for what comes before"
-    told = result.stderr if rank == 0 else (folder / f"logs/rank-{rank}.log").read_text()
-    assert result.returncode == 5, result.stderr
-    assert rank != 0 or (f"{host}:{port}" in told and said in told and "Traceback" not in told and len(told.splitlines()) <= 12), told
-    assert rank == 0 or "the ranks could not meet" in told
+    """Exit 5 within the timeout and five seconds, with the place and who is missing; told by whoever meets nobody (F26)."""
+    port, folder = free_port(), tmp_path / "run"
+    job = commands.start(*words(home, folder, "dp=2"), **place(rank, 2, port, host))
+    did_not_meet(end_of(job, folder / f"logs/rank-{rank}.flight"), f"{host}:{port}", said)
 
 
-def test_a_port_that_is_taken(commands: Commands, home: Path, tmp_path: Path) -> None:
+def test_what_torch_says_of_it_goes_into_the_log(home: Path, tmp_path: Path) -> None:
+    """Its C++ tells of a store that is not there in forty lines, in a process that was not forked."""
+    folder, port = tmp_path / "run", free_port()
+    command = [sys.executable, "-m", "dist_llm", *words(home, folder, "dp=2")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **place(1, 2, port)}, timeout=120)
+    did_not_meet(Result(done.returncode, done.stdout, done.stderr), f"127.0.0.1:{port}", NOBODY)
+    assert "c10d" in (folder / "logs/rank-1.log").read_text()
+
+
+@pytest.mark.parametrize("word", [None, b"HTTP/1.1 400 Bad Request\r\n"], ids=["silent", "speaks otherwise"])
+@pytest.mark.parametrize(("rank", "said"), [(0, "EADDRINUSE"), (1, ANOTHER)], ids=["serves", "comes"])
+def test_a_port_that_is_taken(commands: Commands, home: Path, tmp_path: Path, rank: int, said: str, word: bytes | None) -> None:
+    """By a program that is no store: torch once waited for its answer without end, and no signal was heard."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        port = other.getsockname()[1]
-        result = commands.run(*words(home, tmp_path / "run", "dp=2"), **place(0, 2, port))
-    assert result.returncode == 5 and f"127.0.0.1:{port}" in result.stderr and "Traceback" not in result.stderr, result.stderr
+        if word is not None:
+            threading.Thread(target=answer_all, args=(other, word), daemon=True).start()
+        port, folder = other.getsockname()[1], tmp_path / "run"
+        job = commands.start(*words(home, folder, "dp=2"), **place(rank, 2, port))
+        result = end_of(job, folder / f"logs/rank-{rank}.flight")
+    did_not_meet(result, f"127.0.0.1:{port}", said)
+
+
+def answer_all(server: socket.socket, word: bytes) -> None:
+    """The same word to everyone who comes."""
+    with contextlib.suppress(OSError):  # closed
+        while True:
+            server.accept()[0].sendall(word)
+
+
+def test_told_to_stop_while_the_ranks_meet(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """SIGTERM is heard while torch waits for the answer of a program that gives none."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        job = commands.start(*words(home, tmp_path / "run", "dp=2"), "runtime.timeout_seconds=60", **place(1, 2, other.getsockname()[1]))
+        other.accept()
+        job.send(signal.SIGTERM)
+        assert job.wait(timeout=10.0).returncode == 143
+
+
+def test_a_store_that_stands_still(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """The rank that serves it is stopped while they meet: torch waits without end for what it says of the timeout."""
+    port, folder = free_port(), tmp_path / "run"
+    jobs = [commands.start(*words(home, folder, "dp=3"), "batch.global=6", **place(rank, 3, port)) for rank in range(2)]
+    while not (folder / "logs/rank-1.flight").exists():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    jobs[0].send(signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        result = jobs[1].wait(timeout=30.0)
+    finally:
+        jobs[0].send(signal.SIGKILL)
+    assert time.monotonic() - begun < TIMEOUT + 5
+    did_not_meet(result, f"127.0.0.1:{port}", f"a rank that had come no longer answers|{ANOTHER}")
+
+
+def test_the_first_of_those_that_came_tells_who_did_not(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """Also where that is not rank 0: torchrun may serve the store."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    served = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    first = [*words(home, tmp_path / "run", "dp=3"), "batch.global=6"]
+    jobs = [commands.start(*first, **place(rank, 3, store.port), **served) for rank in (1, 2)]
+    one, two = [job.wait() for job in jobs]
+    did_not_meet(one, f"127.0.0.1:{store.port}", "rank 0 did not come")
+    assert two.returncode == 5 and not two.stderr, two
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ FILES = sorted((ROOT / "dist_llm").rglob("*.py"))
 # From what everybody may use to what uses everything. A module knows its own room and the rooms of the lines above it,
 # never another room of its own line. The longest name that fits a module is its room.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "flight", "meeting", "stop", "strict", "__version__"),
-    ("faults", "watch", "sidefiles"),
+    ("errors", "flight", "stop", "strict", "__version__"),
+    ("faults", "meeting", "watch", "sidefiles"),
     ("config", "schedule"),
     ("model.table",),
     ("model.cost", "sharding", "interop.kinds", "interop.safe_file"),

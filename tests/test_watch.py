@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +15,12 @@ import pytest
 import torch
 
 from dist_llm import comm, flight
-from dist_llm.errors import PeerError
+from dist_llm.errors import Code, PeerError
 from dist_llm.flight import Call, Flight, Snapshot
 from dist_llm.mesh import whole_world
 from dist_llm.train.checkpoint import Background
 from dist_llm.train.durable import Disk
-from dist_llm.watch import SLOW_STEPS, Watchdog, culprit, hang_failure, mismatch, slow_rank
+from dist_llm.watch import SLOW_STEPS, Watchdog, culprit, end_failure, ended, hang_failure, mismatch, process_states, slow_rank
 from tests.ranks import Ranks
 
 GROUP = "dp of ranks 0,1"
@@ -52,6 +54,37 @@ def test_a_record_is_read_as_it_was_written() -> None:
     record.done(number, 0.5)
     seen = flight.read(buffer)
     assert seen is not None and seen.awaited is None and seen.calls[-1].state == flight.DONE
+
+
+def test_a_rank_that_ends_says_so_and_has_gone_on_no_further() -> None:
+    buffer, record = recorded()
+    before = flight.read(buffer)
+    record.leave(Code.PEER)
+    after = flight.read(buffer)
+    assert before is not None and after is not None and (before.code, after.code) == (None, Code.PEER)
+    assert after.changed_at == before.changed_at, "of ranks that are equally far the last to come is to blame"
+
+
+def test_who_has_ended() -> None:
+    """One that has died or failed; never one that gave up waiting for another, or was done."""
+    ranks = [snapshot(0), snapshot(1, code=Code.PEER), snapshot(2, code=Code.DONE), snapshot(3, age=1.0), snapshot(4, age=2.0, code=8)]
+    assert ended(ranks, {}) is None, "on other machines"
+    assert ended(ranks, {0: "S", 1: "Z", 2: "X", 3: "T"}) is None
+    assert ended(ranks, {1: "Z", 3: "X"}) == ranks[3]
+    assert ended(ranks, dict.fromkeys(range(1, 5), "X")) == ranks[4], "the first"
+    assert "exit code 8" in str(end_failure(ranks[4]).found) and end_failure(ranks[3]).what == "rank 3 died"
+
+
+def test_a_killed_process_is_known() -> None:
+    """As a zombie, and when its parent has taken its status."""
+    child = subprocess.Popen(["sleep", "60"])
+    found = [snapshot(1, pid=child.pid, host=socket.gethostname())]
+    assert process_states(found)[1] not in "ZX"
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_states(found) == {1: "Z"}
+    child.wait()
+    assert process_states(found) == {1: "X"}
 
 
 def test_a_record_that_is_being_written_is_never_half_read() -> None:

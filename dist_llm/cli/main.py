@@ -20,6 +20,7 @@ import typer
 from dist_llm import __version__, stop
 from dist_llm.cli.misuse import misuse
 from dist_llm.errors import Code, Failure, render
+from dist_llm.meeting import is_stuck
 
 VERBS = {  # name -> (module, what it holds, one line of help)
     "train": ("train", "train", "Train a model from a config."),
@@ -95,6 +96,8 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone: nothing more to say to it, and nothing to complain about
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if is_stuck():
+        os._exit(code)
     sys.exit(code)
 
 

@@ -24,7 +24,7 @@ from dist_llm.config.layout import Layout, world_of
 from dist_llm.config.load import Loaded, config_tree, load_config
 from dist_llm.config.rules import check as check_rules
 from dist_llm.errors import MAX_COMMAND, CheckpointError, Code, DataError, Failure, NumericError, PeerError, SpaceError, UsageError, plain
-from dist_llm.meeting import Meeting
+from dist_llm.meeting import Meeting, MeetingError
 from dist_llm.model.table import num_parameters, num_trained
 from dist_llm.report.units import show_bytes
 from dist_llm.train.base import read_base
@@ -88,12 +88,13 @@ def train(
 
 @dataclass(frozen=True)
 class Place:
-    """This process among torchrun's."""
+    """This process among torchrun's. restarts: how often torchrun starts the ranks anew at most."""
 
     rank: int
     world: int
     local_rank: int
     meeting: Meeting
+    restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def torchrun_place() -> Place | None:
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         rank, world, local_rank, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        attempt, restarts = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     except ValueError as error:
         raise UsageError("torchrun's variables are no numbers", where=", ".join(TORCHRUN), found=str(error)) from None
     if not (0 <= rank < world and local_rank >= 0 and 0 < port < 1 << 16):
         found = f"RANK={rank} WORLD_SIZE={world} LOCAL_RANK={local_rank} MASTER_PORT={port}"
         raise UsageError("torchrun's variables contradict each other", expected="0 <= RANK < WORLD_SIZE, a port", found=found)
-    return Place(rank, world, local_rank, Meeting(host, port, served, attempt))
+    return Place(rank, world, local_rank, Meeting(host, port, served, attempt), restarts)
 
 
 def with_last_good(failure: Failure, path: Path, words: list[str]) -> Failure:
@@ -200,7 +201,13 @@ def saved_steps(path: Path) -> list[Path]:
 def go_on(words: list[str]) -> str:
     """The command that goes on with a run, from the words of this one."""
     kept = [word for at, word in enumerate(words) if word != "--resume" and words[at - 1 : at] != ["--resume"] and word[:9] != "--resume="]
-    return shlex.join(["dist-llm", *kept, "--resume", "auto"])
+    command = shlex.join(["dist-llm", *kept, "--resume", "auto"])
+    return command if torchrun_place() is None else f"torchrun as before with {command}"
+
+
+def starting_point(saved: list[Path]) -> str:
+    """Where a restart begins."""
+    return f"from step {step_of(saved[0])}" if saved else "from where it began, nothing was saved yet"
 
 
 def _train_here(run: Run, restarts: int) -> None:
@@ -237,8 +244,7 @@ def _run_local(run: Run, candidates: list[Path], console: Console, restarts: int
             if own and config.base is not None:
                 config = run.read("auto").config  # with the base gone, its tokenizer is in a checkpoint that may be gone by now
             candidates = own or candidates
-            start = f"from step {step_of(own[0])}" if own else "from where it began, nothing was saved yet"
-            console.line(f"note: {plain(lost.what)} ({plain(lost.where)}): restart {attempt} of {restarts}, {start}")
+            console.line(f"note: {plain(lost.what)} ({plain(lost.where)}): restart {attempt} of {restarts}, {starting_point(own)}")
     return run_local(config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
 
 
@@ -247,6 +253,7 @@ def _train_under_torchrun(run: Run, place: Place) -> None:
     try:
         with Console(steps=run.loaded.config.schedule.steps) as console:
             result = _join(run, place, console)
+            flight.leave(Code.DONE)
             _conclude(run, result, console if place.rank == 0 else None)
     except typer.Exit:
         raise
@@ -254,15 +261,28 @@ def _train_under_torchrun(run: Run, place: Place) -> None:
         from dist_llm.ranks import known_failure
 
         failure = error if isinstance(error, Failure) else known_failure(error)
+        flight.leave(Code.BUG if failure is None else failure.code)
         keep_traceback(error, run.path / "logs" / f"rank-{place.rank}.log")
         teller = 0
-        if isinstance(failure, PeerError) and (explained := _records(run, place).explain()) is not None:
+        if isinstance(failure, MeetingError):
+            teller = place.rank if failure.teller is None else failure.teller
+        elif isinstance(failure, PeerError) and (explained := _records(run, place).explain()) is not None:
             failure, teller = explained, int(getattr(explained, "rank", None) == 0)  # the one that hangs says nothing
         if failure is None:
             raise
         if not told_by(failure, rank=place.rank, local_rank=place.local_rank, teller=teller):
             raise typer.Exit(int(failure.code)) from None
+        if place.meeting.attempt < place.restarts:
+            _note_restart(run, place, failure)
+            raise typer.Exit(int(failure.code)) from None
         raise failure from None
+
+
+def _note_restart(run: Run, place: Place, failure: Failure) -> None:
+    """One line: torchrun starts its ranks anew after any failure, so this one does not end the job."""
+    where = f" ({plain(failure.where)})" if failure.where else ""
+    start = starting_point(saved_steps(run.path) if Begun(run).is_known() else [])
+    print(f"note: {plain(failure.what)}{where}: torchrun's restart {place.meeting.attempt + 1} of {place.restarts}, {start}", flush=True)
 
 
 def _records(run: Run, place: Place, note: Callable[[str], None] | None = None) -> Watchdog:
@@ -290,9 +310,10 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     if first and not place.meeting.attempt:
         begun.forget()
     again = "auto" if place.meeting.attempt and saved_steps(run.path) and begun.is_known() else run.resume
-    command = f"torchrun as before with {go_on(sys.argv[1:])}"
-    candidates = training.candidates(run.path, again, go_on=command)  # every rank finds the same
-    stacks_into(open_log(run.path / "logs" / f"rank-{place.rank}.log"))
+    candidates = training.candidates(run.path, again, go_on=go_on(sys.argv[1:]))  # every rank finds the same
+    log = open_log(run.path / "logs" / f"rank-{place.rank}.log")
+    stacks_into(log)
+    _noise_into(log)
     record = run.path / "logs" / f"rank-{place.rank}.flight"
     try:
         flight.start(flight.make_file(record), rank=place.rank, pid=os.getpid())
@@ -319,6 +340,13 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     result = training.train_rank(place.rank, place.world, tell, *arguments)
     mesh.disconnect()
     return result
+
+
+def _noise_into(log: int) -> None:
+    """From now on what torch's C++ writes to stderr goes into a log, as that of local ranks; what Python says stays where it was."""
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
+    os.dup2(log, 2)
 
 
 @dataclass(frozen=True)
