@@ -72,7 +72,8 @@ def keep_until(path: Path, step: int) -> None:
     """
     if not path.is_file():
         return
-    kept, aside = [], []
+    kept: list[str] = []
+    aside: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
