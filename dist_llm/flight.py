@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 from zlib import crc32
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "update", "validate", "sample", "save", "end", "reference")
+PHASES = ("start", "data", "forward", "backward", "reduce", "update", "validate", "sample", "save", "end", "reference", "failed", "gave up")
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send", "recv", "barrier")
 DTYPES = ("float32", "bfloat16", "float64", "float16", "int64", "int32", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", "another dtype")
 BEGUN, WAITED_FOR, DONE = range(3)
@@ -174,7 +174,7 @@ def make_file(path: Path) -> mmap.mmap:
         path.unlink()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     with open(handle, "wb+", buffering=0) as file:
-        file.truncate(SIZE)
+        os.posix_fallocate(file.fileno(), 0, SIZE)  # a page that finds no room on the disk later would kill the process (SIGBUS)
         return mmap.mmap(file.fileno(), SIZE)
 
 

@@ -194,14 +194,33 @@ def test_told_to_stop(commands: Commands, home: Path, tmp_path: Path, calm: Call
     assert more.returncode == 0 and f"going on from step {made[-1][0]}" in more.stdout, more.stderr
 
 
-def test_told_to_stop_before_the_first_step(commands: Commands, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_before_the_first_step(commands: Commands, home: Path, tmp_path: Path, number: int) -> None:
     """While ranks are being made: one step and its checkpoint, or the end by the signal with nothing saved; never a silent death."""
     shared, job = in_shared_memory(), commands.start(*words(home, tmp_path / "run", "dp=2,zero=1"), "schedule.steps=400")
     wait_for(job, "layout dp=2")
-    job.send(signal.SIGTERM)
+    job.send(number)
     result = job.wait()
     assert result.returncode in (75, 143), (result.returncode, result.stderr)
     assert (result.returncode == 75) == bool(step_folders(tmp_path / "run"))
+    nothing_left(job, shared)
+
+
+@pytest.mark.parametrize("when", ["data", "model"])
+def test_stopped_before_the_first_step(commands: Commands, home: Path, tmp_path: Path, when: str) -> None:
+    """The process that prepares the data, or a rank alone that builds its model: nobody waits for it, and the run hung for ever (F9)."""
+    fault = {"DIST_LLM_FAULT": "step.data:0:0:SIGSTOP"} if when == "data" else {}
+    shared, job = in_shared_memory(), commands.start(*words(home, tmp_path / "run", "dp=1"), **fault)
+    if when == "model":
+        wait_for(job, "device:")
+        while not job.ranks():
+            assert job.running
+        os.kill(job.ranks()[0], signal.SIGSTOP)
+    begun = time.monotonic()
+    result = job.wait(timeout=40)
+    assert time.monotonic() - begun < TIMEOUT + 5 + 8, "8 s for what comes before and after the stop"
+    assert result.returncode == 5 and "rank 0 hangs" in result.stderr and "SIGSTOP" in result.stderr, result.stderr
+    assert when != "data" or "before the first step, data" in result.stderr
     nothing_left(job, shared)
 
 
@@ -305,6 +324,30 @@ def test_a_stopped_rank_of_torchrun_is_named(commands: Commands, home: Path, tmp
     assert result.returncode == 5 and "Traceback" not in result.stderr, result.stderr
     assert f"rank {rank} hangs" in result.stderr and "step 3, forward" in result.stderr and "SIGSTOP" in result.stderr, result.stderr
     assert "most recent call first" in (folder / f"logs/rank-{1 - rank}.log").read_text(), "its stack"
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "code", "said"),
+    [
+        (0, "MEMORY", 8, "out of memory"),
+        (1, "MEMORY", 5, "another rank failed"),
+        (0, "SIGKILL", 5, "a rank died"),
+        (1, "SIGKILL", 5, "a rank died"),
+    ],
+)
+def test_a_lost_rank_of_torchrun_does_not_hang(
+    commands: Commands, home: Path, tmp_path: Path, rank: int, how: str, code: int, said: str
+) -> None:
+    """A failure of rank 0's own is told by it alone; the other one once added that rank 0 hangs. Who was killed is told by another."""
+    folder, port = tmp_path / "run", free_port()
+    fault = {"DIST_LLM_FAULT": f"step.forward:{rank}:3:{how}"}
+    jobs = [commands.start(*words(home, folder, "dp=2,zero=1"), **place(one, 2, port), **fault) for one in range(2)]
+    results = [job.wait() for job in jobs]
+    teller = results[1 - rank if how == "SIGKILL" else 0]
+    assert teller.returncode == code and said in teller.stderr and teller.stderr.count("error:") == 1, teller.stderr
+    assert how != "SIGKILL" or f"rank {rank} " in teller.stderr and "step 3, forward" in teller.stderr, teller.stderr
+    assert all("hangs" not in result.stderr for result in results)
+    assert rank or not results[1 - rank].stderr or how == "SIGKILL"
 
 
 def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:

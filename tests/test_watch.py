@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from dist_llm.flight import Call, Flight, Snapshot
 from dist_llm.mesh import whole_world
 from dist_llm.train.checkpoint import Background
 from dist_llm.train.durable import Disk
-from dist_llm.watch import SLOW_STEPS, Watchdog, culprit, hang_failure, mismatch, slow_rank
+from dist_llm.watch import SLOW_STEPS, SilentError, Watchdog, culprit, hang_failure, mismatch, process_states, slow_rank
 from tests.ranks import Ranks
 
 GROUP = "dp of ranks 0,1"
@@ -155,6 +156,68 @@ def test_a_watchdog_speaks_after_the_timeout_alone(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("dist_llm.watch.time.monotonic", lambda after=after: now + after)
         watchdog.looked_at = 0.0
         assert (watchdog.look() is not None) == found, after
+
+
+@pytest.fixture
+def other() -> Iterator[int]:
+    """A process that does nothing."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            signal.pause()
+    yield pid
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_before_the_first_step_a_stopped_process_hangs_and_a_silent_one_does_not(other: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading text and building a model may take any time without a word, but not a process that is stopped."""
+    buffer = flight.make()
+    Flight(buffer, rank=0, pid=other).enter("data")
+    watchdog, now = Watchdog([buffer], timeout_seconds=5.0, note=None), time.monotonic()
+
+    def look(after: float) -> Any:
+        monkeypatch.setattr("dist_llm.watch.time.monotonic", lambda: now + after)
+        return watchdog.look()
+
+    def send(number: int, state: str) -> None:
+        os.kill(other, number)
+        while process_states(watchdog.snapshots()) != {0: state}:
+            pass
+
+    assert look(1000.0) is None
+    send(signal.SIGSTOP, "T")
+    assert look(1001.0) is None and look(1006.5) is None
+    send(signal.SIGCONT, "S")
+    assert look(1007.5) is None
+    send(signal.SIGSTOP, "T")
+    assert look(1009.0) is None and look(1014.5) is None
+    found = look(1015.5)
+    assert found is not None and found.what == "rank 0 hangs" and "stopped (SIGSTOP)" in found.found
+    assert f"process {other}" in found.where and found.where.endswith("before the first step, data")
+
+
+def test_who_has_gone_does_not_hang(other: int) -> None:
+    """Under torchrun: a rank that failed tells it itself; of one that was killed the others tell; one that gave up blames nobody."""
+    buffer = flight.make()
+    record = Flight(buffer, rank=0, pid=other)
+    record.begin_step(3)
+    watchdog = Watchdog([buffer], timeout_seconds=5.0, logs="logs", note=None)
+    assert watchdog.lost() is None
+    record.enter("failed")
+    found = watchdog.lost()
+    assert found is not None and found.what == "another rank failed" and found.details == ["its last words: logs/rank-0.log"]
+    assert not hasattr(found, "rank"), "it tells it itself"
+    record.enter("forward")
+    os.kill(other, signal.SIGKILL)
+    os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT)
+    found = watchdog.lost()
+    assert isinstance(found, SilentError) and (found.what, found.rank) == ("a rank died", 0) and "step 3, forward" in str(found.where)
+    os.waitpid(other, 0)
+    assert watchdog.lost() is not None, "nor is its name there"
+    record.enter("gave up")
+    assert watchdog.lost() is None
 
 
 @pytest.mark.parametrize("chunks", [8, 1], ids=["slow", "stuck"])

@@ -236,15 +236,21 @@ def _train_under_torchrun(run: Run, place: Place) -> None:
         from dist_llm.ranks import known_failure
 
         failure = error if isinstance(error, Failure) else known_failure(error)
+        flight.enter("gave up" if isinstance(failure, PeerError) else "failed")  # who waits for this rank need not guess
         keep_traceback(error, run.path / "logs" / f"rank-{place.rank}.log")
         teller = 0
-        if isinstance(failure, PeerError) and (explained := _records(run, place).explain()) is not None:
-            failure, teller = explained, int(getattr(explained, "rank", None) == 0)  # the one that hangs says nothing
+        if isinstance(failure, PeerError) and (explained := _explanation(_records(run, place))) is not None:
+            failure, teller = explained, int(getattr(explained, "rank", None) == 0)  # who hangs or is dead says nothing
         if failure is None:
             raise
         if not told_by(failure, rank=place.rank, local_rank=place.local_rank, teller=teller):
             raise typer.Exit(int(failure.code)) from None
         raise failure from None
+
+
+def _explanation(records: Watchdog) -> Failure | None:
+    """What the records say of a rank's end that another one has noticed."""
+    return records.mismatch() or records.lost() or records.explain()
 
 
 def _records(run: Run, place: Place, note: Callable[[str], None] | None = None) -> Watchdog:
