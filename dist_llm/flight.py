@@ -187,7 +187,7 @@ def make_file(path: Path) -> mmap.mmap:
         path.unlink()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     with open(handle, "wb+", buffering=0) as file:
-        file.truncate(SIZE)
+        os.posix_fallocate(file.fileno(), 0, SIZE)  # a page that finds no room on the disk later would kill the process (SIGBUS)
         return mmap.mmap(file.fileno(), SIZE)
 
 

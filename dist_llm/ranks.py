@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import io
 import json
 import os
 import resource
@@ -52,8 +53,8 @@ def run_ranks(
 
     `say(value)` sends a JSON value to `on_message(rank, value)` here. log_dir: what the ranks print to stderr goes to
     `rank-N.log` there. note: hears of a rank that is slow. stoppable: a wish to stop (stop.py) that this process gets goes to the ranks.
-    Raises the first rank's Failure; PeerError (exit 5) for a rank that died without a word, or hangs; MemoryFailure (exit 8) when it was
-    killed as the kernel does when memory is short.
+    Raises the first rank's Failure; PeerError (exit 5) for a rank that died without a word, or hangs, or is stopped for timeout_seconds;
+    MemoryFailure (exit 8) when it was killed as the kernel does when memory is short.
     """
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  the first backward imports it (0.9 s): once here, not in every rank
 
@@ -67,7 +68,7 @@ def run_ranks(
     children: dict[int, tuple[int, int]] = {}  # rank -> (pid, read end of its pipe)
     records = [flight.make() for _ in range(world)]
     watchdog = Watchdog(records, timeout_seconds=timeout_seconds, logs=log_dir, note=note)
-    kills = _memory_kills()
+    kills = memory_kills()
     try:
         with _handing_on(stop.SIGNALS if stoppable else (), children):
             for rank in range(world):
@@ -111,6 +112,16 @@ def stacks_into(log: int) -> None:
     faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
 
 
+class _Log(io.FileIO):
+    """The stderr of a rank: what finds no room on the disk is lost, and changes nothing else."""
+
+    def write(self, data: Any) -> int:
+        """Writes what can be written."""
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
 @contextlib.contextmanager
 def _handing_on(signals: tuple[signal.Signals, ...], children: dict[int, tuple[int, int]]) -> Iterator[None]:
     """Inside, signals of these numbers to this process go to every rank."""
@@ -143,6 +154,7 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
     def say(value: Any, kind: str = "message") -> None:
         _send_all(write, json.dumps({kind: value}).encode() + b"\n")
 
+    sys.stderr = io.TextIOWrapper(_Log(2, "w", closefd=False), errors="backslashreplace", write_through=True)
     code: int = Code.DONE
     try:
         if log_dir is not None:
@@ -155,21 +167,22 @@ def _child(rank: int, write: int, place: dict[str, Any], log_dir: Path | None, w
             mesh.connect(rank=rank, **place)
         _send_all(write, json.dumps({"result": work(rank, place["world"], say, *arguments)}).encode() + b"\n")
         mesh.disconnect()
-    except Failure as failure:
-        traceback.print_exc()
-        say(failure.as_dict(), "failure")
-        code = failure.code
     except BaseException as error:
+        failure = error if isinstance(error, Failure) else known_failure(error) or _bug(error, rank)
+        code = failure.code
         traceback.print_exc()
-        where = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-        bug = known_failure(error) or Failure("a bug in dist-llm, or a fault it does not know", where=f"rank {rank}", found=where)
-        say({**bug.as_dict(), "traceback": traceback.format_exc()}, "failure")
-        code = bug.code
+        say({**failure.as_dict(), "traceback": traceback.format_exc()}, "failure")
     finally:
         flight.leave(code)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
+
+
+def _bug(error: BaseException, rank: int) -> Failure:
+    """An unknown exception as a failure."""
+    found = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    return Failure("a bug in dist-llm, or a fault it does not know", where=f"rank {rank}", found=found)
 
 
 def known_failure(error: BaseException) -> Failure | None:
@@ -221,6 +234,7 @@ class _Listener:
         self.buffers = dict.fromkeys(children, b"")
         self.results: dict[int, Any] = {}
         self.failures: list[tuple[int, dict]] = []
+        self.lost: set[int] = set()  # ranks that ended without a word
 
     def listen(self) -> list[Any]:
         """The results in rank order; raises the most telling failure."""
@@ -256,21 +270,24 @@ class _Listener:
                 self.on_message(rank, value)
 
     def _closed(self, rank: int) -> None:
-        """A pipe's end: fine after a result; otherwise the rank died."""
+        """A pipe's end: fine after a result or a failure; otherwise the rank is lost."""
         if rank in self.results or any(rank == other for other, _ in self.failures):
             return
         _, status = os.waitpid(self.children[rank][0], 0)
-        name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit code {os.waitstatus_to_exitcode(status)}"
-        kind: type[Failure] = MemoryFailure if name == "SIGKILL" and _memory_kills() > self.memory_kills else PeerError
+        code = os.waitstatus_to_exitcode(status)
+        found = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        kind: type[Failure] = MemoryFailure if found == "SIGKILL" and memory_kills() > self.memory_kills else PeerError
+        what = "a rank died" if code else "a rank ended before its work was done"
         log = f"{self.log_dir}/rank-{rank}.log" if self.log_dir else None
         last = next((one for one in self.watchdog.snapshots() if one.rank == rank), None)
         where = place_of(last) if last is not None and last.step else f"rank {rank}"
-        lost = kind("a rank died", where=where, found=name, details=[f"its last words: {log}"] if log else None)
-        self.failures.append((rank, lost.as_dict()))
+        failure = kind(what, where=where, found=found, details=[f"its last words: {log}"] if log else None)
+        self.failures.append((rank, failure.as_dict()))
+        self.lost.add(rank)
 
     def _cause(self) -> Failure:
         """The failure that came first; one that only reports a lost peer gives way to the peer's own."""
-        own = [item for item in self.failures if item[1]["code"] != Code.PEER or "died" in item[1]["what"]]
+        own = [item for item in self.failures if item[1]["code"] != Code.PEER or item[0] in self.lost]
         rank, message = (own or self.failures)[0]
         if message["code"] == Code.BUG and (differing := self.watchdog.mismatch()) is not None:  # what the backend says of it is no help
             return differing
@@ -284,13 +301,28 @@ class _Listener:
         return failure
 
 
-def _memory_kills() -> int:
-    """How many processes of this control group the kernel has killed for want of memory; 0 where it does not say."""
-    try:
-        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    except (OSError, ValueError, IndexError):
-        return 0
+def memory_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed for want of memory: of this control group, else of the machine; 0 where it does not say."""
+    for path in (*_counts_of_control_group(root), root / "proc/vmstat"):
+        with contextlib.suppress(OSError, ValueError):
+            for line in path.read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
+def _counts_of_control_group(root: Path) -> Iterator[Path]:
+    """Where the kernel may count the kills of this process's control group, version 2 and 1, the most telling first."""
+    mounted = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                yield mounted / group.lstrip("/") / "memory.events"
+            elif "memory" in controllers.split(","):
+                yield mounted / "memory" / group.lstrip("/") / "memory.oom_control"
+    yield mounted / "memory.events"  # a container may see its own group here, and not under the name that it has outside
+    yield mounted / "memory/memory.oom_control"
 
 
 def _end(pid: int) -> None:

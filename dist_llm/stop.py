@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _asked = False
@@ -15,7 +15,7 @@ def listen() -> None:
         signal.signal(number, ask)
 
 
-def ask(number: int = 0, frame: Any = None) -> None:
+def ask(number: int = 0, frame: FrameType | None = None) -> None:
     """Notes the wish."""
     global _asked
     _asked = True

@@ -26,17 +26,18 @@ SLOW = 2.0  # times the others' median
 SLOW_STEPS = 8  # over which a slow rank's own work is compared
 SLOW_SECONDS = 0.02  # of work a step, below which slowness says nothing
 STACK_SECONDS = 0.5  # for the ranks to write their stacks
+STOPPED, ENDED = ("T", "t"), ("Z", "X")  # what the kernel calls a process that a signal or a debugger has stopped, and one that is no more
 
 
 # --- what records say ----------------------------------------------------------------------------------------------------
 
 
 class HangError(PeerError):
-    """Rank `rank` no longer goes on: it hangs, or has ended."""
+    """Rank `rank` no longer goes on: it hangs, or has ended. spoke: it has told why itself."""
 
-    def __init__(self, what: str, *, rank: int = -1, **fields: Any) -> None:
+    def __init__(self, what: str, *, rank: int = -1, spoke: bool = False, **fields: Any) -> None:
         super().__init__(what, **fields)
-        self.rank = rank
+        self.rank, self.spoke = rank, spoke
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def culprit(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot:
     A stopped process; else who waits for nothing, the longest silent first; else who is least far in what another waits for, and of
     those that are equally far who came there last.
     """
-    stopped = [one for one in snapshots if states.get(one.rank) in ("T", "t")]
+    stopped = [one for one in snapshots if states.get(one.rank) in STOPPED]
     free = [one for one in snapshots if one.awaited is None]
     if stopped or free:
         return min(stopped or free, key=lambda one: one.changed_at)
@@ -80,7 +81,7 @@ def culprit(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot:
 
 def ended(snapshots: Sequence[Snapshot], states: dict[int, str]) -> Snapshot | None:
     """The first rank that has ended, for another reason than that it gave up waiting or was done. states: read before the snapshots."""
-    gone = [one for one in snapshots if states.get(one.rank) in ("Z", "X")]
+    gone = [one for one in snapshots if states.get(one.rank) in ENDED]
     cause = [one for one in gone if one.code not in (Code.DONE, Code.PEER)]
     return min(cause, key=lambda one: one.changed_at, default=None)
 
@@ -105,7 +106,8 @@ def slow_rank(snapshots: Sequence[Snapshot]) -> tuple[int, float] | None:
 
 def place_of(snapshot: Snapshot) -> str:
     """Where a rank is."""
-    return f"rank {snapshot.rank} (process {snapshot.pid} on {snapshot.host}), step {snapshot.step}, {snapshot.phase}"
+    step = f"step {snapshot.step}" if snapshot.step else "before the first step"
+    return f"rank {snapshot.rank} (process {snapshot.pid} on {snapshot.host}), {step}, {snapshot.phase}"
 
 
 def mismatch_failure(found: Mismatch) -> PeerError:
@@ -124,7 +126,7 @@ def hang_failure(snapshots: Sequence[Snapshot], states: dict[int, str], *, now: 
     """The message for ranks that no longer go on."""
     slow = culprit(snapshots, states)
     waiting = [one for one in snapshots if one.rank != slow.rank and one.awaited is not None]
-    stopped = "; its process is stopped (SIGSTOP)" if states.get(slow.rank) in ("T", "t") else ""
+    stopped = "; its process is stopped (SIGSTOP)" if states.get(slow.rank) in STOPPED else ""
     last = slow.calls[-1] if slow.calls else None
     lines = [f"last collective of rank {slow.rank}: {last}"] if last is not None else []
     lines += [f"stacks of the ranks that still answer: {logs}/rank-*.log"] if logs is not None else []
@@ -142,7 +144,8 @@ def end_failure(one: Snapshot, *, logs: object = None) -> HangError:
     """The message for a rank that has ended, when it is not us who started it: a signal is known to its parent alone."""
     log = [] if logs is None else [f"its last words: {logs}/rank-{one.rank}.log"]
     if one.code is not None:
-        return HangError(f"rank {one.rank} failed", rank=one.rank, where=place_of(one), found=f"exit code {one.code}", details=log)
+        found = f"exit code {one.code}"
+        return HangError(f"rank {one.rank} failed", rank=one.rank, spoke=True, where=place_of(one), found=found, details=log)
     found = "its process has ended without a word; the signal is in torchrun's own report"
     return HangError(f"rank {one.rank} died", rank=one.rank, where=place_of(one), found=found, details=log)
 
@@ -157,7 +160,7 @@ def slow_note(rank: int, ratio: float, snapshots: Sequence[Snapshot]) -> str:
 
 
 def process_states(snapshots: Sequence[Snapshot]) -> dict[int, str]:
-    """The kernel's letter for each rank's process that is on this machine; X for one that has ended."""
+    """The kernel's letter for each rank's process that is on this machine, where it tells; X for one that is no longer there."""
     found, here = {}, socket.gethostname()
     for one in snapshots:
         if one.host != here:
@@ -165,8 +168,10 @@ def process_states(snapshots: Sequence[Snapshot]) -> dict[int, str]:
         try:
             with open(f"/proc/{one.pid}/stat", "rb") as file:
                 found[one.rank] = file.read().rsplit(b")", 1)[1].split()[0].decode()
-        except (OSError, IndexError):
+        except (FileNotFoundError, ProcessLookupError):
             found[one.rank] = "X"
+        except (OSError, IndexError):
+            continue
     return found
 
 
@@ -180,6 +185,7 @@ class Watchdog:
         self.buffers, self.timeout, self.logs, self.note = buffers, timeout_seconds, logs, note
         self.looked_at = time.monotonic()
         self.noted: set[int] = set()
+        self.stopped: dict[int, float] = {}  # rank -> when its process was first seen stopped
 
     def snapshots(self) -> list[Snapshot]:
         """The records of the ranks that have begun one."""
@@ -197,8 +203,10 @@ class Watchdog:
         if self.note is not None and (slow := slow_rank(found)) is not None and slow[0] not in self.noted:
             self.noted.add(slow[0])
             self.note(slow_note(*slow, found))
-        training = [one.changed_at for one in found if one.step]  # before the first step the backend's own timeout is enough
-        if training and now - max(training) > self.timeout + MARGIN_SECONDS:
+        self.stopped = {rank: self.stopped.get(rank, now) for rank, state in process_states(found).items() if state in STOPPED}
+        training = [one.changed_at for one in found if one.step]  # before its first step a rank may work in silence as long as it likes
+        quiet_since = min([*self.stopped.values(), max(training, default=now)])
+        if now - quiet_since > self.timeout + MARGIN_SECONDS:
             return self.hang(self.snapshots())
         return None
 
@@ -230,7 +238,7 @@ class Watchdog:
         now, states = time.monotonic(), process_states(found)
         if self.logs is not None:
             for one in found:
-                if states.get(one.rank, "Z") not in "TtZX":
+                if states.get(one.rank, "X") not in STOPPED + ENDED:
                     with contextlib.suppress(ProcessLookupError):  # it may end meanwhile
                         os.kill(one.pid, signal.SIGUSR2)
             time.sleep(STACK_SECONDS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from dist_llm import comm
 from dist_llm.config.layout import Layout
-from dist_llm.errors import DataError
+from dist_llm.errors import DataError, SpaceError
 from dist_llm.mesh import Group, build_mesh
 from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.model.roles import Roles
@@ -458,6 +459,8 @@ def rank_dies(rank: int, world: int, say: Say, folder: str, how: str, who: int, 
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":
             os._exit(3)
+        case "leave":
+            os._exit(0)
         case "error":
             raise ZeroDivisionError("seven over nothing\nsecond line")
         case "memory":
@@ -467,6 +470,15 @@ def rank_dies(rank: int, world: int, say: Say, folder: str, how: str, who: int, 
         case "not json":
             return object()
     return None
+
+
+def rank_without_room(rank: int, world: int, say: Say, folder: str) -> None:
+    """Rank 0 fails while its log takes no more, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    print(f"a word from rank {rank}", file=sys.stderr)
+    if rank == 0:
+        raise SpaceError("a file of the run cannot be read or written", where="metrics.jsonl", found="No space left on device")
+    time.sleep(60)
 
 
 def rank_returns(rank: int, world: int, say: Say, folder: str) -> dict[str, Any]:

@@ -118,8 +118,9 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import torch.fx.experimental.symbolic_shapes  # noqa: F401
 
+    import dist_llm.cli.main  # noqa: F401  as a command does once it hears signals
     import dist_llm.train.run  # noqa: F401  imports torch and everything a run uses
-    from dist_llm.cli.main import main
+    from dist_llm.__main__ import main
 
     for line in sys.stdin:
         request = json.loads(line)

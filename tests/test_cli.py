@@ -29,7 +29,7 @@ QUIET = {**{key: value for key, value in os.environ.items() if key not in ("RANK
 
 def start(*words: str, **settings: Any) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*COMMAND, *words], cwd=ROOT, env=QUIET, text=True, start_new_session=True, **{**pipes, **settings})
+    return subprocess.Popen([*COMMAND, *words], cwd=ROOT, text=True, start_new_session=True, **{"env": QUIET, **pipes, **settings})
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
@@ -154,6 +154,25 @@ def test_ctrl_c_and_a_reader_that_leaves(capsys: pytest.CaptureFixture[str], mon
     left = start("check", TINY, "--explain", stdout=write)
     os.close(write)
     assert left.stderr is not None and left.stderr.read() == "" and left.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "code", "said"),
+    [
+        ("typer", signal.SIGINT, 130, "interrupted"),
+        ("typer", signal.SIGTERM, 143, "terminated"),
+        ("torch", signal.SIGINT, 130, "interrupted"),
+        ("torch", signal.SIGTERM, 143, "terminated"),
+        ("torch", signal.SIGUSR1, 143, "terminated"),
+    ],
+)
+def test_a_signal_while_something_is_imported(module: str, number: int, code: int, said: str, tmp_path: Path) -> None:
+    """One line and the code of the signal, also where the module loses the exception, as extensions do: it once left half a module."""
+    swallows = f"import os, time\ntry:\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(5)\nexcept BaseException:\n    pass\n"
+    (tmp_path / f"{module}.py").write_text(swallows)
+    ended = start("train", TINY, "--run-dir", str(tmp_path / "run"), env={**QUIET, "PYTHONPATH": str(tmp_path)})
+    out, err = ended.communicate(timeout=60)
+    assert (ended.returncode, err) == (code, f"{said}: nothing was saved after the last checkpoint\n"), (out, err)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------------

@@ -197,14 +197,33 @@ def test_told_to_stop(commands: Commands, home: Path, tmp_path: Path, calm: Call
     assert more.returncode == 0 and f"going on from step {made[-1][0]}" in more.stdout, more.stderr
 
 
-def test_told_to_stop_before_the_first_step(commands: Commands, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_before_the_first_step(commands: Commands, home: Path, tmp_path: Path, number: int) -> None:
     """While ranks are being made: one step and its checkpoint, or the end by the signal with nothing saved; never a silent death."""
     shared, job = in_shared_memory(), commands.start(*words(home, tmp_path / "run", "dp=2,zero=1"), "schedule.steps=400")
     wait_for(job, "layout dp=2")
-    job.send(signal.SIGTERM)
+    job.send(number)
     result = job.wait()
     assert result.returncode in (75, 143), (result.returncode, result.stderr)
     assert (result.returncode == 75) == bool(step_folders(tmp_path / "run"))
+    nothing_left(job, shared)
+
+
+@pytest.mark.parametrize("when", ["data", "model"])
+def test_stopped_before_the_first_step(commands: Commands, home: Path, tmp_path: Path, when: str) -> None:
+    """The process that prepares the data, or a rank alone that builds its model: nobody waits for it, and the run hung for ever (F9)."""
+    fault = {"DIST_LLM_FAULT": "step.data:0:0:SIGSTOP"} if when == "data" else {}
+    shared, job = in_shared_memory(), commands.start(*words(home, tmp_path / "run", "dp=1"), **fault)
+    if when == "model":
+        wait_for(job, "device:")
+        while not job.ranks():
+            assert job.running
+        os.kill(job.ranks()[0], signal.SIGSTOP)
+    begun = time.monotonic()
+    result = job.wait(timeout=40)
+    assert time.monotonic() - begun < TIMEOUT + 5 + 8, "8 s for what comes before and after the stop"
+    assert result.returncode == 5 and "rank 0 hangs" in result.stderr and "SIGSTOP" in result.stderr, result.stderr
+    assert when != "data" or "before the first step, data" in result.stderr
     nothing_left(job, shared)
 
 
@@ -344,6 +363,15 @@ def test_a_rank_of_torchrun_that_fails_is_no_hang(commands: Commands, home: Path
     first, second = [job.wait() for job in jobs]
     assert second.returncode == 8 and second.stderr.startswith("error: out of memory"), second.stderr
     assert first.returncode == 5 and first.stderr.startswith("error: rank 1 failed") and "exit code 8" in first.stderr, first.stderr
+
+
+def test_what_rank_0_of_torchrun_says_of_itself_is_said_once(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """The other one once added that rank 0 hangs."""
+    port, fault = free_port(), {"DIST_LLM_FAULT": "step.backward:0:3:MEMORY"}
+    jobs = [commands.start(*words(home, tmp_path / "run", "dp=2"), **place(rank, 2, port), **fault) for rank in range(2)]
+    first, second = [job.wait() for job in jobs]
+    assert first.returncode == 8 and first.stderr.startswith("error: out of memory"), first.stderr
+    assert second.returncode == 5 and not second.stderr, second.stderr
 
 
 def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dist_llm.errors import Code, DataError, Failure, MemoryFailure, PeerError
-from dist_llm.ranks import known_failure
+from dist_llm.ranks import known_failure, memory_kills, run_ranks
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,8 @@ try:
     hear = lambda rank, value: heard.append([rank, value])
     results = run_ranks(int(world), getattr(cases, work), folder, log_dir=Path(logs), on_message=hear)
     print(json.dumps({"results": results, "heard": heard}))
+except Failure as failure:
+    print(json.dumps({"failure": failure.as_dict()}))
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -93,6 +95,12 @@ def test_a_rank_that_leaves_without_a_word_is_named(ranks: Ranks, tmp_path: Path
     assert type(failure) is PeerError and (failure.where, failure.found) == ("rank 0", "exit code 3")
 
 
+def test_a_rank_that_leaves_with_code_0_has_not_died(ranks: Ranks, tmp_path: Path) -> None:
+    failure = fail(ranks, tmp_path, "leave", who=1)
+    assert type(failure) is PeerError and failure.what == "a rank ended before its work was done"
+    assert (failure.where, failure.found) == ("rank 1", "exit code 0")
+
+
 def test_an_unknown_error_is_our_bug_with_a_traceback(ranks: Ranks, tmp_path: Path) -> None:
     failure = fail(ranks, tmp_path, "error")
     assert type(failure) is Failure and failure.code == Code.BUG
@@ -107,6 +115,45 @@ def test_a_result_that_is_no_json_is_our_bug(ranks: Ranks, tmp_path: Path) -> No
 
 def test_memory_that_is_short_has_its_own_code(ranks: Ranks, tmp_path: Path) -> None:
     assert type(fail(ranks, tmp_path, "memory")) is MemoryFailure
+
+
+@pytest.mark.parametrize(
+    ("group", "file"),
+    [
+        ("0::/job/7", "sys/fs/cgroup/job/7/memory.events"),
+        ("5:cpu,memory:/job\n0::/", "sys/fs/cgroup/memory/job/memory.oom_control"),
+        ("0::/seen/from/outside", "sys/fs/cgroup/memory.events"),
+        ("4:memory:/seen/from/outside", "sys/fs/cgroup/memory/memory.oom_control"),
+        ("4:cpu,memoryless:/job", "proc/vmstat"),
+        (None, "proc/vmstat"),
+    ],
+)
+def test_where_the_kernel_counts_its_kills(tmp_path: Path, group: str | None, file: str) -> None:
+    """In the group of this process, of control groups of both versions and in containers; else on the whole machine (F31)."""
+    assert memory_kills(tmp_path) == 0
+    written = {"proc/vmstat": "pgfault 12\noom_kill 9\n", "sys/fs/cgroup/memory/job/memory.stat": "oom_kill 8\n"}
+    written[file] = "under_oom 0\noom 5\noom_kill 3\noom_group_kill 4\n"
+    if group is not None:
+        written["proc/self/cgroup"] = group + "\n"
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_kills(tmp_path) == 3
+    (tmp_path / file).write_text("oom_kill_disable 0\nunder_oom 0\n")  # of an older kernel
+    assert memory_kills(tmp_path) == (0 if file == "proc/vmstat" else 9)
+
+
+def test_a_kill_of_the_kernel_is_a_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([3, 4])
+    monkeypatch.setattr("dist_llm.ranks.memory_kills", lambda: next(counts))
+    with pytest.raises(MemoryFailure, match="a rank died") as caught:
+        run_ranks(1, killed)
+    assert (caught.value.where, caught.value.found) == ("rank 0", "SIGKILL")
+
+
+def killed(rank: int, world: int, say: Any) -> None:
+    """A rank that is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_only_what_says_that_a_rank_is_gone_is_a_lost_rank() -> None:
@@ -149,6 +196,14 @@ def test_results_messages_and_logs(tmp_path: Path) -> None:
         assert [value for sender, value in answer["heard"] if sender == rank] == [{"rank": rank, "turn": turn} for turn in range(3)]
         assert f"a word from rank {rank}" in (tmp_path / "logs" / f"rank-{rank}.log").read_text()
     nothing_left(tmp_path, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_log_without_room_changes_nothing_that_is_told(tmp_path: Path, world: int) -> None:
+    """The traceback that found no room in the log once took the place of the failure, and left "exit code 0" as all there was to tell."""
+    told = json.loads(start("rank_without_room", tmp_path, world).communicate(timeout=60)[0])["failure"]
+    assert told["code"] == Code.SPACE and told["where"] == "metrics.jsonl" and told["found"] == "No space left on device"
+    assert (tmp_path / "logs/rank-0.log").read_text() == ""
 
 
 def test_a_signal_cuts_no_message(tmp_path: Path) -> None:

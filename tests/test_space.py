@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_llm import flight
 from dist_llm.config.load import config_tree, load_config
 from dist_llm.config.schema import Config, ModelConfig, OptimizerConfig, changed
 from dist_llm.data.prepare import prepare
@@ -133,6 +134,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no file system can be mounted here")
     yield place
     subprocess.run([unmount, place], check=True)
+
+
+def test_a_record_has_its_room_from_the_start(small_disk: Path) -> None:
+    """A page of a record that finds no room later would kill its rank with SIGBUS, which no message explains."""
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free - 16_384))
+    with pytest.raises(OSError, match="No space left"):
+        flight.make_file(small_disk / "rank-0.flight")
 
 
 def careless(rank: int, world: int, say: Callable, *arguments: Any) -> dict[str, Any]:

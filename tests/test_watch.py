@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -188,6 +189,46 @@ def test_a_watchdog_speaks_after_the_timeout_alone(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("dist_llm.watch.time.monotonic", lambda after=after: now + after)
         watchdog.looked_at = 0.0
         assert (watchdog.look() is not None) == found, after
+
+
+@pytest.fixture
+def other() -> Iterator[int]:
+    """A process that does nothing."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            signal.pause()
+    yield pid
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_before_the_first_step_a_stopped_process_hangs_and_a_silent_one_does_not(other: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading text and building a model may take any time without a word, but not a process that is stopped."""
+    buffer = flight.make()
+    Flight(buffer, rank=0, pid=other).enter("data")
+    watchdog, now = Watchdog([buffer], timeout_seconds=5.0, note=None), time.monotonic()
+
+    def look(after: float) -> Any:
+        monkeypatch.setattr("dist_llm.watch.time.monotonic", lambda: now + after)
+        return watchdog.look()
+
+    def send(number: int, state: str) -> None:
+        os.kill(other, number)
+        while process_states(watchdog.snapshots()) != {0: state}:
+            pass
+
+    assert look(1000.0) is None
+    send(signal.SIGSTOP, "T")
+    assert look(1001.0) is None and look(1006.5) is None
+    send(signal.SIGCONT, "S")
+    assert look(1007.5) is None
+    send(signal.SIGSTOP, "T")
+    assert look(1009.0) is None and look(1014.5) is None
+    found = look(1015.5)
+    assert found is not None and found.what == "rank 0 hangs" and "stopped (SIGSTOP)" in found.found
+    assert f"process {other}" in found.where and found.where.endswith("before the first step, data")
 
 
 @pytest.mark.parametrize("chunks", [8, 1], ids=["slow", "stuck"])

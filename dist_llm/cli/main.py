@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
 import tempfile
 import traceback
@@ -17,8 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_llm import __version__, stop
+from dist_llm import __version__
 from dist_llm.cli.misuse import misuse
+from dist_llm.cli.signals import tell_end
 from dist_llm.errors import Code, Failure, render
 from dist_llm.meeting import is_stuck
 
@@ -88,8 +88,6 @@ def root(
 
 def main() -> None:
     """Runs the command line and ends the process with a documented exit code."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's ranks die at once, also while they wait inside a collective
-        end_on_termination()
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     code = run(arguments, debug=len(arguments) < len(sys.argv) - 1)
     try:
@@ -111,7 +109,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except typer.Exit as leave:
         return leave.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: nothing was saved after the last checkpoint", file=sys.stderr)
+        tell_end(interrupted=True)
         return Code.INTERRUPTED
     except BrokenPipeError:
         return Code.DONE
@@ -130,21 +128,6 @@ def _verb(arguments: list[str]) -> str:
     """The verb that a command line names, with the one below it where it has some."""
     words = arguments[: 2 if arguments and VERBS.get(arguments[0], ("", "", ""))[1] == "app" else 1]
     return " ".join(words) if words and words[0] in VERBS else ""
-
-
-def end_on_termination() -> None:
-    """SIGTERM ends this process as Ctrl-C does, with what it holds put away; a rank forked from it simply dies."""
-    owner = os.getpid()
-
-    def end(number: int, frame: Any) -> None:
-        if os.getpid() == owner:
-            stop.ask()  # where Python swallows the exit (in a callback), what comes next still knows
-            print("terminated: nothing was saved after the last checkpoint", file=sys.stderr)
-            raise SystemExit(Code.TERMINATED)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def bug(error: Exception) -> Failure:

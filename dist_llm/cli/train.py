@@ -30,7 +30,7 @@ from dist_llm.report.units import show_bytes
 from dist_llm.train.base import read_base
 from dist_llm.train.console import Console
 from dist_llm.train.folder import ANOTHER, newest, open_checkpoint, step_folders, step_of
-from dist_llm.watch import Watchdog
+from dist_llm.watch import HangError, Watchdog
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -267,7 +267,8 @@ def _train_under_torchrun(run: Run, place: Place) -> None:
         if isinstance(failure, MeetingError):
             teller = place.rank if failure.teller is None else failure.teller
         elif isinstance(failure, PeerError) and (explained := _records(run, place).explain()) is not None:
-            failure, teller = explained, int(getattr(explained, "rank", None) == 0)  # the one that hangs says nothing
+            silent = isinstance(explained, HangError) and explained.rank == 0 and not explained.spoke
+            failure, teller = explained, int(silent)  # rank 0, but for what it cannot say itself
         if failure is None:
             raise
         if not told_by(failure, rank=place.rank, local_rank=place.local_rank, teller=teller):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_llm import comm, stop
+from dist_llm import comm, flight, stop
 from dist_llm.config.explain import new_rows
 from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
@@ -80,17 +80,16 @@ def run_local(
         tell(message)
 
     begun = [str(path) for path in candidates]
-    (ready,) = run_ranks(1, prepare_rank, tree, layout.world, begun, log_dir=logs, on_message=hear)
+    settings: dict[str, Any] = {"timeout_seconds": config.runtime.timeout_seconds, "log_dir": logs, "on_message": hear}
+    (ready,) = run_ranks(1, prepare_rank, tree, layout.world, begun, **settings)
     tell({"data": ready})
-    where: dict[str, Any] = {"backend": ready["backend"], "timeout_seconds": config.runtime.timeout_seconds, "log_dir": logs}
-    arguments = (tree, asdict(layout), str(folder), begun, None, profile)
-    return run_ranks(
-        layout.world, train_rank, *arguments, on_message=hear, note=lambda text: tell({"note": text}), stoppable=True, **where
-    )[0]
+    settings |= {"backend": ready["backend"], "note": lambda text: tell({"note": text}), "stoppable": True}
+    return run_ranks(layout.world, train_rank, tree, asdict(layout), str(folder), begun, None, profile, **settings)[0]
 
 
 def prepare_rank(rank: int, world: int, say: Tell, config: dict, ranks: int, candidates: list[str]) -> dict[str, Any]:
     """`prepare_here` in a process of its own, so that the parent stays fit to fork ranks."""
+    flight.enter("data")
     return prepare_here(Config.model_validate(config), local_ranks=ranks, candidates=candidates, tell=say)
 
 

@@ -148,9 +148,9 @@ def on_ranks(work: Callable[..., Any], request: dict[str, Any], *, nproc: int, r
             raise failure from error
     logs, known = Path(tempfile.mkdtemp(prefix="dist-llm-ranks-")), True
     try:
-        (backend,) = run_ranks(1, look_rank, {"runtime": runtime.model_dump()}, nproc, log_dir=logs)
-        settings: dict[str, Any] = {"backend": backend, "timeout_seconds": runtime.timeout_seconds, "log_dir": logs}
-        return run_ranks(nproc, work, request, on_message=lambda rank, message: hear(message), **settings)
+        settings: dict[str, Any] = {"timeout_seconds": runtime.timeout_seconds, "log_dir": logs}
+        (backend,) = run_ranks(1, look_rank, {"runtime": runtime.model_dump()}, nproc, **settings)
+        return run_ranks(nproc, work, request, backend=backend, on_message=lambda rank, message: hear(message), **settings)
     except Failure as failure:
         known = failure.code not in (Code.BUG, Code.PEER)
         raise
