@@ -171,7 +171,7 @@ def _added(loaded: Loaded) -> list[str]:
     file = Path(str(path)).expanduser()
     tokenizer = load(file)
     template = choose_template(chat.template, end=tokenizer.end, tokenizer=file)
-    return sorted({*template.special} - tokenizer.special.keys())
+    return sorted(template.fit(tokenizer).added - tokenizer.added)
 
 
 def _check_tokenizer(loaded: Loaded) -> None:

@@ -156,4 +156,4 @@ def _note_long(ids: list[list[int]], window: int) -> None:
     long = [number for number, one in enumerate(ids, 1) if len(one) > window]
     if long:
         which = f"prompt {long[0]} has {len(ids[long[0] - 1])} tokens" if len(long) == 1 else f"{len(long)} prompts are longer"
-        typer.echo(f"note: {which}; the model sees the last {window}", err=True)
+        flags.note(f"{which}; the model sees the last {window}")

@@ -92,13 +92,13 @@ def load_template(name: str, *, end: str, tokenizer: Path | None = None) -> Temp
         expected = "data.tokenizer.kind=file, and its path"
         raise UsageError("a model's own template lies beside its tokenizer", where="data.chat.template", expected=expected)
     if (path := folder / "chat_template.jinja").is_file():
-        return Template(name, _read(path), where=str(path), **tokens)
+        return Template(name, _read(path), where=str(path), models=True, **tokens)
     where = folder / "tokenizer_config.json"
     named = _default(config.get("chat_template"))
     if named is None:
         expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
         raise UsageError("there is no chat template beside the tokenizer", where=str(folder), expected=expected, next=WAY)
-    return Template(name, named, where=str(where), **tokens)
+    return Template(name, named, where=str(where), models=True, **tokens)
 
 
 WAY = "name one: data.chat.template=chatml, llama3, qwen, plain, or the path of a .jinja file"

@@ -64,6 +64,11 @@ class Tokenizer:
         return {token.content: number for number, token in self.inner.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
+    def added(self) -> frozenset[str]:
+        """The names of all tokens that are found in a text before it is cut up: the special ones, and others."""
+        return frozenset(token.content for token in self.inner.get_added_tokens_decoder().values())
+
+    @cached_property
     def special_names(self) -> tuple[str, ...]:
         """The names of the special tokens, longer ones first."""
         return tuple(sorted(self.special, key=lambda name: (-len(name), name)))
