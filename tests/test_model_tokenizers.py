@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dist_llm.cli import main as cli
+from dist_llm.cli.data_chat import _pieces
 from dist_llm.config.load import load_text
 from dist_llm.data.prepare import prepare
 from dist_llm.data.template_files import load_template
 from dist_llm.data.tokenizer import load, train_bpe
+from dist_llm.infer.text import Text
 from tests.model_tokenizers import MISTRAL, TEXT, TULU, ZEPHYR, save, sentencepiece
 
 TURNS = ("Repeat: table", "paper, wintergreen", "And of the model?", "All the data <|user|> of it.")
@@ -109,3 +113,53 @@ def test_a_template_that_is_not_taken_is_said(tmp_path: Path, capsys: pytest.Cap
         assert told in err and "plain is used" in err
         assert cli.run(["eval", str(folder / "run"), "--no-text", "--skills", "1", "--tasks", "copy", "--template", "plain"]) == 0
         assert "note" not in capsys.readouterr().err
+
+
+# --- spaces ----------------------------------------------------------------------------------------------------------------
+
+WORDS = ("All", " data", " of a model", ", ", "日本 🎈", " naïve", "  two", "\n\nlast", " ", "<s>", "</s> of", "x")
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> str:
+    """Words with and without spaces, letters of several bytes."""
+    return "".join(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8)))
+
+
+@pytest.mark.parametrize("first", ["prepend", "metaspace", "none", "byte level"])
+def test_text_that_comes_token_by_token_is_what_transformers_decodes(first: str, tmp_path: Path) -> None:
+    """Alone as an answer is, and after the text that it goes on; pieces of a preview are the text of all tokens, cut."""
+    theirs = save(byte_level() if first == "byte level" else sentencepiece(first=first), tmp_path)
+    tokenizer = load(tmp_path)
+
+    def told(ids: list[int], **more: Any) -> str:
+        text = Text(tokenizer, **more)
+        return "".join(text.add(token) for token in ids) + text.finish()
+
+    @settings(max_examples=80, deadline=None)
+    @given(prompt=texts(), answer=texts())
+    def judge(prompt: str, answer: str) -> None:
+        ids = tokenizer.encode(prompt + answer)
+        assert told(ids) == theirs.decode(ids) and told(ids, after=[tokenizer.end_id]) == theirs.decode(ids)
+        given_ids = tokenizer.encode(prompt)
+        if ids[: len(given_ids)] == given_ids:  # else a token reaches over the edge
+            assert theirs.decode(given_ids) + told(ids[len(given_ids) :], after=given_ids) == theirs.decode(ids)
+        shown = [tokenizer.end_id, *ids, tokenizer.end_id, *given_ids]
+        found = _pieces(tokenizer, shown, [1.0] * len(shown))
+        assert "".join(found["pieces"]) == theirs.decode(shown) and sum(found["ids"], []) == shown
+        if "\ufffd" not in "".join(tokenizer.pieces(shown)):
+            assert "".join(tokenizer.pieces(shown)) == theirs.decode(shown)
+
+    judge()
+
+
+def test_a_preview_has_the_spaces_of_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(sentencepiece(), tmp_path, template=MISTRAL)
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+    config_of(tmp_path, vocab=500, source=str(tmp_path / "chat.jsonl"), more="chat: {format: messages}, validation: 0.0")
+    for word, told in (("chat", "[INST] Repeat: table [/INST]"), ("text", "a of a model| t|he last| |dat")):
+        more = [] if word == "chat" else ["data.chat.format=null", f"data.source={tmp_path / 'text.txt'}"]
+        (tmp_path / "text.txt").write_text("the last data of a model " * 90)
+        assert cli.run(["data", "preview", str(tmp_path / "run.yaml"), "batch.global=1", "batch.micro=1", "data.sequence=96", *more]) == 0
+        out = capsys.readouterr().out
+        assert told in out, out

@@ -91,9 +91,20 @@ class Tokenizer:
         """The text of the ids; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=False)
 
+    def piece(self, ids: Sequence[int], *, first: bool) -> str:
+        """What some ids add to a text. first: it begins with them; some tokenizers leave out the space before a text, and no other."""
+        if first:
+            return self.decode(ids)
+        return self.decode([*self._letter, *ids])[len(self.decode(self._letter)) :]
+
+    @cached_property
+    def _letter(self) -> list[int]:
+        """A token of a text, after which others are not its first."""
+        return self.encode("a")[-1:]
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id on its own."""
-        return [self.decode([token]) for token in ids]
+        """The text of each id, a space at its beginning included; together they are that of all, where each is whole letters."""
+        return [self.piece([token], first=at == 0) for at, token in enumerate(ids)]
 
     @property
     def ids(self) -> set[int]:

@@ -53,7 +53,8 @@ class Samples:
         texts = []
         for prompt in self.prompts:
             tokens = follow(model, prompt, count=SAMPLE_TOKENS, choice=self.choice, window=self.window, ends={self.tokenizer.end_id})
-            texts.append({"prompt": self.tokenizer.decode(prompt), "text": "".join(stream(self.tokenizer, _alive(tokens)))})
+            text = "".join(stream(self.tokenizer, _alive(tokens), after=prompt))
+            texts.append({"prompt": self.tokenizer.decode(prompt), "text": text})
         return texts
 
 
