@@ -10,14 +10,21 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from dist_llm.cli import main as cli
 from dist_llm.cli.data_chat import _pieces
 from dist_llm.config.load import load_text
+from dist_llm.data import skills
+from dist_llm.data.encoding import TextEncoder
 from dist_llm.data.prepare import prepare
-from dist_llm.data.template_files import load_template
+from dist_llm.data.template_files import BUILT_IN, load_template
 from dist_llm.data.tokenizer import load, train_bpe
+from dist_llm.errors import DataError
+from dist_llm.infer.exam import asked
 from dist_llm.infer.text import Text
+from dist_llm.use.load import Place, load_here, open_sound
+from dist_llm.use.score import Scorer
 from tests.model_tokenizers import MISTRAL, TEXT, TULU, ZEPHYR, save, sentencepiece
 
 TURNS = ("Repeat: table", "paper, wintergreen", "And of the model?", "All the data <|user|> of it.")
@@ -163,3 +170,127 @@ def test_a_preview_has_the_spaces_of_the_text(tmp_path: Path, capsys: pytest.Cap
         assert cli.run(["data", "preview", str(tmp_path / "run.yaml"), "batch.global=1", "batch.micro=1", "data.sequence=96", *more]) == 0
         out = capsys.readouterr().out
         assert told in out, out
+
+
+# --- how a text begins -----------------------------------------------------------------------------------------------------
+
+
+END, BOS = (byte_level().token_to_id(name) for name in ("</s>", "<s>"))
+
+
+def rule(*parts: str, byte_level_first: bool = False) -> processors.PostProcessor:
+    """A post-processor: `$A` with special tokens before and after it."""
+    specials = [("<s>", BOS), ("</s>", END)]
+    single = processors.TemplateProcessing(single=" ".join(parts), pair="$A $B", special_tokens=specials)
+    return processors.Sequence([processors.ByteLevel(trim_offsets=False), single]) if byte_level_first else single
+
+
+RULES: dict[str, tuple[Any, list[int]]] = {
+    "none": (None, []),
+    "byte level": (processors.ByteLevel(), []),
+    "bos": (rule("<s>", "$A"), [BOS]),
+    "llama 3": (rule("<s>", "$A", byte_level_first=True), [BOS]),
+    "bos and eos": (rule("<s>", "$A", "</s>"), [BOS]),
+    "eos alone": (rule("$A", "</s>"), []),
+    "two": (rule("<s>", "</s>", "$A"), [BOS, END]),
+    "bert": (processors.BertProcessing(("</s>", END), ("<s>", BOS)), [BOS]),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_text_begins_as_the_tokenizers_own_rule_says(name: str, tmp_path: Path) -> None:
+    """What transformers puts before a text, and nothing of what it puts after it; `add_bos_token` beside tokenizer.json says nothing."""
+    inner = byte_level()
+    post, begin = RULES[name]
+    if post is not None:
+        inner.post_processor = post
+    theirs = save(inner, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for more in ({}, {"add_bos_token": True}, {"add_bos_token": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+        theirs, ours = type(theirs).from_pretrained(tmp_path), load(tmp_path)
+        assert list(ours.begin) == begin
+        whole = theirs("All the data")["input_ids"]
+        assert whole[: len(ours.prompt("All the data"))] == ours.prompt("All the data") == [*begin, *ours.encode("All the data")]
+        assert ours.prompt("") == ours.opening == (begin or [ours.end_id])
+
+
+def test_documents_that_are_trained_begin_so(tmp_path: Path) -> None:
+    """Each is what transformers makes of it, and its end; without the rule it is other data; BOS that is the end is there once."""
+    texts = ["All the data of a model", "the last line", "table, paper"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = {}
+    for name, parts, end in (("bos", ("<s>", "$A"), "</s>"), ("none", ("$A",), "</s>"), ("end", ("</s>", "$A"), "</s>")):
+        inner = byte_level()
+        inner.post_processor = rule(*parts)
+        (tmp_path / name).mkdir()
+        theirs = save(inner, tmp_path / name, eos_token=end)
+        for more in ("validation: 0.0", "validation: 0.0, chat: {format: text}"):
+            config = config_of(tmp_path / name, vocab=BOS + 1, source=str(tmp_path / "text.jsonl"), more=more)
+            prepared = prepare(config.data, seed=0)
+            (store,) = prepared.train
+            kept = [store.document(number).tolist() for number in range(3)]
+            chats = "chat" in more
+            expected = [theirs(text, add_special_tokens=name == "bos")["input_ids"] for text in texts]
+            assert sorted([*ids, END] for ids in expected) == sorted(ids if ids[-1] == END else [*ids, END] for ids in kept)
+            found[name, chats] = prepared.fingerprint
+            if not chats:
+                assert TextEncoder(prepared.tokenizer).identity == ((BOS,) if name == "bos" else ())
+    assert len(set(found.values())) == 6
+    limited = config_of(tmp_path / "bos", vocab=BOS + 1, more="validation: 0.0").data.model_copy(update={"max_tokens": 50})
+    assert len(prepare(limited, seed=0).train[0]) == 50
+
+
+def test_a_conversation_begins_once(tmp_path: Path) -> None:
+    """`plain` begins as a text does; a template that writes BOS is left alone; both as transformers renders and encodes them."""
+    theirs = save(sentencepiece(), tmp_path, template=MISTRAL)
+    tokenizer = load(tmp_path)
+    for name in ("model", "plain", "chatml"):
+        ours = load_template(name, end=tokenizer.end, begin=tokenizer.begin_names, tokenizer=tmp_path)
+        ids = ours.encode(TALK[:2], ours.fit(tokenizer))[0]
+        assert ids.count(1) == (name != "chatml") and (ids[0] == 1) == (name != "chatml")
+        if name != "chatml":
+            assert ids == theirs.apply_chat_template(TALK[:2], chat_template=ours.text, return_dict=True)["input_ids"]
+    assert load_template("plain", end=tokenizer.end).text == BUILT_IN["plain"][0], "of a tokenizer without such a rule it is what it was"
+
+
+def test_prompts_of_sample_questions_and_lm_eval_begin_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedy text is that of transformers' `generate` after its own call of the tokenizer."""
+    import torch
+    import transformers
+
+    theirs = save(sentencepiece(), tmp_path)
+    config_of(tmp_path, vocab=load(tmp_path).vocab_size, more="validation: 0.1")
+    assert cli.run(["train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"), "model.layers=2", "optimizer.lr=0.05"]) == 0
+    assert cli.run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float64"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    text = "All the data of"
+    given_ids = theirs(text, return_tensors="pt")["input_ids"]
+    expected = model.generate(given_ids, max_new_tokens=12, do_sample=False, pad_token_id=2)[0].tolist()[given_ids.shape[1] :]
+    capsys.readouterr()
+    words = ["--temperature", "0", "--tokens", "12", "--dtype", "float64", "--json"]
+    assert cli.run(["sample", str(tmp_path / "run"), "--prompt", text, *words]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tokens"] == expected
+    tokenizer = load(tmp_path)
+    (one,) = asked([skills.pair(1, 2)], tokenizer, None)
+    assert one.ids == theirs(f"Question: {one.pair.prompt}\nAnswer:")["input_ids"]
+    opened, tokenizer = open_sound(tmp_path / "run")
+    scorer = Scorer(load_here(opened, tokenizer, Place("cpu", "float64")), tokenizer, window=64)
+    context, both = (theirs(words)["input_ids"] for words in ("All the", "All the xyz"))
+    assert context[0] == 1 and scorer.tokens("All the ", "xyz") == (context, both[len(context) :])
+    ids = torch.tensor([theirs("the last line")["input_ids"]])
+    logits = model(ids).logits.detach()[0, :-1].log_softmax(-1)
+    whole = float(logits.gather(1, ids[0, 1:, None]).sum())
+    assert scorer.rolling(["the last line"]) == pytest.approx([whole], rel=1e-9)
+    assert scorer.likelihoods([("", "the last line")])[0][0] == pytest.approx(whole, rel=1e-9)
+    (answer,) = scorer.until([(text, {"max_gen_toks": 12})])
+    assert answer.lstrip() == said["text"].lstrip()
+
+
+def test_a_beginning_that_is_no_token_is_refused(tmp_path: Path) -> None:
+    inner = byte_level()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", pair="$A $B", special_tokens=[("<s>", 9999)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="that it does not have"):
+        load(tmp_path)

@@ -170,7 +170,7 @@ def _added(loaded: Loaded) -> list[str]:
 
     file = Path(str(path)).expanduser()
     tokenizer = load(file)
-    template = choose_template(chat.template, end=tokenizer.end, tokenizer=file)
+    template = choose_template(chat.template, end=tokenizer.end, begin=tokenizer.begin_names, tokenizer=file)
     return sorted(template.fit(tokenizer).added - tokenizer.added)
 
 

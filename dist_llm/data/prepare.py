@@ -161,7 +161,8 @@ def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[in
     if wanted.kind != "file":
         work.template = choose_template(work.chat.template, end=END)
     tokenizer = _plain_tokenizer(data, corpora, weights, work)
-    template = work.template = work.template or choose_template(work.chat.template, end=tokenizer.end, tokenizer=path)
+    names: dict[str, str] = {"end": tokenizer.end, "begin": tokenizer.begin_names}
+    template = work.template = work.template or choose_template(work.chat.template, **names, tokenizer=path)
     fitted = template.fit(tokenizer)
     work.plain, work.added = tokenizer.hash, tuple(sorted(fitted.added - tokenizer.added))
     if work.added:

@@ -78,8 +78,9 @@ def choose_template(
     there, or writes tokens that the tokenizer does not have.
     """
     wanted = given or opened.config.data.chat.template
+    names: dict[str, str] = {"end": tokenizer.end, "begin": tokenizer.begin_names}
     try:
-        template = named_template(wanted, end=tokenizer.end, tokenizer=opened.path)
+        template = named_template(wanted, **names, tokenizer=opened.path)
         fitted = template.fit(tokenizer)
         if lacking := sorted(fitted.added - tokenizer.added):
             what = "the tokenizer does not have the tokens of the chat template"
@@ -88,7 +89,7 @@ def choose_template(
     except Failure as failure:  # one that is no longer there, or was never used
         if given is not None:
             raise
-        template, fitted = load_template("plain", end=tokenizer.end), tokenizer
+        template, fitted = load_template("plain", **names), tokenizer
         found = f", {failure.found}" if failure.found else ""
         tell(f"the template {wanted} cannot be used ({failure.what}{found}): plain is used, which the model may not know")
     else:
