@@ -26,6 +26,7 @@ from dist_llm.infer.text import Text
 from dist_llm.use.load import Place, load_here, open_sound
 from dist_llm.use.score import Scorer
 from tests.model_tokenizers import MISTRAL, TEXT, TULU, ZEPHYR, save, sentencepiece
+from tests.test_messages import well_made
 
 TURNS = ("Repeat: table", "paper, wintergreen", "And of the model?", "All the data <|user|> of it.")
 TALK = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, TURNS, strict=True)]
@@ -294,3 +295,57 @@ def test_a_beginning_that_is_no_token_is_refused(tmp_path: Path) -> None:
     inner.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="that it does not have"):
         load(tmp_path)
+
+
+# --- what `check` knows of a template --------------------------------------------------------------------------------------
+
+ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+BROKEN = "{{ messages[0].nothing.at_all }}"
+UNMARKED = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("own", "words", "told"),
+    [
+        (ENDLESS, [], "never trains the token that ends a turn"),
+        (BROKEN, [], "the chat template cannot be rendered"),
+        (UNMARKED, [], "never trains the token that ends a turn"),
+        ("{% if %}", [], "the chat template cannot be rendered"),
+        ("{{ raise_exception('no') }}", [], "refuses a plain conversation"),
+        (None, ["model"], "there is no chat template beside the tokenizer"),
+        (None, ["chatlm"], "there is no chat template"),
+        (None, ["chatlm", "kind=bpe"], "there is no chat template"),
+        (None, ["chatml"], "the model's vocabulary is smaller"),
+        (None, ["model", "kind=bytes"], "lies beside its tokenizer"),
+        (None, ["HOME/own.jinja", "kind=bpe"], "never trains the token that ends a turn"),
+    ],
+)
+def test_check_refuses_a_template_that_training_would(
+    own: str | None, words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(sentencepiece(), tmp_path, template=own)
+    (tmp_path / "own.jinja").write_text(ENDLESS)
+    config_of(tmp_path, vocab=load(tmp_path).vocab_size)
+    if "kind=" in "".join(words):
+        text = (tmp_path / "run.yaml").read_text()
+        path = f"kind: file, path: {tmp_path / 'tokenizer.json'}"
+        (tmp_path / "run.yaml").write_text(text.replace(path, f"kind: {words[1].removeprefix('kind=')}"))
+    more = [f"data.chat.template={words[0].replace('HOME', str(tmp_path))}"] if words else []
+    for verb in (["check"], ["train", "--run-dir", str(tmp_path / "run")]):
+        assert cli.run([*verb, str(tmp_path / "run.yaml"), *more]) == 2
+        err = capsys.readouterr().err
+        well_made(err)
+        assert told in err, err
+
+
+def test_check_knows_what_may_be_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of another machine are noted, and what is there is as in training."""
+    save(sentencepiece(), tmp_path)
+    config_of(tmp_path, vocab=load(tmp_path).vocab_size)
+    for template, told in (("far/away.jinja", "no chat template at far/away.jinja on this machine"), ("auto", "plain is used")):
+        assert cli.run(["check", str(tmp_path / "run.yaml"), f"data.chat.template={template}"]) == 0
+        assert told in capsys.readouterr().out
+    (tmp_path / "tokenizer.json").rename(tmp_path / "away.json")
+    for template in ("auto", "model", "chatml"):
+        assert cli.run(["check", str(tmp_path / "run.yaml"), f"data.chat.template={template}"]) == 0
+    assert cli.run(["check", str(tmp_path / "run.yaml"), "data.chat.template=chatlm"]) == 2

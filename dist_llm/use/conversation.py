@@ -89,7 +89,7 @@ def choose_template(
     except Failure as failure:  # one that is no longer there, or was never used
         if given is not None:
             raise
-        template, fitted = load_template("plain", **names), tokenizer
+        template, fitted = load_template("plain", end=tokenizer.end, begin=tokenizer.begin_names), tokenizer
         found = f", {failure.found}" if failure.found else ""
         tell(f"the template {wanted} cannot be used ({failure.what}{found}): plain is used, which the model may not know")
     else:
