@@ -171,7 +171,7 @@ def test_ranks_answer_as_one_process(commands: Commands, small_run: Path, tmp_pa
     given.write_text("hello\n/system be good\nand now\nq\n")
     words = ["chat", str(small_run), "--json", "--tokens", "8", "--dtype", "float64", "--seed", "5"]
     one, two = (commands.run(*words, "--nproc", n, stdin=given) for n in ("1", "2"))
-    assert one.returncode == two.returncode == 0 and two.stderr == "", two.stderr
+    assert one.returncode == two.returncode == 0 and one.stderr == two.stderr and "plain is used" in two.stderr, two.stderr
     assert as_lines(two.stdout)[1:] == as_lines(one.stdout)[1:]
     assert (as_lines(one.stdout)[0]["ranks"], as_lines(two.stdout)[0]["ranks"]) == (1, 2)
 

@@ -31,7 +31,8 @@ def chat(
 
     opened, tokenizer = open_sound(checkpoint)
     require_split(opened.config.model, writing.nproc)
-    form, window = choose_template(template, opened, tokenizer), opened.config.data.sequence
+    form, tokenizer = choose_template(template, opened, tokenizer, tell=flags.note)
+    window = opened.config.data.sequence
     if window < 4:
         raise UsageError("the model sees too few tokens for a conversation", where=str(opened.path), found=f"data.sequence {window}")
     ends = tuple(sorted({*form.stop_ids(tokenizer), *flags.stop_ids(tokenizer, writing.stop_tokens)}))

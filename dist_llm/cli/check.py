@@ -43,6 +43,7 @@ def check(
     concrete = check_rules(loaded.config, ranks)
     _check_tokenizer(loaded)
     _check_base(loaded)
+    added, notes = _check_template(loaded)
     parameters = num_parameters(loaded.config.model)
     if as_json:
         typer.echo(json.dumps(explained.as_data(loaded, concrete, parameters=parameters, explain=explain)))
@@ -52,7 +53,7 @@ def check(
     model = explained.model_line(loaded.config, parameters, num_trained(loaded.config.model))
     for line in [model, *equations, *_predictions(loaded, concrete)]:
         typer.echo(f"  {line}")
-    for line in [*_missing_here(loaded), *explained.new_rows(loaded.config.model, _added(loaded))]:
+    for line in [*_missing_here(loaded), *notes, *explained.new_rows(loaded.config.model, added)]:
         typer.echo(f"  note: {plain(line)}")
     if draw or draw_to is not None:
         _draw(loaded, concrete, draw_to)
@@ -143,6 +144,8 @@ def _missing_here(loaded: Loaded) -> list[str]:
             missing.append(f"no text at {source} on this machine (data.{'mix' if data.mix else 'source'}: {origins['data.source']})")
     if data.tokenizer.kind == "file" and data.tokenizer.path and not os.path.exists(data.tokenizer.path):
         missing.append(f"no tokenizer at {data.tokenizer.path} on this machine (data.tokenizer.path: {origins['data.tokenizer.path']})")
+    if data.chat.format is not None and _is_path(data.chat.template) and not os.path.exists(os.path.expanduser(data.chat.template)):
+        missing.append(f"no chat template at {data.chat.template} on this machine (data.chat.template: {origins['data.chat.template']})")
     return missing
 
 
@@ -159,19 +162,40 @@ def _check_base(loaded: Loaded) -> None:
     base.require_tokenizer(found.hash, where=f"data.tokenizer ({loaded.origins['data.tokenizer.kind']})")
 
 
-def _added(loaded: Loaded) -> list[str]:
-    """The special tokens that a template adds to a base's tokenizer, where its files are here."""
-    config, path = loaded.config, loaded.config.data.tokenizer.path
-    chat, known = config.data.chat, config.data.tokenizer.kind == "file" and path is not None and os.path.exists(path)
-    if config.base is None or chat.format is None or not known:
-        return []
-    from dist_llm.data.template_files import choose_template
-    from dist_llm.data.tokenizer import load
+def _check_template(loaded: Loaded) -> tuple[list[str], list[str]]:
+    """The chat template must be there, be rendered, train the end of a turn, and leave the vocabulary within the model's.
 
-    file = Path(str(path)).expanduser()
-    tokenizer = load(file)
-    template = choose_template(chat.template, end=tokenizer.end, tokenizer=file)
-    return sorted({*template.special} - tokenizer.special.keys())
+    Returns the special tokens that it adds to a base's tokenizer, and notes; neither where its files are not here. Raises UsageError.
+    """
+    config, wanted, name = loaded.config, loaded.config.data.tokenizer, loaded.config.data.chat.template
+    if config.data.chat.format is None or wanted.kind == "ids" or (_is_path(name) and not os.path.exists(os.path.expanduser(name))):
+        return [], []
+    from dist_llm.data.template_files import BUILT_IN, choose_template
+    from dist_llm.data.tokenizer import bytes_tokenizer, load
+
+    file = Path(wanted.path).expanduser() if wanted.kind == "file" and wanted.path is not None else None
+    if wanted.kind == "file" and (file is None or not file.exists()):
+        if name not in (*BUILT_IN, "auto", "model"):
+            choose_template(name, end="")
+        return [], []
+    tokenizer = load(file) if file is not None else bytes_tokenizer()  # a bpe that is still to be trained gets the same special tokens
+    template = choose_template(name, end=tokenizer.end, begin=tokenizer.begin_names, tokenizer=file)
+    fitted = template.fit(tokenizer)
+    template.require_end(fitted)
+    added, vocab = sorted(fitted.added - tokenizer.added), config.model.vocab
+    if wanted.kind != "bpe" and fitted.vocab_size > vocab:
+        what = "the model's vocabulary is smaller than the tokenizer's with the tokens of the chat template"
+        expected, found = f"model.vocab of at least {fitted.vocab_size}: {' '.join(added)}", f"{vocab} ({loaded.origins['model.vocab']})"
+        way = "of a base model that has no rows to spare, data.chat.template=plain needs no further tokens"
+        raise UsageError(what, where=f"data.chat.template: {name}", expected=expected, found=found, next=way)
+    fallen = name == "auto" and file is not None and not template.models
+    notes = [f"no chat template lies beside the tokenizer: {template.name} is used"] if fallen else []
+    return added if config.base is not None else [], notes
+
+
+def _is_path(template: str) -> bool:
+    """Whether a template's name is that of a file, which another machine may have."""
+    return template.endswith(".jinja") or os.sep in template
 
 
 def _check_tokenizer(loaded: Loaded) -> None:

@@ -86,11 +86,11 @@ def _pieces(tokenizer: Tokenizer, ids: list[int], weights: list[float]) -> dict[
     found: dict[str, list[Any]] = {"pieces": [], "ids": [], "weights": []}
     at = 0
     while at < len(ids):
-        size = 1
-        whole = [size for size in range(1, LONGEST_CHARACTER + 1) if "\ufffd" not in tokenizer.decode(ids[at : at + size])]
+        size, first = 1, at == 0
+        whole = [size for size in range(1, LONGEST_CHARACTER + 1) if "\ufffd" not in tokenizer.piece(ids[at : at + size], first=first)]
         if whole and len(set(weights[at : at + whole[0]])) == 1:
             size = whole[0]
-        found["pieces"].append(tokenizer.decode(ids[at : at + size]))
+        found["pieces"].append(tokenizer.piece(ids[at : at + size], first=first))
         found["ids"].append(ids[at : at + size])
         found["weights"].append(weights[at])
         at += size

@@ -128,16 +128,26 @@ class _Progress:
 
     def __init__(self) -> None:
         self.moves, self.told, self.width = sys.stderr.isatty(), time.monotonic(), 0
+        self.notes: set[str] = set()
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         if self.width:
             print("\r" + " " * self.width + "\r", end="", file=sys.stderr, flush=True)
 
     def take(self, message: dict[str, Any]) -> None:
-        """{"progress": [what, done, of]}."""
+        """{"progress": [what, done, of]}, or {"note": text}, which is said once."""
+        if "note" in message:
+            if message["note"] not in self.notes:
+                self.notes.add(message["note"])
+                self._clear()
+                flags.note(message["note"])
+            return
         what, done, of = message["progress"]
         now, text = time.monotonic(), f"{plain(what, width=60)}: {done} of {of}"
         if self.moves:

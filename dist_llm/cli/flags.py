@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_llm.errors import UsageError
+from dist_llm.errors import UsageError, plain
 
 if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
@@ -154,6 +154,11 @@ def place_of(device: str, dtype: str | None) -> Place:
         if value is not None and value not in words:
             raise UsageError("there is no such choice", where=flag, expected=", ".join(words), found=str(value))
     return Place(device, dtype)
+
+
+def note(text: str) -> None:
+    """Says on stderr what else is to be known."""
+    typer.echo(f"note: {plain(text)}", err=True)
 
 
 def require_text(text: str, *, where: str) -> str:

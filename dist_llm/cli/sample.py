@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dist_llm.cli import flags
 from dist_llm.errors import DataError, UsageError, plain
 from dist_llm.train.console import printable
-
-if TYPE_CHECKING:
-    from dist_llm.data.tokenizer import Tokenizer
 
 LARGEST_FILE, MOST_PROMPTS = 64 << 20, 100_000  # bytes and lines of a file of prompts
 
@@ -42,7 +39,7 @@ def sample(
 
     opened, tokenizer = open_sound(checkpoint)
     require_split(opened.config.model, writing.nproc)
-    ids = [_encoded(text, tokenizer) for text in texts]
+    ids = [tokenizer.prompt(text) for text in texts]
     stop_tokens = flags.stop_ids(tokenizer, writing.stop_tokens)
     shape, named = (tokens, samples, batch, writing.stops, stop_tokens, writing.place), flags.named_adapters(writing.adapters)
     request = Request(str(opened.path), ids, writing.choice, *shape, named)
@@ -146,14 +143,9 @@ def _lines(content: bytes, *, where: str, as_json: bool) -> list[str]:
     return found
 
 
-def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a prompt; the end token where there is none, after which a new document begins."""
-    return tokenizer.encode(text) or [tokenizer.end_id]
-
-
 def _note_long(ids: list[list[int]], window: int) -> None:
     """Says which prompts are longer than what the model can see."""
     long = [number for number, one in enumerate(ids, 1) if len(one) > window]
     if long:
         which = f"prompt {long[0]} has {len(ids[long[0] - 1])} tokens" if len(long) == 1 else f"{len(long)} prompts are longer"
-        typer.echo(f"note: {which}; the model sees the last {window}", err=True)
+        flags.note(f"{which}; the model sees the last {window}")

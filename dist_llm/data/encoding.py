@@ -54,10 +54,10 @@ class TextEncoder:
     """Texts as they are, and documents that come as ids; the last one is cut where the limit is reached."""
 
     weighted: bool = False
-    identity: tuple[object, ...] = ()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.before = tokenizer, tokenizer.before_documents
+        self.identity: tuple[object, ...] = (*self.before,)
 
     def encode(self, documents: Sequence[Document], *, limit: int | None = None) -> list[Ids | None]:
         """Each document; None for one without text, or after the limit."""
@@ -65,13 +65,17 @@ class TextEncoder:
         tokens = 0
         texts = iter(self.tokenizer.encode_batch([document.text for document in documents if document.ids is None]))
         for document in documents:
-            ids: Sequence[int] | np.ndarray = next(texts) if document.ids is None else document.ids
+            ids: Sequence[int] | np.ndarray = self._begun(next(texts)) if document.ids is None else document.ids
             kept = ids if limit is None else ids[: max(0, limit - tokens - 1)]
             ended = document.ids is not None and not len(ids) and (limit is None or tokens < limit)
             some = len(kept) > 0 or ended  # an end token alone, where others have written one
             tokens += len(kept) + 1 if some else 0
             found.append(Ids(kept, *identify(document), len(document.text.encode())) if some else None)
         return found
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """The ids of a text with what stands before it; none of an empty one."""
+        return [*self.before, *ids] if ids else ids
 
 
 class ChatEncoder:
@@ -81,7 +85,7 @@ class ChatEncoder:
 
     def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: TrainOn, bad: BadLines) -> None:
         self.template, self.tokenizer, self.train_on, self.bad = template, tokenizer, train_on, bad
-        self.identity: tuple[object, ...] = (template.hash, train_on)
+        self.identity: tuple[object, ...] = (template.hash, train_on, *tokenizer.before_documents)
         self.faulty: list[list[str]] = []  # of the last call: where, why, excerpt
         self.full = False  # the limit was reached
 
@@ -102,7 +106,8 @@ class ChatEncoder:
         messages = messages_of(document.text)
         if messages[0]["role"] == "text":
             weight = messages[0].get("weight", 1.0)
-            ids = [*self.tokenizer.encode(messages[0]["content"]), self.tokenizer.end_id]
+            said = self.tokenizer.encode(messages[0]["content"])
+            ids = [*self.tokenizer.before_documents, *said, self.tokenizer.end_id]
             weights = [0.0] + [weight] * (len(ids) - 1)
             fault = None if any(weights) else "no token of the text is trained"
         else:

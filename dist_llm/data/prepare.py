@@ -53,7 +53,7 @@ class Prepared:
     validation: stores of the documents held out, with their shares; empty when there are none. entropy_rate: nats per
     token below which no loss can fall, where the source is known (`entropy` with the byte tokenizer). built: whether
     this call wrote anything. notes: what a user should know. template, shapes: of conversations, and of each source's objects.
-    plain, added: the hash of the tokenizer before the template added these special tokens to it.
+    plain, added: the hash of the tokenizer before the template made tokens special, and those of them that are new.
     base, beside: the identity of the weights that the run begins with, and the files that are carried along with them.
     """
 
@@ -161,12 +161,15 @@ def _tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Sequence[in
     if wanted.kind != "file":
         work.template = choose_template(work.chat.template, end=END)
     tokenizer = _plain_tokenizer(data, corpora, weights, work)
-    template = work.template = work.template or choose_template(work.chat.template, end=tokenizer.end, tokenizer=path)
+    names: dict[str, str] = {"end": tokenizer.end, "begin": tokenizer.begin_names}
+    template = work.template = work.template or choose_template(work.chat.template, **names, tokenizer=path)
     fitted = template.fit(tokenizer)
-    if added := fitted.vocab_size - tokenizer.vocab_size:
-        work.plain, work.added = tokenizer.hash, tuple(sorted(fitted.special.keys() - tokenizer.special.keys()))
-        names = " ".join(work.added)
-        work.notes.append(f"the template {template.name} added {added} special tokens, {names}: the vocabulary is {fitted.vocab_size} now")
+    work.plain, work.added = tokenizer.hash, tuple(sorted(fitted.added - tokenizer.added))
+    if work.added:
+        what = f"{len(work.added)} special tokens, {' '.join(work.added)}"
+        work.notes.append(f"the template {template.name} added {what}: the vocabulary is {fitted.vocab_size} now")
+    if work.chat.template == "auto" and path is not None and not template.models:
+        work.notes.append(f"no chat template lies beside the tokenizer: {template.name} is used")
     template.require_end(fitted)
     if fitted is tokenizer:
         fitted = Tokenizer(tokenizer.inner, end=tokenizer.end)

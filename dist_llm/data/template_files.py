@@ -63,24 +63,27 @@ PLAIN = """\
 BUILT_IN = {"chatml": (CHATML, ""), "llama3": (LLAMA3, "<|begin_of_text|>"), "qwen": (QWEN, ""), "plain": (PLAIN, "")}  # text, bos
 
 
-def choose_template(name: str, *, end: str, tokenizer: Path | None = None) -> Template:
+def choose_template(name: str, *, end: str, begin: str = "", tokenizer: Path | None = None) -> Template:
     """As `load_template`; auto: the model's own where there is one beside the tokenizer, else plain."""
     if name != "auto":
-        return load_template(name, end=end, tokenizer=tokenizer)
+        return load_template(name, end=end, begin=begin, tokenizer=tokenizer)
     folder = None if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
     own = folder is not None and (
         (folder / "chat_template.jinja").is_file() or "chat_template" in _read_config(folder / "tokenizer_config.json")
     )
-    return load_template("model" if own else "plain", end=end, tokenizer=tokenizer)
+    return load_template("model" if own else "plain", end=end, begin=begin, tokenizer=tokenizer)
 
 
-def load_template(name: str, *, end: str, tokenizer: Path | None = None) -> Template:
+def load_template(name: str, *, end: str, begin: str = "", tokenizer: Path | None = None) -> Template:
     """The template of a name: chatml, llama3, qwen, plain; model: what lies beside the tokenizer; or the path of a .jinja file.
 
-    end: the token that ends a document, for templates that write it. tokenizer: the tokenizer.json or its folder. Raises UsageError.
+    end: the token that ends a document, for templates that write it. begin: what stands before a text, as plain text is one.
+    tokenizer: the tokenizer.json or its folder. Raises UsageError.
     """
     if name in BUILT_IN:
         text, bos = BUILT_IN[name]
+        if name == "plain" and begin:
+            text = f"{{{{- {json.dumps(begin, ensure_ascii=False)} -}}}}\n{text}"
         return Template(name, text, eos=end, bos=bos, trusted=True)
     folder = None if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
     config = _read_config(folder / "tokenizer_config.json") if folder is not None else {}
@@ -92,13 +95,13 @@ def load_template(name: str, *, end: str, tokenizer: Path | None = None) -> Temp
         expected = "data.tokenizer.kind=file, and its path"
         raise UsageError("a model's own template lies beside its tokenizer", where="data.chat.template", expected=expected)
     if (path := folder / "chat_template.jinja").is_file():
-        return Template(name, _read(path), where=str(path), **tokens)
+        return Template(name, _read(path), where=str(path), models=True, **tokens)
     where = folder / "tokenizer_config.json"
     named = _default(config.get("chat_template"))
     if named is None:
         expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
         raise UsageError("there is no chat template beside the tokenizer", where=str(folder), expected=expected, next=WAY)
-    return Template(name, named, where=str(where), **tokens)
+    return Template(name, named, where=str(where), models=True, **tokens)
 
 
 WAY = "name one: data.chat.template=chatml, llama3, qwen, plain, or the path of a .jinja file"

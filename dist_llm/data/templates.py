@@ -53,11 +53,14 @@ class Encoded:
 class Template:
     """A chat template. name: as the config names it; where: its file, for messages. eos, bos: what `eos_token` and `bos_token` are in it.
 
-    special: special tokens that it writes. trusted: it is our own, and is rendered in this process.
+    special: what it writes that looks like a special token. trusted: it is this package's, and is rendered in this process.
+    models: it came with the tokenizer of a model, which knows what is a token and what are letters.
     """
 
-    def __init__(self, name: str, text: str, *, eos: str, bos: str = "", where: str = "", trusted: bool = False) -> None:
-        self.name, self.text, self.eos, self.bos, self.where = name, text, eos, bos, where or name
+    def __init__(
+        self, name: str, text: str, *, eos: str, bos: str = "", where: str = "", trusted: bool = False, models: bool = False
+    ) -> None:
+        self.name, self.text, self.eos, self.bos, self.where, self.models = name, text, eos, bos, where or name, models
         self.special = tuple(dict.fromkeys(token for token in (*NAMES.findall(text), bos, eos) if token))
         self.marked = has_generation(text)
         self._renderer: Renderer = Here(text) if trusted else Apart(text)
@@ -68,9 +71,14 @@ class Template:
         """sha256 of all that its output depends on."""
         return hashlib.sha256("\x00".join((self.text, self.eos, self.bos)).encode()).hexdigest()
 
+    def commands(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """The special tokens that it writes. A model's own template may write `<|user|>` where the model was trained on these letters."""
+        ends = (self.bos, self.eos)
+        return tuple(name for name in self.special if not self.models or name in tokenizer.added or name in ends)
+
     def fit(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the special tokens that this template writes; new ones come after those it has."""
-        return tokenizer.extended(self.special)
+        return tokenizer.extended(self.commands(tokenizer))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; add_generation_prompt: and the beginning of the assistant's next turn.

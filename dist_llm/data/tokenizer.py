@@ -29,8 +29,9 @@ SMALLEST_BPE = 257  # every byte, and the end
 class Tokenizer:
     """A vocabulary with its rules, and the token that ends a document.
 
-    vocab_size: one more than the largest id. end_id: the end token. hash: sha256 of the canonical JSON. beside: the files it was read
-    from, and those of a chat template and the like that lay beside them: carried along as they are.
+    vocab_size: one more than the largest id. end_id: the end token. begin: ids that its own rule puts before a text, mostly none or BOS.
+    hash: sha256 of the canonical JSON. beside: the files it was read from, and those of a chat template and the like that lay beside
+    them: carried along as they are.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, *, end: str = END, beside: dict[str, bytes] | None = None) -> None:
@@ -41,6 +42,7 @@ class Tokenizer:
         assert end_id is not None, end
         self.inner, self.end, self.end_id, self.beside = inner, end, end_id, beside or {}
         self.chat_template, self.bos = "", ""  # what its files say of conversations; no part of what it is
+        self.begin = _begin(inner)
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
@@ -50,6 +52,25 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all threads the library has."""
         return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that is to go on, as models of this tokenizer have read texts; of an empty one `opening`."""
+        return [*self.begin, *self.encode(text)] or self.opening
+
+    @property
+    def opening(self) -> list[int]:
+        """The ids after which a new text begins: its own rule's, or the end of the one before."""
+        return [*self.begin] or [self.end_id]
+
+    @property
+    def before_documents(self) -> list[int]:
+        """The ids before each document that is trained: its own rule's, but where they are the end, which stands there already."""
+        return [] if self.end_id in self.begin else [*self.begin]
+
+    @property
+    def begin_names(self) -> str:
+        """`begin` by name."""
+        return "".join(str(self.inner.id_to_token(token)) for token in self.begin)
 
     @cached_property
     def commanding(self) -> tokenizers.Tokenizer:
@@ -62,6 +83,11 @@ class Tokenizer:
     def special(self) -> dict[str, int]:
         """The special tokens by name, and their ids."""
         return {token.content: number for number, token in self.inner.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def added(self) -> frozenset[str]:
+        """The names of all tokens that are found in a text before it is cut up: the special ones, and others."""
+        return frozenset(token.content for token in self.inner.get_added_tokens_decoder().values())
 
     @cached_property
     def special_names(self) -> tuple[str, ...]:
@@ -86,9 +112,20 @@ class Tokenizer:
         """The text of the ids; special tokens appear by name, bytes that are no UTF-8 as U+FFFD."""
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=False)
 
+    def piece(self, ids: Sequence[int], *, first: bool) -> str:
+        """What some ids add to a text. first: it begins with them; some tokenizers leave out the space before a text, and no other."""
+        if first:
+            return self.decode(ids)
+        return self.decode([*self._letter, *ids])[len(self.decode(self._letter)) :]
+
+    @cached_property
+    def _letter(self) -> list[int]:
+        """A token of a text, after which others are not its first."""
+        return self.encode("a")[-1:]
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id on its own."""
-        return [self.decode([token]) for token in ids]
+        """The text of each id, a space at its beginning included; together they are that of all, where each is whole letters."""
+        return [self.piece([token], first=at == 0) for at, token in enumerate(ids)]
 
     @property
     def ids(self) -> set[int]:
@@ -144,7 +181,10 @@ def load(path: Path) -> Tokenizer:
     end = _end_token(inner, file.with_name("tokenizer_config.json"))
     if end is None:
         raise UsageError("the tokenizer has no token that ends a document", where=str(file), expected="one of " + " ".join(KNOWN_ENDS))
-    return Tokenizer(inner, end=end, beside=_beside(file))
+    tokenizer = Tokenizer(inner, end=end, beside=_beside(file))
+    if lacking := set(tokenizer.begin) - tokenizer.ids:
+        raise DataError("the tokenizer puts a token before texts that it does not have", where=str(file), found=f"id {min(lacking)}")
+    return tokenizer
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -237,6 +277,22 @@ def _beside(file: Path) -> dict[str, bytes]:
         return read_beside(file.parent, (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES))
     except CheckpointError:
         return {}
+
+
+def _begin(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The ids that a tokenizer's post-processor puts before a text: that is where Hugging Face's files say it, and nowhere else."""
+    if inner.post_processor is None:
+        return ()
+    found: list[int] = []
+    state = json.loads(inner.post_processor.__getstate__())
+    for rule in state.get("processors", [state]):
+        if "cls" in rule:  # of BERT and RoBERTa
+            found.append(rule["cls"][1])
+        for part in rule.get("single", ()):
+            if "Sequence" in part:
+                break
+            found += rule["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    return tuple(found)
 
 
 def _end_token(inner: tokenizers.Tokenizer, config: Path) -> str | None:

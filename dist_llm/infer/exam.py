@@ -98,7 +98,7 @@ def asked(pairs: Sequence[Pair], tokenizer: Tokenizer, template: Template | None
         if template is not None:
             ids = template.prompt([{"role": "user", "content": pair.prompt}], tokenizer)
         else:
-            ids = [tokenizer.end_id, *tokenizer.encode(f"Question: {pair.prompt}\nAnswer:")]
+            ids = [*tokenizer.opening, *tokenizer.encode(f"Question: {pair.prompt}\nAnswer:")]
         yield Asked(pair, ids, len(tokenizer.encode(f" {pair.answer}\n")))
 
 

@@ -14,15 +14,17 @@ class Text:
     """The text of one line of tokens.
 
     Bytes of an unfinished letter wait for the rest, and so does what may be the beginning of a stop string, across tokens.
-    stopped: the stop string that has come; the text ends before it. Tokens named in `silent` have no text.
+    stopped: the stop string that has come; the text ends before it. Tokens named in `silent` have no text. after: the tokens of a text
+    that goes on here, so that a space between the two is shown; a text of its own begins without one, as an answer after a template does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), silent: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), silent: Iterable[int] = (), after: Sequence[int] = ()) -> None:
         self.tokenizer, self.stops, self.silent = tokenizer, [stop for stop in stops if stop], frozenset(silent)
         self.tokens: list[int] = []
         self.stopped: str | None = None
         self._given: list[str] = []
-        self._settled = self._shown = 0  # tokens before `_settled` are behind; the text of those up to `_shown` is given
+        self._begins = not after or after[-1] in tokenizer.special.values()  # no text stands before it
+        self._shown = 0  # the text of the tokens before it is given
         self._held = ""  # may begin a stop string
 
     @property
@@ -42,19 +44,21 @@ class Text:
         if self.stopped is not None or token in self.silent:
             return ""
         self.tokens.append(token)
-        before, after = (self.tokenizer.decode(self.tokens[self._settled : end]) for end in (self._shown, len(self.tokens)))
-        if after.endswith("\ufffd") and len(self.tokens) - self._shown <= LETTER:
+        text = self._rest()
+        if text.endswith("\ufffd") and len(self.tokens) - self._shown <= LETTER:
             return ""
-        self._settled, self._shown = self._shown, len(self.tokens)
-        return self._release(after[len(before) :])
+        self._shown = len(self.tokens)
+        return self._release(text)
+
+    def _rest(self) -> str:
+        """The text of the tokens that is not given yet."""
+        return self.tokenizer.piece(self.tokens[self._shown :], first=self._begins and not self._shown)
 
     def finish(self) -> str:
         """The rest, when no more tokens come."""
         if self.stopped is not None:
             return ""
-        before, after = (self.tokenizer.decode(self.tokens[self._settled : end]) for end in (self._shown, len(self.tokens)))
-        self._shown = len(self.tokens)
-        text = self._release(after[len(before) :])
+        text, self._shown = self._release(self._rest()), len(self.tokens)
         rest, self._held = self._held, ""
         return self._give(text if self.stopped is not None else text + rest)
 
@@ -75,9 +79,9 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def stream(tokenizer: Tokenizer, tokens: Iterator[int], *, silent: Iterable[int] = ()) -> Iterator[str]:
-    """The text of tokens as they come; the end token has none, and ends it."""
-    text = Text(tokenizer, silent=silent)
+def stream(tokenizer: Tokenizer, tokens: Iterator[int], *, silent: Iterable[int] = (), after: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens as they come, which may go on after others; the end token has none, and ends it."""
+    text = Text(tokenizer, silent=silent, after=after)
     for token in tokens:
         if token == tokenizer.end_id:
             break

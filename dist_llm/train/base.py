@@ -105,10 +105,10 @@ class Base:
     def beside(self, prepared: Prepared) -> Prepared:
         """The data of a run, with the base's identity and the files that are carried along. Raises UsageError for another tokenizer.
 
-        Where a template has added tokens the tokenizer is the run's own, and the base's files of it stay behind.
+        Where a template has made tokens special the tokenizer is the run's own, and the base's files of it stay behind.
         """
         self.require_tokenizer(prepared.plain)
-        behind = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES) if prepared.added else ()
+        behind = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES) if prepared.plain != prepared.tokenizer.hash else ()
         beside = {name: content for name, content in self.beside_files().items() if name not in behind}
         own = prepared.tokenizer.chat_template
         return replace(prepared, base=self.identity, beside=with_template(beside, own) if own and not behind else beside)

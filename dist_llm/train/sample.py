@@ -36,10 +36,11 @@ class Samples:
         self.engine, self.model, self.tokenizer, self.window = engine, config.model, prepared.tokenizer, config.data.sequence
         self.folder = folder / ".weights"
         self.choice = Choice(top_k=50, seed=config.runtime.seed)
+        self.begin = self.tokenizer.before_documents
         store = (prepared.validation or prepared.train)[0]
         documents = (store.document(number) for number in range(min(64, store.manifest.documents)))
         long = [document[:PROMPT_TOKENS].tolist() for document in documents if len(document) > PROMPT_TOKENS]
-        self.prompts: list[list[int]] = long[:NUM_PROMPTS] or [[store.manifest.end_id]]
+        self.prompts: list[list[int]] = long[:NUM_PROMPTS] or [self.tokenizer.opening]
 
     def take(self) -> list[dict[str, str]]:
         """`prompt` and `text` of each sample on rank 0, nothing elsewhere; every rank calls it."""
@@ -53,7 +54,9 @@ class Samples:
         texts = []
         for prompt in self.prompts:
             tokens = follow(model, prompt, count=SAMPLE_TOKENS, choice=self.choice, window=self.window, ends={self.tokenizer.end_id})
-            texts.append({"prompt": self.tokenizer.decode(prompt), "text": "".join(stream(self.tokenizer, _alive(tokens)))})
+            text = "".join(stream(self.tokenizer, _alive(tokens), after=prompt))
+            begun = prompt[: len(self.begin)] == self.begin
+            texts.append({"prompt": self.tokenizer.decode(prompt[len(self.begin) if begun else 0 :]), "text": text})
         return texts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,28 +69,30 @@ class Conversation:
         return self.template.prompt(self._with_system(messages), self.tokenizer)
 
 
-def choose_template(given: str | None, opened: Checkpoint, tokenizer: Tokenizer) -> Template:
-    """The template of a name or file; else the run's own, or what lies beside the tokenizer, or `plain`.
+def choose_template(
+    given: str | None, opened: Checkpoint, tokenizer: Tokenizer, *, tell: Callable[[str], object]
+) -> tuple[Template, Tokenizer]:
+    """The template of a name or file; else the run's own, or what lies beside the tokenizer, or `plain`, which is told.
 
-    Raises UsageError for one that is not there, or writes tokens that the tokenizer does not have.
+    And the tokenizer, to which all that the template writes of special tokens is special. Raises UsageError for a template that is not
+    there, or writes tokens that the tokenizer does not have.
     """
-    if given is not None:
-        template = named_template(given, end=tokenizer.end, tokenizer=opened.path)
-        if lacking := _lacking(template, tokenizer):
+    wanted = given or opened.config.data.chat.template
+    names: dict[str, str] = {"end": tokenizer.end, "begin": tokenizer.begin_names}
+    try:
+        template = named_template(wanted, **names, tokenizer=opened.path)
+        fitted = template.fit(tokenizer)
+        if lacking := sorted(fitted.added - tokenizer.added):
             what = "the tokenizer does not have the tokens of the chat template"
             raise UsageError(what, where=template.where, expected=", ".join(lacking), found=str(opened.path), next="--template plain")
-        template.require_end(tokenizer)
-        return template
-    try:
-        template = named_template(opened.config.data.chat.template, end=tokenizer.end, tokenizer=opened.path)
-        if not _lacking(template, tokenizer):
-            template.require_end(tokenizer)
-            return template
-    except Failure:  # one that is no longer there, or was never used
-        pass
-    return load_template("plain", end=tokenizer.end)
-
-
-def _lacking(template: Template, tokenizer: Tokenizer) -> list[str]:
-    """Special tokens that a template writes and a tokenizer does not have."""
-    return [name for name in template.special if name not in tokenizer.special]
+        template.require_end(fitted)
+    except Failure as failure:  # one that is no longer there, or was never used
+        if given is not None:
+            raise
+        template, fitted = load_template("plain", end=tokenizer.end, begin=tokenizer.begin_names), tokenizer
+        found = f", {failure.found}" if failure.found else ""
+        tell(f"the template {wanted} cannot be used ({failure.what}{found}): plain is used, which the model may not know")
+    else:
+        if wanted == "auto" and not template.models:
+            tell("no chat template lies beside the tokenizer: plain is used, which the model may not know")
+    return template, fitted

@@ -57,7 +57,7 @@ class Exam:
 def evaluate_rank(rank: int, world: int, say: Hear, given: dict[str, Any]) -> dict[str, Any]:
     """One rank of `eval`: {"text": ..., "skills": ...}, the same on all; of each adapter in "adapters", by name.
 
-    Rank 0 says {"progress": [what, done, of]}.
+    Rank 0 says {"progress": [what, done, of]}, and {"note": text} for what else is to be known.
     """
     exam = Exam(**{**given, "place": Place(**given["place"]), "tasks": tuple(given["tasks"])})
     opened, tokenizer = open_sound(Path(exam.checkpoint), whole=False)
@@ -183,7 +183,9 @@ def measure_skills(
 ) -> dict[str, Any]:
     """Exact answers to questions that the run has not trained on, by task: exam.marks of greedy answers."""
     chats = exam.template is not None or opened.config.data.chat.format is not None
-    template = choose_template(exam.template, opened, tokenizer) if chats else None
+    template = None
+    if chats:
+        template, tokenizer = choose_template(exam.template, opened, tokenizer, tell=lambda text: share.tell({"note": text}))
     pairs = questions(opened.config, prepared, tasks=exam.tasks, each=exam.skills, seed=exam.seed)
     groups, window, mine = grouped(asked(pairs, tokenizer, template), exam.batch), opened.config.data.sequence, {}
     for number in share.mine(len(groups), "skills"):

@@ -61,7 +61,11 @@ def write_rank(rank: int, world: int, say: Hear, given: dict[str, Any]) -> dict[
         about = {} if name is None else {"adapter": name}
         writer = Writer(model, [request.prompts[number] for number in numbers], ends=ends, **settings)
         texts = [{**about, "prompt": number, "sample": sample} for number in numbers for sample in range(request.samples)]
-        lines = [_Line(one, Text(tokenizer, stops=request.stops, silent=ends), tell) for one in texts]
+        befores = [request.prompts[number] for number in numbers for _ in range(request.samples)]
+        lines = [
+            _Line(one, Text(tokenizer, stops=request.stops, silent=ends, after=before), tell)
+            for one, before in zip(texts, befores, strict=True)
+        ]
         for tokens in writer:
             for at, token in tokens.items():
                 if lines[at].add(token) or len(lines[at].tokens) == request.count:

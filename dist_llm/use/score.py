@@ -1,8 +1,8 @@
 """What evaluation suites ask of a model: log likelihoods of texts, and texts that go on until a string comes.
 
 The conventions are those of lm-evaluation-harness (`lm_eval_adapter.py` makes its subclass of this): blanks at the end of a
-context belong to what follows, an empty context is the end of a document, and a text that is longer than the window is cut into
-windows each of whose tokens is predicted once.
+context belong to what follows, a text begins as the tokenizer's own rule says (BOS, where it has one), an empty context is that, or the
+end of a document, and a text that is longer than the window is cut into windows each of whose tokens is predicted once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Scorer:
         return self._scored([self._pieces(*self.tokens(context, continuation)) for context, continuation in pairs])
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """The log probability of each whole text, after the end of a document."""
-        pieces = [self._pieces([self.tokenizer.end_id], self.tokenizer.encode(text)) for text in texts]
+        """The log probability of each whole text, after what stands before a text."""
+        pieces = [self._pieces(self.tokenizer.opening, self.tokenizer.encode(text)) for text in texts]
         return [value for value, _ in self._scored(pieces)]
 
     def tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -50,8 +50,8 @@ class Scorer:
         kept = context.rstrip()
         context, continuation = kept, context[len(kept) :] + continuation
         if not context:
-            return [self.tokenizer.end_id], self.tokenizer.encode(continuation)
-        given, whole = self.tokenizer.encode(context), self.tokenizer.encode(context + continuation)
+            return self.tokenizer.opening, self.tokenizer.encode(continuation)
+        given, whole = self.tokenizer.prompt(context), self.tokenizer.prompt(context + continuation)
         return given, whole[len(given) :]
 
     def until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -77,7 +77,7 @@ class Scorer:
         stops = [stops] if isinstance(stops, str) else list(stops)
         count, ends = int(settings.get("max_gen_toks", NEW_TOKENS)), {self.tokenizer.end_id}
         room = max(1, self.window - count)  # of a context, of which the end counts
-        prompts = [(self.tokenizer.encode(context) or [self.tokenizer.end_id])[-room:] for context in contexts]
+        prompts = [self.tokenizer.prompt(context)[-room:] for context in contexts]
         writer = Writer(self.model, prompts, count=count, choice=_choice(settings), window=self.window, ends=ends)
         return texts_of(writer, self.tokenizer, lines=len(prompts), stops=stops, silent=ends)
 
