@@ -82,6 +82,57 @@ def test_alpaca_inputs_and_systems(tmp_path: Path) -> None:
     assert not why and [m["content"] for m in chat.messages_of(text)] == ["You add.", "Add\n\n1 2", "3"]
 
 
+SAME: list[tuple[str, dict[str, Any], list[tuple[str, str, float | None]]]] = [  # a shape, an object, its turns
+    ("sharegpt", {"conversations": ROUND}, [("user", "Hi", None), ("assistant", "Hello", None)]),
+    ("sharegpt", {"system": " ", **LINES["sharegpt"]}, [("user", "Hi", None), ("assistant", "Hello", None)]),
+    ("messages", {"messages": [{"role": "system", "content": ""}, *ROUND]}, [("user", "Hi", None), ("assistant", "Hello", None)]),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "developer", "content": "Be kind"},
+                {**ROUND[0], "tool_calls": []},
+                {**ROUND[1], "thinking": None},
+            ]
+        },
+        [("system", "Be kind", None), ("user", "Hi", None), ("assistant", "Hello", None)],
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, ROUND[1]], "tools": []},
+        [("user", "Hi", None), ("assistant", "Hello", None)],
+    ),
+    (
+        "prompt_completion",
+        {"prompt": [*ROUND, {"role": "user", "content": "More"}], "completion": [{"role": "assistant", "content": "Yes"}]},
+        [("user", "Hi", None), ("assistant", "Hello", 0.0), ("user", "More", None), ("assistant", "Yes", None)],
+    ),
+    ("prompt_completion", {"prompt": ROUND[:1], "completion": "Hello"}, [("user", "Hi", None), ("assistant", "Hello", None)]),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SAME)))
+def test_what_others_write_is_understood(number: int) -> None:
+    shape, record, turns = SAME[number]
+    text, why = chat.taker(shape, train_on="assistant")(record)  # type: ignore[arg-type]
+    assert not why and [(m["role"], m["content"], m.get("weight")) for m in chat.messages_of(text)] == turns, why
+    assert judge(json.dumps(record), shape, "assistant") == [list(turn) for turn in turns]
+
+
+def test_a_prompt_of_messages_is_not_trained() -> None:
+    asked = [*ROUND, {"role": "user", "content": "More"}]
+    take = chat.taker("prompt_completion", train_on="assistant")
+    for record, words in (
+        ({"prompt": ROUND, "completion": "Yes"}, "'prompt' must end with a user's turn"),
+        ({"prompt": [ROUND[0], {**ROUND[1], "weight": 2}, asked[2]], "completion": "Yes"}, "a turn of 'prompt' is to be trained"),
+        ({"prompt": asked, "completion": [ROUND[1]], "weight": 2}, "the object has a weight and its completion is messages"),
+        ({"prompt": asked, "completion": [{"role": "user", "content": "x"}, ROUND[1]]}, "two user turns in a row, 3 and 4"),
+    ):
+        assert words in take(record)[1]
+    whole = chat.messages_of(chat.taker("prompt_completion", train_on="all")({"prompt": asked, "completion": "Yes"})[0])
+    assert not any("weight" in message for message in whole)
+
+
 def test_a_shape_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     for record, words in (
         ({"question": "Hi", "answer": "Hello"}, "is not known"),
@@ -107,7 +158,25 @@ FAULTS: list[tuple[Any, str]] = [
     ({"messages": ROUND[:1]}, "no assistant turn"),
     ({"messages": []}, "'messages' has 0 turns, expected 1 to 10000"),
     ({"messages": {}}, "'messages' must be an array, found an object"),
-    ({"messages": [*ROUND, {"role": "tool", "content": "x"}]}, "turn 3 has the unknown role 'tool'; known are user, assistant, system"),
+    ({"messages": [*ROUND, {"role": "tool", "content": "x"}]}, "turn 3 has the role 'tool': calls of tools are not trained"),
+    ({"messages": [*ROUND, {"role": "critic", "content": "x"}]}, "turn 3 has the unknown role 'critic'; known are user, assistant, system"),
+    (
+        {"messages": [ROUND[0], {**ROUND[1], "tool_calls": [{"function": {"name": "f"}}]}]},
+        "turn 2 has 'tool_calls': calls of",
+    ),
+    (
+        {"messages": [ROUND[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        "turn 2 has 'tool_calls': calls of",
+    ),
+    ({"messages": ROUND, "tools": [{"type": "function"}]}, "the object has 'tools': calls of tools are not trained"),
+    (
+        {"messages": [ROUND[0], {**ROUND[1], "reasoning_content": "Hm"}]},
+        "turn 2 has 'reasoning_content': only the content",
+    ),
+    ({"messages": ROUND, "images": ["a.png"]}, "the object has 'images': only text is trained"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ROUND[1]]}, "turn 1 has a part of the type 'image'"),
+    ({"messages": [{"role": "user", "content": ["Hi"]}, ROUND[1]]}, "turn 1 has a part without a type"),
+    ({"messages": [{"role": "user", "content": []}, ROUND[1]]}, "turn 1 is empty"),
     ({"messages": [*ROUND, {"role": 3, "content": "x"}]}, "turn 3 has the unknown role a number"),
     ({"messages": [*ROUND, {"role": "system", "content": "x"}]}, "turn 3 is a system turn, expected at the beginning alone"),
     ({"messages": [ROUND[0], {"role": "assistant", "content": " \n"}]}, "turn 2 is empty"),
@@ -115,6 +184,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"messages": [ROUND[0], {"role": "assistant"}]}, "turn 2 has no key 'content' (it has role)"),
     ({"messages": [ROUND[0], "Hello"]}, "turn 2 must be an object, found a string"),
     ({"messages": [ROUND[0], {**ROUND[1], "weight": -1}]}, "turn 2: weight must be from 0 to 1000, found -1"),
+    ({"messages": [ROUND[0], {**ROUND[1], "weight": 10**400}]}, "turn 2: weight must be from 0 to 1000, found 1000"),
     ({"messages": [ROUND[0], {**ROUND[1], "weight": "1"}]}, "turn 2: weight must be a number, found a string"),
     ({"messages": [ROUND[0], {**ROUND[1], "weight": True}]}, "turn 2: weight must be a number, found true or false"),
     ({"messages": [ROUND[0], {**ROUND[1], "train": 1}]}, "turn 2: train must be true or false, found a number"),
@@ -158,7 +228,9 @@ def test_faults_are_told_with_their_places(tmp_path: Path) -> None:
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 0.5, 2, 1000, 1001, 1e308, "", " ", "\n", "x", "a\x00b", "\ud83d", "😀", [], {}, ["x"], {"role": "user"},
-    "user", "assistant", "system", "human", "gpt", "tool", "User", "<|im_end|>", "\x1b[2J", "\u202e", "y" * 300, float("nan"), 10**400,
+    "user", "assistant", "system", "human", "gpt", "tool", "User", "developer", [{"type": "text", "text": "part"}],
+    [{"type": "text", "text": "of"}, {"type": "text", "text": " two"}], [{"role": "user", "content": "listed"}],
+    "<|im_end|>", "\x1b[2J", "\u202e", "y" * 300, float("nan"), 10**400,
 )  # fmt: skip
 KEYS = (
     "role",
@@ -175,6 +247,12 @@ KEYS = (
     "prompt",
     "output",
     "x",
+    "completion",
+    "type",
+    "tools",
+    "tool_calls",
+    "reasoning_content",
+    "images",
 )
 
 
@@ -210,12 +288,18 @@ def mutated(record: Any, dice: random.Random) -> Any:
 
 def grown(shape: str, dice: random.Random) -> dict[str, Any]:
     """A sound record of a shape."""
-    if shape not in ("messages", "sharegpt"):
+    listed = shape == "prompt_completion" and dice.random() < 0.6
+    if shape not in ("messages", "sharegpt") and not listed:
         return dict(LINES[shape])
-    names = ("role", "content") if shape == "messages" else ("from", "value")
-    pair = ("user", "assistant") if shape == "messages" else ("human", "gpt")
-    turns = [{names[0]: role, names[1]: f"{role} {at}"} for at in range(dice.randint(1, 3)) for role in pair]
-    system = [{names[0]: "system", names[1]: "be kind"}] if dice.random() < 0.3 else []
+    names = ("from", "value") if shape == "sharegpt" and dice.random() < 0.7 else ("role", "content")
+    pair = ("human", "gpt") if shape == "sharegpt" else ("user", "assistant")
+    turns: list[dict[str, Any]] = [{names[0]: role, names[1]: f"{role} {at}"} for at in range(dice.randint(1, 3)) for role in pair]
+    if dice.random() < 0.2:
+        turns[0][names[1]] = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+    said = dice.choice(("be kind", "be kind", "", " \n"))
+    system = [{names[0]: dice.choice(("system", "developer")), names[1]: said}] if dice.random() < 0.3 else []
+    if listed:
+        return {"prompt": [*system, *turns[:-1]], "completion": dice.choice((turns[-1:], turns[-1]["content"]))}
     return {"messages" if shape == "messages" else "conversations": system + turns}
 
 

@@ -202,6 +202,13 @@ def test_a_wrong_answer_is_wrong_and_always_the_same() -> None:
 
 
 def test_a_text_of_a_pair_names_its_prompt_once() -> None:
+    silent = {"role": "system", "content": ""}
+    text, why = preferences.taker(train_on="assistant")({"chosen": [silent, ASKED, GOOD], "rejected": [silent, ASKED, BAD]})
+    assert not why and text == preferences.taker(train_on="assistant")({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]})[0]
+    text, why = preferences.taker(train_on="assistant")({"chosen": [ASKED, {**GOOD, "tool_calls": [{}]}], "rejected": [ASKED, BAD]})
+    assert not text and "turn 2 has 'tool_calls'" in why
+    text, why = preferences.taker(train_on="assistant")({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "tools": [{}]})
+    assert not text and "the object has 'tools'" in why
     text, why = preferences.taker(train_on="assistant")({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "prompt": None})
     assert not why and json.loads(text)["asked"] == 1
 
