@@ -25,6 +25,7 @@ from dist_llm.data.batches import training_batches, validation_batches
 from dist_llm.data.build import build_store
 from dist_llm.data.corpora import open_corpus
 from dist_llm.data.encoding import ChatEncoder
+from dist_llm.data.packing import PackedBatches
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.data.readers import BadLines, parse_line
 from dist_llm.data.store import TokenStore
@@ -356,6 +357,18 @@ def test_weights_reach_the_store_and_the_batch(tmp_path: Path) -> None:
     order = training_batches(prepared, data, global_batch=4, seed=1)
     (batch,) = order.micro_batches(0, dp_rank=0, dp_size=1, micro=4)
     assert batch.weights is not None and set(batch.weights.unique().tolist()) <= {0.0, 0.25, 0.3, 1.0, 3.0}
+
+
+def test_answers_that_are_all_cut_are_refused(tmp_path: Path) -> None:
+    """Truncated before the token that ends a turn in every conversation: the model would never stop."""
+    said = [{"messages": [ROUND[0], {"role": "assistant", "content": "y" * (60 + number)}]} for number in range(20)]
+    file = written(tmp_path / "a.jsonl", *said)
+    data = data_of(tmp_path, file, sequence=40, chat={"too_long": "truncate"})
+    with pytest.raises(DataError, match="all conversations are cut before an answer ends"):
+        training_batches(prepare(data, seed=0), data, global_batch=1, seed=0)
+    written(tmp_path / "a.jsonl", *said, LINES["messages"])
+    order = training_batches(prepare(data, seed=0), data, global_batch=1, seed=0)
+    assert isinstance(order, PackedBatches) and order.statistics()["cut"] == 20 and "20 were cut before the end" in order.sentence()
 
 
 def test_every_bit_of_a_store_is_watched(tmp_path: Path) -> None:

@@ -190,6 +190,8 @@ def test_too_long_is_of_both_sides_together(tmp_path: Path) -> None:
     cut = training_batches(prepared, data_of(tmp_path, path, sequence=room, chat={"too_long": "truncate"}), global_batch=1, seed=0)
     assert isinstance(drop, PairBatches) and isinstance(cut, PairBatches)
     assert drop.statistics()["samples"] == 2 and drop.statistics()["left_out"] == 1
+    less = training_batches(prepared, data_of(tmp_path, path, sequence=room - 2, chat={"too_long": "truncate"}), global_batch=1, seed=0)
+    assert isinstance(less, PairBatches) and less.statistics()["cut"] == 1 and "1 were cut" in less.sentence()
     kept = cut.packings[0].places.reshape(-1, 2)
     assert kept[0].tolist() == (sizes[0] - 1).tolist() and kept[1].tolist() == [0, 0], "the sides differ in their last letter alone"
     assert cut.statistics()["emptied"] == 1
