@@ -324,6 +324,56 @@ def test_mutated_conversations_are_judged_as_the_oracle_judges(shape: str) -> No
     assert 60 < accepted < 340, accepted
 
 
+# --- templates that rewrite earlier turns ---------------------------------------------------------------------------------
+
+FORGETS = (  # as Qwen3's does: an empty thought before the last answer alone
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_each_turn_is_a_sample_of_its_own(tmp_path: Path) -> None:
+    """What is trained is the turn as the template shows it at the end, after the very text that asks for it."""
+    (tmp_path / "own.jinja").write_text(FORGETS)
+    turns = [{"role": role, "content": f"{role[0]}{at}"} for at in range(3) for role in ("user", "assistant")]
+    silent = [*turns[:1], {**turns[1], "train": False}, *turns[2:]]
+    file = written(tmp_path / "a.jsonl", {"messages": turns}, {"messages": silent}, {"messages": turns[:2]})
+    chat_keys = {"template": str(tmp_path / "own.jinja"), "train_on": "each"}
+    with pytest.raises(UsageError, match="rewrites earlier turns") as failure:
+        prepare(data_of(tmp_path, file, chat={**chat_keys, "train_on": "assistant"}), seed=0)
+    assert str(failure.value.next).startswith("data.chat.train_on=each")
+    prepared = prepare(data_of(tmp_path, file, chat=chat_keys), seed=0)
+    store, template = prepared.train[0], prepared.template
+    assert template is not None
+    ends = (2, 4, 6, 4, 6, 2)  # of the samples, in turns
+    assert store.manifest.documents == len(ends)
+    for number, end in enumerate(ends):
+        assert prepared.tokenizer.decode(store.document(number).tolist()) == template.render(turns[:end])
+        assert trained_text(prepared, number) == f"<think>\n\n</think>\n\na{end // 2 - 1}<|im_end|>"
+        prompt = template.prompt(turns[: end - 1], prepared.tokenizer)
+        assert store.document(number)[: len(prompt)].tolist() == prompt
+    nothing = written(tmp_path / "b.jsonl", {"messages": [ROUND[0], {**ROUND[1], "train": False}]})
+    with pytest.raises(DataError, match="1 line cannot be read"):
+        prepare(data_of(tmp_path, nothing, chat=chat_keys), seed=0)
+
+
+def test_no_sample_of_a_turn_is_on_both_sides(tmp_path: Path) -> None:
+    """Conversations that begin alike, and the samples of one, are held out together."""
+    lines = []
+    for number in range(80):
+        turns = [{"role": role, "content": f"{role[0]}{number}.{at}"} for at in range(3) for role in ("user", "assistant")]
+        lines += [{"messages": turns[:stop]} for stop in (2, 4, 6)]
+    data = data_of(tmp_path, written(tmp_path / "a.jsonl", *lines), validation=0.2, sequence=256, chat={"train_on": "each"})
+    prepared = prepare(data, seed=0)
+    asked = [
+        {prepared.tokenizer.decode(store.document(number).tolist()).split("<|im_end|>")[0] for number in range(store.manifest.documents)}
+        for store in (prepared.train[0], prepared.validation[0])
+    ]
+    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 80 and 5 < len(asked[1]) < 40
+    assert sum(store.manifest.documents for store in (prepared.train[0], prepared.validation[0])) == 80 * 6
+    assert prepare(data, seed=0).fingerprint == prepared.fingerprint
+
+
 # --- the store -------------------------------------------------------------------------------------------------------------
 
 

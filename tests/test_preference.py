@@ -311,6 +311,7 @@ def test_what_is_refused_before_it_starts(commands: Commands, home: Path) -> Non
     assert "data.chat.format: a preference is learned from pairs" in refused("data.chat.format=messages")
     assert "engine=native" in refused("--layout", "engine=ddp")
     assert "train_on: a preference is between answers" in refused("data.chat.train_on=all")
+    assert "train_on: each makes a sample of every turn" in refused("data.chat.train_on=each")
     assert "preference.label_smoothing: 0.1 says" in refused("preference.loss=hinge", "preference.label_smoothing=0.1")
     assert "optimizer.label_smoothing" in refused("optimizer.label_smoothing=0.1")
     assert "preference.loss: pairs are trained by" in refused("preference.loss=null", "data.chat.format=preference")

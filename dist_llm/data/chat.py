@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_llm.data.readers import MAX_LINE, Take, is_json, is_table, parse_object, printable, type_name, unpack, wrong_text
-from dist_llm.data.templates import TrainOn
+from dist_llm.data.templates import TrainOn as Trained
 from dist_llm.data.weights import LARGEST
 from dist_llm.errors import DataError, UsageError
 
+TrainOn = Trained | Literal["each"]  # each: every turn of the assistant in a sample of its own, which ends with it
 Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference"]
 
 KEYS: dict[str, tuple[str, ...]] = {  # what an object of a shape has at least; text, which others carry beside their own, is last
@@ -146,13 +147,32 @@ def taker(shape: Format, *, train_on: TrainOn) -> Take:
 
 def spell(turns: Sequence[Turn]) -> str:
     """The one text of a conversation's messages."""
-    return json.dumps(as_messages(turns), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _spelled(as_messages(turns))
+
+
+def _spelled(messages: Sequence[dict[str, Any]]) -> str:
+    return json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Turns as a template reads them, without a system turn that says nothing."""
     said = [turn for turn in turns if turn.content]
     return [{"content": turn.content, "role": turn.role, **({} if turn.weight is None else {"weight": turn.weight})} for turn in said]
+
+
+def each_turn(text: str) -> list[tuple[str, str]]:
+    """(text, key) of a sample for each turn of the assistant that is trained: what comes before it, and the turn at its end.
+
+    So a template shows earlier turns as it does when the turn is generated. What is held out goes by the first answer and what it
+    answers, which conversations that begin alike share. Where nothing is trained it is the conversation as it is.
+    """
+    messages = messages_of(text)
+    ends = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    if not ends:
+        return [(text, key_of(text))]
+    key = _key(messages[: ends[0] + 1])
+    taken = [at for at in ends if messages[at].get("weight", 1.0)] or ends[-1:]
+    return [(_spelled(messages[: at + 1]), key) for at in taken]
 
 
 def of_pair(question: str, answer: str) -> str:
@@ -167,7 +187,11 @@ def messages_of(text: str) -> list[dict[str, Any]]:
 
 def key_of(text: str) -> str:
     """What decides between training and validation: what was said, whatever weights it has."""
-    return json.dumps([[message["role"], message["content"]] for message in messages_of(text)])
+    return _key(messages_of(text))
+
+
+def _key(messages: Sequence[dict[str, Any]]) -> str:
+    return json.dumps([[message["role"], message["content"]] for message in messages])
 
 
 def spoken(text: str) -> str:

@@ -107,7 +107,7 @@ def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | Non
             raise UsageError(what, where="data.chat.format", expected=expected, found="auto")
         take = _taker(reading.shape, reading)
         corpus = _hub(source, text_key="text", bad=bad, home=home, take=take)
-        return replace(corpus, identity=("chat", reading.shape, reading.train_on, corpus.identity), shape=reading.shape)
+        return _told(corpus, reading.shape, reading)
     files = find_files(source)
     chat.require_objects(files)
     shape = reading.shape if reading.shape != "auto" else chat.find_format(files)
@@ -117,7 +117,17 @@ def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | Non
     take = _taker(shape, reading)
     corpus = _files(source, files, text_key="text", bad=bad, take=take)
     found = f"{source} holds conversations of the shape {shape}" + (", as its first object says" if reading.shape == "auto" else "")
-    return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, notes=(*corpus.notes, found))
+    return replace(_told(corpus, shape, reading), notes=(*corpus.notes, found))
+
+
+def _told(corpus: Corpus, shape: chat.Format, reading: Reading) -> Corpus:
+    """A corpus of conversations of a shape; with train_on=each a document for each turn that is trained."""
+    read = partial(_each_turn, corpus.documents) if reading.train_on == "each" else corpus.documents
+    return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, documents=read)
+
+
+def _each_turn(documents: Callable[[], Iterator[Document]]) -> Iterator[Document]:
+    return (replace(one, text=text, key=key) for one in documents() for text, key in chat.each_turn(one.text))
 
 
 def _taker(shape: chat.Format, reading: Reading) -> Take:

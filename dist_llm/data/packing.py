@@ -122,7 +122,8 @@ class PackedBatches(Batches):
     """The order of a run over stores of conversations; as `Batches`, but that a sample is a sequence of whole conversations.
 
     best_fit: several in a sequence, as many as fit; else one. too_long: what becomes of those that are longer than a sequence.
-    ends: the ids that end an answer. Raises DataError for those that are longer, where none would keep its end, or when there are fewer sequences than a global batch has.
+    ends: the ids that end an answer. Raises DataError for longer ones, where no answer would keep its end, or when there are fewer
+    sequences than a global batch has.
     """
 
     noun = "conversations"  # what lies in the sequences

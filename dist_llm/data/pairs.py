@@ -24,8 +24,8 @@ def pack_pairs(store: TokenStore, *, sequence: int, best_fit: bool, too_long: To
     """As `packing.pack`, of pairs: both sides of one in the same sequence, the chosen first.
 
     truncate: a side keeps the beginning of it that half a sequence takes, or what the other leaves. A pair of which a side has no
-    trained token left, or whose sides are then the same, is left out. That no side keeps its end is not refused: a preference begins from a model that
-    stops.
+    trained token left, or whose sides are then the same, is left out. That no side keeps its end
+    is not refused: a preference begins from a model that stops.
     """
     assert store.weights is not None and len(store.document_starts) % 2, "a store of pairs"
     places = np.diff(store.document_starts).astype(np.int64).reshape(-1, 2) - 1

@@ -21,6 +21,7 @@ import numpy as np
 from dist_llm.config.preference import SIDES
 from dist_llm.data.chat import (
     LOST,
+    TrainOn,
     Turn,
     WrongError,
     as_messages,
@@ -33,7 +34,7 @@ from dist_llm.data.chat import (
 )
 from dist_llm.data.encoding import ChatEncoder, Ids, place_of
 from dist_llm.data.readers import Document, Take, type_name
-from dist_llm.data.templates import Encoded, TrainOn
+from dist_llm.data.templates import Encoded
 from dist_llm.errors import DataError
 
 
