@@ -148,8 +148,34 @@ def test_a_shape_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("Hi")
     with pytest.raises(UsageError, match="are read from JSON lines"):
         prepare(data_of(tmp_path, str(tmp_path / "c.txt")), seed=0)
-    with pytest.raises(DataError, match="no JSON object"):
-        prepare(data_of(tmp_path, written(tmp_path / "d.jsonl", b"", b"[1]")), seed=0)
+    for line, words in (
+        (b"[1]", "expected an object, found an array: [1]"),
+        (json.dumps(LINES["messages"]).encode() + b"\r", "ends in CRLF, expected LF"),
+        (json.dumps(LINES["messages"]).encode("utf-16"), "starts with a byte order mark"),
+        (b'{"text": 1, "text": 2}', "holds the key text twice"),
+        (b'{"text": NaN}', "NaN is not JSON"),
+    ):
+        with pytest.raises(DataError, match="no sound JSON object") as failure:
+            prepare(data_of(tmp_path, written(tmp_path / "d.jsonl", b"", line, line)), seed=0)
+        assert failure.value.where == f"{tmp_path}/d.jsonl:2" and words in failure.value.details[0] and failure.value.next
+        assert len(failure.value.details) >= 2
+    with pytest.raises(DataError, match="no sound JSON object") as failure:
+        prepare(data_of(tmp_path, written(tmp_path / "e.jsonl", b"", b" ")), seed=0)
+    assert failure.value.details == ["nothing but empty lines"]
+
+
+def test_an_array_is_read_as_lines_are(tmp_path: Path) -> None:
+    """Alpaca as it is published: one array in a `.json` file."""
+    records = [{"instruction": f"Say {number}", "input": "", "output": str(number)} for number in range(30)]
+    (tmp_path / "a.json").write_text(json.dumps(records, indent=4))
+    whole = prepare(data_of(tmp_path, str(tmp_path / "a.json")), seed=0)
+    lines = prepare(data_of(tmp_path, written(tmp_path / "b.jsonl", *records)), seed=0)
+    assert whole.shapes == ("alpaca",) and whole.train[0].manifest.documents == 30
+    assert whole.fingerprint == lines.fingerprint
+    (tmp_path / "c.json").write_text(json.dumps([*records[:3], {"instruction": "x", "output": 3}], indent=1))
+    with pytest.raises(DataError) as failure:
+        prepare(data_of(tmp_path, str(tmp_path / "c.json")), seed=0)
+    assert failure.value.details[0].startswith(f"{tmp_path}/c.json:17, object 4: 'output' must be a string")
 
 
 FAULTS: list[tuple[Any, str]] = [

@@ -15,12 +15,16 @@ tools or reasoning beside the content, is refused (LOST).
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_llm.data.readers import MAX_LINE, Take, is_json, is_table, parse_object, printable, type_name, unpack, wrong_text
+import zstandard
+
+from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack, wrong_text
 from dist_llm.data.templates import TrainOn as Trained
 from dist_llm.data.weights import LARGEST
 from dist_llm.errors import DataError, UsageError
@@ -96,26 +100,37 @@ def require_objects(files: Sequence[Path]) -> None:
 
 def find_format(files: Sequence[Path]) -> Format:
     """The shape of the first object in the files. Raises DataError where it is not clear."""
+    record, where, faults = first_object(files)
+    if record is None:
+        what = "there is no sound JSON object to tell the shape of the conversations by"
+        where = faults[0].split(": ", 1)[0] if faults else str(files[0])
+        way = "mend them, or name other conversations: data.source=PATH"
+        raise DataError(what, where=where, expected=EXPECTED, details=faults[:MAX_TOLD] or ["nothing but empty lines"], next=way)
+    return _only_shape(record, where)
+
+
+def first_object(files: Sequence[Path]) -> tuple[dict[str, Any] | None, str, list[str]]:
+    """The first sound object among the first of each file, where it is, and what is wrong with those before it. Raises DataError."""
+    faults: list[str] = []
     for path in files:
         if is_table(path):
             from dist_llm.data.parquet import read_rows, without_nulls
 
             if (first := next(read_rows(path), None)) is not None:
-                return _only_shape(without_nulls(first.values), first.place)
+                return without_nulls(first.values), first.place, faults
             continue
-        with path.open("rb") as raw:
-            stream = unpack(raw, path)
-            for number in range(1, LOOKED_AT + 1):
-                try:
-                    line = stream.readline(MAX_LINE + 1)
-                except (OSError, EOFError, ValueError) as error:
-                    raise DataError("the file cannot be read", where=str(path), found=str(error)) from error
-                if not line:
-                    break
-                record = parse_object(line)[0] if len(line) <= MAX_LINE else None
-                if record is not None:
-                    return _only_shape(record, f"{path}:{number}")
-    raise DataError("there is no JSON object to tell the shape of the conversations by", where=str(files[0]), expected=EXPECTED)
+        try:
+            with path.open("rb") as raw:
+                for place, line, why in islice(records(unpack(raw, path), path), LOOKED_AT):
+                    record, why = (None, why) if why else parse_object(line)
+                    if record is not None:
+                        return record, place, faults
+                    if why:
+                        shown = printable(line[:200].decode("utf-8", "backslashreplace"), 60)
+                        faults.append(f"{place}: {why}" + (f": {shown}" if shown else ""))
+        except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError) as error:
+            raise DataError("the file cannot be read", where=str(path), found=str(error)) from error
+    return None, "", faults
 
 
 def _only_shape(record: dict[str, Any], where: str) -> Format:
