@@ -221,6 +221,7 @@ def test_from_a_config_to_batches(tmp_path: Path) -> None:
     text = prepared.tokenizer.decode(batch.tokens[0].tolist())
     assert len(text.encode()) >= 32 and set(text) <= set(map(chr, range(32, 127))) | {"\n"}
     assert not torch.equal(training.sample_ids(0), training_batches(prepared, data, global_batch=4, seed=8).sample_ids(0))
+    assert training.epochs(10) == [40 / training.num_samples]
     fixed = data.model_copy(update={"seed": 7})
     assert torch.equal(training.sample_ids(0), training_batches(prepared, fixed, global_batch=4, seed=8).sample_ids(0))
     nothing = data.model_copy(update={"validation": 0.0})

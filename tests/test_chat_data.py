@@ -164,6 +164,28 @@ def test_a_shape_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     assert failure.value.details == ["nothing but empty lines"]
 
 
+def test_conversations_that_are_read_as_text_are_told(tmp_path: Path) -> None:
+    """A note where a text beside the rest is trained; where there is none, the setting that reads them comes first."""
+    plain = {"source": "", "dir": str(tmp_path / "data"), "validation": 0.0, "sequence": 8, "tokenizer": {"kind": "bytes"}}
+    for shape, record in LINES.items():
+        plain["source"] = written(tmp_path / f"{shape}.jsonl", record, record)
+        if shape in ("alpaca", "text"):
+            notes = prepare(DataConfig.model_validate(plain), seed=0).notes
+            assert any("'text' alone is trained" in note and "data.chat.format=alpaca" in note for note in notes) == (shape == "alpaca")
+            continue
+        with pytest.raises(DataError, match="2 lines cannot be read") as failure:
+            prepare(DataConfig.model_validate(plain), seed=0)
+        assert str(failure.value.next).startswith(f"data.chat.format={shape} "), failure.value.next
+    plain["source"] = written(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    with pytest.raises(DataError) as failure:
+        prepare(DataConfig.model_validate(plain), seed=0)
+    assert str(failure.value.next).startswith("preference.loss=sigmoid ")
+    plain["source"] = written(tmp_path / "bad.jsonl", b"[", LINES["text"])
+    with pytest.raises(DataError, match="1 line cannot be read") as failure:
+        prepare(DataConfig.model_validate(plain), seed=0)
+    assert str(failure.value.next).startswith("mend")
+
+
 def test_an_array_is_read_as_lines_are(tmp_path: Path) -> None:
     """Alpaca as it is published: one array in a `.json` file."""
     records = [{"instruction": f"Say {number}", "input": "", "output": str(number)} for number in range(30)]

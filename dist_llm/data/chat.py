@@ -27,7 +27,7 @@ import zstandard
 from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack, wrong_text
 from dist_llm.data.templates import TrainOn as Trained
 from dist_llm.data.weights import LARGEST
-from dist_llm.errors import DataError, UsageError
+from dist_llm.errors import DataError, Failure, UsageError
 
 TrainOn = Trained | Literal["each"]  # each: every turn of the assistant in a sample of its own, which ends with it
 Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference"]
@@ -107,6 +107,29 @@ def find_format(files: Sequence[Path]) -> Format:
         way = "mend them, or name other conversations: data.source=PATH"
         raise DataError(what, where=where, expected=EXPECTED, details=faults[:MAX_TOLD] or ["nothing but empty lines"], next=way)
     return _only_shape(record, where)
+
+
+def first_keys(files: Sequence[Path]) -> list[str]:
+    """The keys of the first object, or the columns of the first table, among files of objects; none where there is no sound one."""
+    first = next((path for path in files if is_json(path) or is_table(path)), None)
+    if first is None:
+        return []
+    try:
+        if is_table(first):
+            from dist_llm.data.parquet import column_names
+
+            return column_names(first)
+        return list(first_object([first])[0] or ())
+    except Failure:
+        return []  # it is told when it is read
+
+
+def way_of(keys: Sequence[str]) -> str:
+    """The setting that reads objects with these keys as what they look like, where that is not text; empty where it is."""
+    found = [name for name in shapes_of(dict.fromkeys(keys)) if name != "text"]
+    if found == ["preference"]:
+        return "preference.loss=sigmoid learns from the pairs that they look like (DPO)"
+    return f"data.chat.format={'|'.join(found)} trains the answers of what they look like" if found else ""
 
 
 def first_object(files: Sequence[Path]) -> tuple[dict[str, Any] | None, str, list[str]]:

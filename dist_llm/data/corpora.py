@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
 
 PACKED = {".gz": 4, ".zst": 4, ".parquet": 3}  # about how many bytes of text a byte of such a file holds
+READ_AS = 2  # how objects of conversations are read: what was built from them another way is not found again
 GENERATED = 4_000_000  # bytes of text that a generator gives where no limit is set
 
 
@@ -123,7 +124,7 @@ def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | Non
 def _told(corpus: Corpus, shape: chat.Format, reading: Reading) -> Corpus:
     """A corpus of conversations of a shape; with train_on=each a document for each turn that is trained."""
     read = partial(_each_turn, corpus.documents) if reading.train_on == "each" else corpus.documents
-    return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, documents=read)
+    return replace(corpus, identity=("chat", READ_AS, shape, reading.train_on, corpus.identity), shape=shape, documents=read)
 
 
 def _each_turn(documents: Callable[[], Iterator[Document]]) -> Iterator[Document]:
@@ -153,7 +154,19 @@ def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines, take
     bad.rows |= any(map(is_table, files))
     size = sum(size_of(path) * PACKED.get(path.suffix, 1) for path in files)
     read = partial(read_files, files, text_key=text_key, bad=bad, take=take)
-    return Corpus(_name(source) or "text", identity, read, size, place=source)
+    notes = () if take is not None else _looks_like_chat(source, files, text_key=text_key, bad=bad)
+    return Corpus(_name(source) or "text", identity, read, size, place=source, notes=notes)
+
+
+def _looks_like_chat(source: str, files: list[Path], *, text_key: str, bad: BadLines) -> tuple[str, ...]:
+    """What to say of conversations that are about to be read as text; `bad` is told what reads them, where they have no text."""
+    keys = chat.first_keys(files)
+    if not (way := chat.way_of(keys)):
+        return ()
+    if text_key not in keys:
+        bad.way = way
+        return ()
+    return (f"{source} looks like conversations, and their {text_key!r} alone is trained, as plain text: {way}",)
 
 
 def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None, take: Take | None = None) -> Corpus:

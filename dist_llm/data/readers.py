@@ -63,7 +63,8 @@ class BadLines:
     """The lines that could not be read: how many are allowed, where they were, and the first few in words.
 
     A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it. blank: for each
-    file, how many lines without text there are. rows: whether they are called rows, as those of a table are.
+    file, how many lines without text there are. rows: whether they are called rows, as those of a table are. way: the setting that may
+    read them, where one is known.
     """
 
     allowed: int = 0
@@ -73,6 +74,7 @@ class BadLines:
     told: list[str] = field(default_factory=list)
     blank: dict[str, int] = field(default_factory=dict)
     rows: bool = False
+    way: str = ""
 
     @property
     def word(self) -> str:
@@ -107,7 +109,8 @@ class BadLines:
             where=self.told[0].split(": ", 1)[0],
             expected=ROWS_EXPECTED if self.rows and self.expected == LINES_EXPECTED else self.expected,
             details=self.told,
-            next=f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
+            next=(self.way and f"{self.way}; or ")
+            + f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
         )
 
 
