@@ -200,7 +200,7 @@ SCHEMA: dict[str, Any] = {
         "max_tokens": or_null(COUNT), "seed": or_null(SEED),
         "chat": {
             "format": or_null(choice("auto alpaca sharegpt messages prompt_completion text preference")), "template": words,
-            "train_on": choice("assistant all last"), "too_long": choice("refuse drop truncate"),
+            "train_on": choice("assistant all last each"), "too_long": choice("refuse drop truncate"),
         },
         "skills": {"tasks": or_null(tasks), "length": or_null(from_to), "apart": switch},
     },
@@ -392,6 +392,7 @@ def preference_rules(given: dict[str, dict[str, Any]], engine: str) -> dict[str,
     return {
         "pairs": on != (chat.get("format") == "preference"),
         "trained prompt": on and chat.get("train_on") == "all",
+        "each of two": on and chat.get("train_on") == "each",
         "wrong pairs": on and preference.get("label_smoothing", 0) > 0 and preference.get("loss", "sigmoid") != "sigmoid",
         "smoothed tokens": on and given["optimizer"].get("label_smoothing", 0) > 0,
         "engine of pairs": on and engine != "native",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_llm.config.schema import DataConfig
+from dist_llm.config.schema import Config, DataConfig
 from dist_llm.data.batches import IGNORED, PADDING, Batches, MicroBatch, training_batches, validation_batches
 from dist_llm.data.prepare import prepare
 from dist_llm.data.store import StoreWriter, TokenStore
 from dist_llm.errors import DataError
+from dist_llm.train.run import prepare_data
 from tests.engine_cases import build, config, layout_of
 
 END = 0
@@ -210,6 +212,30 @@ def test_too_little_text_is_a_data_error(tmp_path: Path) -> None:
     assert "data.validation" in str(caught.value.next)
 
 
+def test_epochs_are_what_goes_by(tmp_path: Path) -> None:
+    """Of each source of a mixture as often as its samples come up."""
+    stores = [counting(tmp_path / "a", 900), counting(tmp_path / "b", 4000)]
+    order = Batches(stores, sequence=30, global_batch=4, seed=0, weights=[3, 1])
+    ids = np.concatenate([order.sample_ids(step).numpy() for step in range(50)])
+    seen = [np.count_nonzero(ids < order.offsets[1]), np.count_nonzero(ids >= order.offsets[1])]
+    assert order.epochs(50) == [pytest.approx(count / each) for count, each in zip(seen, order.counts, strict=True)]
+
+
+def test_a_run_says_how_many_epochs_it_is(tmp_path: Path) -> None:
+    made = Config.model_validate(
+        {
+            "model": {"vocab": 300},
+            "data": {"source": "skills", "tokenizer": {"kind": "bytes"}, "max_tokens": 3000, "dir": str(tmp_path), "sequence": 32},
+            "batch": {"global": 4},
+            "schedule": {"steps": 50},
+        }
+    )
+    told: list[Any] = []
+    prepared = prepare_data(made, tell=told.append)
+    samples = (len(prepared.train[0]) - 1) // 32
+    assert {"note": f"50 steps x 4 sequences, of {samples} there are: {200 / samples:.3g} epochs"} in told
+
+
 def test_from_a_config_to_batches(tmp_path: Path) -> None:
     data = DataConfig(
         source="skills", tokenizer={"kind": "bytes"}, dir=str(tmp_path), sequence=32, max_tokens=6000, validation=0.2, document_mask=True
@@ -221,6 +247,7 @@ def test_from_a_config_to_batches(tmp_path: Path) -> None:
     text = prepared.tokenizer.decode(batch.tokens[0].tolist())
     assert len(text.encode()) >= 32 and set(text) <= set(map(chr, range(32, 127))) | {"\n"}
     assert not torch.equal(training.sample_ids(0), training_batches(prepared, data, global_batch=4, seed=8).sample_ids(0))
+    assert training.epochs(10) == [40 / training.num_samples]
     fixed = data.model_copy(update={"seed": 7})
     assert torch.equal(training.sample_ids(0), training_batches(prepared, fixed, global_batch=4, seed=8).sample_ids(0))
     nothing = data.model_copy(update={"validation": 0.0})

@@ -25,6 +25,7 @@ from dist_llm.data.batches import training_batches, validation_batches
 from dist_llm.data.build import build_store
 from dist_llm.data.corpora import open_corpus
 from dist_llm.data.encoding import ChatEncoder
+from dist_llm.data.packing import PackedBatches
 from dist_llm.data.prepare import Prepared, prepare
 from dist_llm.data.readers import BadLines, parse_line
 from dist_llm.data.store import TokenStore
@@ -96,8 +97,20 @@ def test_a_shape_that_is_not_clear_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("Hi")
     with pytest.raises(UsageError, match="are read from JSON lines"):
         prepare(data_of(tmp_path, str(tmp_path / "c.txt")), seed=0)
-    with pytest.raises(DataError, match="no JSON object"):
-        prepare(data_of(tmp_path, written(tmp_path / "d.jsonl", b"", b"[1]")), seed=0)
+    for line, words in (
+        (b"[1]", "expected an object, found an array: [1]"),
+        (json.dumps(LINES["messages"]).encode() + b"\r", "ends in CRLF, expected LF"),
+        (json.dumps(LINES["messages"]).encode("utf-16"), "starts with a byte order mark"),
+        (b'{"text": 1, "text": 2}', "holds the key text twice"),
+        (b'{"text": NaN}', "NaN is not JSON"),
+    ):
+        with pytest.raises(DataError, match="no sound JSON object") as failure:
+            prepare(data_of(tmp_path, written(tmp_path / "d.jsonl", b"", line, line)), seed=0)
+        assert failure.value.where == f"{tmp_path}/d.jsonl:2" and words in failure.value.details[0] and failure.value.next
+        assert len(failure.value.details) >= 2
+    with pytest.raises(DataError, match="no sound JSON object") as failure:
+        prepare(data_of(tmp_path, written(tmp_path / "e.jsonl", b"", b" ")), seed=0)
+    assert failure.value.details == ["nothing but empty lines"]
 
 
 FAULTS: list[tuple[Any, str]] = [
@@ -107,7 +120,25 @@ FAULTS: list[tuple[Any, str]] = [
     ({"messages": ROUND[:1]}, "no assistant turn"),
     ({"messages": []}, "'messages' has 0 turns, expected 1 to 10000"),
     ({"messages": {}}, "'messages' must be an array, found an object"),
-    ({"messages": [*ROUND, {"role": "tool", "content": "x"}]}, "turn 3 has the unknown role 'tool'; known are user, assistant, system"),
+    ({"messages": [*ROUND, {"role": "tool", "content": "x"}]}, "turn 3 has the role 'tool': calls of tools are not trained"),
+    ({"messages": [*ROUND, {"role": "critic", "content": "x"}]}, "turn 3 has the unknown role 'critic'; known are user, assistant, system"),
+    (
+        {"messages": [ROUND[0], {**ROUND[1], "tool_calls": [{"function": {"name": "f"}}]}]},
+        "turn 2 has 'tool_calls': calls of",
+    ),
+    (
+        {"messages": [ROUND[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        "turn 2 has 'tool_calls': calls of",
+    ),
+    ({"messages": ROUND, "tools": [{"type": "function"}]}, "the object has 'tools': calls of tools are not trained"),
+    (
+        {"messages": [ROUND[0], {**ROUND[1], "reasoning_content": "Hm"}]},
+        "turn 2 has 'reasoning_content': only the content",
+    ),
+    ({"messages": ROUND, "images": ["a.png"]}, "the object has 'images': only text is trained"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ROUND[1]]}, "turn 1 has a part of the type 'image'"),
+    ({"messages": [{"role": "user", "content": ["Hi"]}, ROUND[1]]}, "turn 1 has a part without a type"),
+    ({"messages": [{"role": "user", "content": []}, ROUND[1]]}, "turn 1 is empty"),
     ({"messages": [*ROUND, {"role": 3, "content": "x"}]}, "turn 3 has the unknown role a number"),
     ({"messages": [*ROUND, {"role": "system", "content": "x"}]}, "turn 3 is a system turn, expected at the beginning alone"),
     ({"messages": [ROUND[0], {"role": "assistant", "content": " \n"}]}, "turn 2 is empty"),
@@ -115,6 +146,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"messages": [ROUND[0], {"role": "assistant"}]}, "turn 2 has no key 'content' (it has role)"),
     ({"messages": [ROUND[0], "Hello"]}, "turn 2 must be an object, found a string"),
     ({"messages": [ROUND[0], {**ROUND[1], "weight": -1}]}, "turn 2: weight must be from 0 to 1000, found -1"),
+    ({"messages": [ROUND[0], {**ROUND[1], "weight": 10**400}]}, "turn 2: weight must be from 0 to 1000, found 1000"),
     ({"messages": [ROUND[0], {**ROUND[1], "weight": "1"}]}, "turn 2: weight must be a number, found a string"),
     ({"messages": [ROUND[0], {**ROUND[1], "weight": True}]}, "turn 2: weight must be a number, found true or false"),
     ({"messages": [ROUND[0], {**ROUND[1], "train": 1}]}, "turn 2: train must be true or false, found a number"),
@@ -158,7 +190,9 @@ def test_faults_are_told_with_their_places(tmp_path: Path) -> None:
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 0.5, 2, 1000, 1001, 1e308, "", " ", "\n", "x", "a\x00b", "\ud83d", "😀", [], {}, ["x"], {"role": "user"},
-    "user", "assistant", "system", "human", "gpt", "tool", "User", "<|im_end|>", "\x1b[2J", "\u202e", "y" * 300, float("nan"), 10**400,
+    "user", "assistant", "system", "human", "gpt", "tool", "User", "developer", [{"type": "text", "text": "part"}],
+    [{"type": "text", "text": "of"}, {"type": "text", "text": " two"}], [{"role": "user", "content": "listed"}],
+    "<|im_end|>", "\x1b[2J", "\u202e", "y" * 300, float("nan"), 10**400,
 )  # fmt: skip
 KEYS = (
     "role",
@@ -175,6 +209,12 @@ KEYS = (
     "prompt",
     "output",
     "x",
+    "completion",
+    "type",
+    "tools",
+    "tool_calls",
+    "reasoning_content",
+    "images",
 )
 
 
@@ -210,12 +250,18 @@ def mutated(record: Any, dice: random.Random) -> Any:
 
 def grown(shape: str, dice: random.Random) -> dict[str, Any]:
     """A sound record of a shape."""
-    if shape not in ("messages", "sharegpt"):
+    listed = shape == "prompt_completion" and dice.random() < 0.6
+    if shape not in ("messages", "sharegpt") and not listed:
         return dict(LINES[shape])
-    names = ("role", "content") if shape == "messages" else ("from", "value")
-    pair = ("user", "assistant") if shape == "messages" else ("human", "gpt")
-    turns = [{names[0]: role, names[1]: f"{role} {at}"} for at in range(dice.randint(1, 3)) for role in pair]
-    system = [{names[0]: "system", names[1]: "be kind"}] if dice.random() < 0.3 else []
+    names = ("from", "value") if shape == "sharegpt" and dice.random() < 0.7 else ("role", "content")
+    pair = ("human", "gpt") if shape == "sharegpt" else ("user", "assistant")
+    turns: list[dict[str, Any]] = [{names[0]: role, names[1]: f"{role} {at}"} for at in range(dice.randint(1, 3)) for role in pair]
+    if dice.random() < 0.2:
+        turns[0][names[1]] = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+    said = dice.choice(("be kind", "be kind", "", " \n"))
+    system = [{names[0]: dice.choice(("system", "developer")), names[1]: said}] if dice.random() < 0.3 else []
+    if listed:
+        return {"prompt": [*system, *turns[:-1]], "completion": dice.choice((turns[-1:], turns[-1]["content"]))}
     return {"messages" if shape == "messages" else "conversations": system + turns}
 
 
@@ -272,6 +318,18 @@ def test_weights_reach_the_store_and_the_batch(tmp_path: Path) -> None:
     order = training_batches(prepared, data, global_batch=4, seed=1)
     (batch,) = order.micro_batches(0, dp_rank=0, dp_size=1, micro=4)
     assert batch.weights is not None and set(batch.weights.unique().tolist()) <= {0.0, 0.25, 0.3, 1.0, 3.0}
+
+
+def test_answers_that_are_all_cut_are_refused(tmp_path: Path) -> None:
+    """Truncated before the token that ends a turn in every conversation: the model would never stop."""
+    said = [{"messages": [ROUND[0], {"role": "assistant", "content": "y" * (60 + number)}]} for number in range(20)]
+    file = written(tmp_path / "a.jsonl", *said)
+    data = data_of(tmp_path, file, sequence=40, chat={"too_long": "truncate"})
+    with pytest.raises(DataError, match="all conversations are cut before an answer ends"):
+        training_batches(prepare(data, seed=0), data, global_batch=1, seed=0)
+    written(tmp_path / "a.jsonl", *said, LINES["messages"])
+    order = training_batches(prepare(data, seed=0), data, global_batch=1, seed=0)
+    assert isinstance(order, PackedBatches) and order.statistics()["cut"] == 20 and "20 were cut before the end" in order.sentence()
 
 
 def test_every_bit_of_a_store_is_watched(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ find is a kept case.
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -258,6 +259,71 @@ def test_each_line_alone_may_be_the_last(tmp_path: Path) -> None:
         for cut in range(len(seed) + 1):
             for end in (b"", b"\r", b" "):
                 agree(tmp_path / "x.jsonl", b'{"text": "first"}\n' + seed[:cut] + end)
+
+
+# --- arrays ------------------------------------------------------------------------------------------------------------------
+
+
+def agree_on_array(file: Path, elements: list[bytes], chance: random.Random) -> bool:
+    """Up to the first element that is bad a `.json` file of one array gives what the oracle makes of each, by its line; else all of it."""
+    content, lines, verdicts = bytearray(b" [" if chance.random() < 0.5 else b"["), [], []
+    for number, element in enumerate(elements):
+        content += chance.choice((b"", b"\n", b"\r\n  ", b" "))
+        lines.append((content + element[: len(element) - len(element.lstrip(b" \t\r\n"))]).count(b"\n") + 1)
+        content += element + chance.choice((b"", b"\n", b" \t")) + (b"," if number + 1 < len(elements) else b"")
+        bare = element.strip(b" \t\r\n")
+        verdicts.append(verdict(bare) if bare else (BLANK if len(elements) == 1 else BAD, ""))  # nothing alone is an empty array
+    content += chance.choice((b"]", b"\n]\n"))
+    file.write_bytes(content)
+    bad = BadLines(allowed=10**9)
+    with seconds_of_cpu(10):
+        documents = list(open_corpus(str(file), seed=0, bad=bad).documents())
+    sound = next((at for at, (kind, _) in enumerate(verdicts) if kind == BAD), len(verdicts))
+    expected = {f"{file}:{lines[at]}, object {at + 1}": text for at, (kind, text) in enumerate(verdicts[:sound]) if kind == "text"}
+    found = {document.name: document.text for document in documents}
+    assert {name: text for name, text in found.items() if int(name.rsplit(" ", 1)[1]) <= sound} == expected, content
+    assert bool(bad.count) == (sound < len(verdicts)) and (bad.count or len(found) == len(expected)), (content, bad.told)
+    return sound == len(verdicts)
+
+
+def test_mutated_arrays(tmp_path: Path) -> None:
+    chance, whole = random.Random(5), 0
+    for _ in range(600):
+        seeds = [chance.choice(SEEDS[1:8]) for _ in range(chance.randrange(1, 8))]
+        if chance.random() < 0.6:
+            seeds[chance.randrange(len(seeds))] = mutated(chance)
+        whole += agree_on_array(tmp_path / "x.json", seeds, chance)
+    assert 200 < whole < 500, whole
+
+
+def test_a_bad_object_of_an_array_is_one(tmp_path: Path) -> None:
+    """Where its brackets close, what comes after it is read; an object may be larger than what is read at once, and not too large."""
+    good = [b'{"text": "%s"}' % (b'y, \\"]' + b"\\\\" * size) for size in (0, 1, 16_380, 16_381, 32_761, 32_762, 32_763, 65_536)]
+    bad = [b'{"text": "a", "text": "b"}', b"7", b"[]", b'"a"', b'{"text": NaN}', b'{"text": "\xff"}', b'{"a": "]"}', b'{"text": "\x00"}']
+    bad += [b'{"text": "' + b"x" * (9 << 20) + b'"}', b"", b"{" * 70 + b"}" * 70]
+    pairs = [one for pair in zip(bad, [good[at % len(good)] for at in range(len(bad))], strict=True) for one in pair]
+    file, faults = tmp_path / "x.json", BadLines(allowed=len(bad))
+    file.write_bytes(b"[" + b",\n".join([*good, *pairs]) + b"]")
+    documents = list(open_corpus(str(file), seed=0, bad=faults).documents())
+    assert [json.dumps({"text": document.text}).encode() for document in documents] == [*good, *pairs[1::2]]
+    assert faults.places == {f"{file}:{n}, object {n}" for n in range(len(good) + 1, len(good) + len(pairs), 2)}
+    for content, words in (
+        (b'[{"text": "a"}', "the array does not end"),
+        (b'[{"text": "a"', "the array does not end"),
+        (b'[{"text": "a"}]{"text": "b"}', "something comes after the end"),
+        (b'[{"text": "a"}]' + b" " * 70_000 + b"x", "something comes after the end"),
+        (b'[{"text": "a"},]', "nothing stands where an object is expected"),
+        (b'\xef\xbb\xbf[{"text": "a"}]', "starts with a byte order mark"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            list(open_corpus(str(file), seed=0).documents())
+        assert words in caught.value.details[0] and f"{file}:1" in str(caught.value.where), caught.value.details
+    file.write_bytes(b" [ ] ")
+    assert not list(open_corpus(str(file), seed=0).documents())
+    packed = tmp_path / "y.json.gz"
+    packed.write_bytes(gzip.compress(b'[{"text": "a"},\n{"text": "b"}]'))
+    assert [document.text for document in open_corpus(str(packed), seed=0).documents()] == ["a", "b"]
 
 
 # --- kept cases ----------------------------------------------------------------------------------------------------------------

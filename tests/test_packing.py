@@ -173,10 +173,28 @@ def test_too_long(tmp_path: Path) -> None:
     for step in range(batches.num_batches):
         (batch,) = batches.micro_batches(step, dp_rank=0, dp_size=1, micro=2)
         assert batch.weight == pytest.approx(batches.weight(step), rel=1e-15) and batch.targets == batches.targets(step) > 0
+    assert found["cut"] == 1 and "1 were cut before the end of what is trained" in batches.sentence()
     with pytest.raises(DataError, match="too few conversations"):
         PackedBatches(store, sequence=100, global_batch=5, seed=0)
     with pytest.raises(DataError, match="no conversation of a source fits"):
         PackedBatches(store_of(tmp_path / "long", [([1] * 30, [0.0] + [1.0] * 29)]), sequence=10, global_batch=1, seed=0, too_long="drop")
+
+
+def test_an_end_is_kept_somewhere(tmp_path: Path) -> None:
+    """Where every answer is cut before its end the model would never stop: refused, but for one that keeps an end of a turn."""
+    long = ([1, *[5] * 19, 9], [0.0] + [1.0] * 20)
+    rounds = ([1, 5, 9, 1, *[5] * 16, 9], [0.0, 1.0, 1.0, 0.0] + [1.0] * 17)  # the end of its first answer is kept
+    how: dict[str, Any] = {"sequence": 10, "global_batch": 1, "seed": 0, "too_long": "truncate", "ends": (9,)}
+    with pytest.raises(DataError, match="all conversations are cut before an answer ends") as failure:
+        PackedBatches(store_of(tmp_path / "a", [long, long]), **how)
+    assert "data.sequence=20" in str(failure.value.next) and failure.value.found == "2 conversations of 21 to 21 tokens"
+    read = ([1, 9, *[5] * 18, 9], [0.0, 0.0] + [1.0] * 19)  # an end that is not trained is none
+    with pytest.raises(DataError, match="before an answer ends"):
+        PackedBatches(store_of(tmp_path / "b", [long, read]), **how)
+    for name, more in (("c", rounds), ("d", ([1, 5, 9], [0.0, 1.0, 1.0]))):
+        assert PackedBatches(store_of(tmp_path / name, [long, more]), **how).statistics()["cut"] == (2 if name == "c" else 1)
+    assert PackedBatches([TokenStore(tmp_path / name) for name in "ac"], **how).statistics()["cut"] == 4
+    PackedBatches(TokenStore(tmp_path / "a"), **{**how, "too_long": "truncate", "sequence": 20})
 
 
 # --- packed = unpacked -----------------------------------------------------------------------------------------------------

@@ -190,6 +190,8 @@ def test_too_long_is_of_both_sides_together(tmp_path: Path) -> None:
     cut = training_batches(prepared, data_of(tmp_path, path, sequence=room, chat={"too_long": "truncate"}), global_batch=1, seed=0)
     assert isinstance(drop, PairBatches) and isinstance(cut, PairBatches)
     assert drop.statistics()["samples"] == 2 and drop.statistics()["left_out"] == 1
+    less = training_batches(prepared, data_of(tmp_path, path, sequence=room - 2, chat={"too_long": "truncate"}), global_batch=1, seed=0)
+    assert isinstance(less, PairBatches) and less.statistics()["cut"] == 1 and "1 were cut" in less.sentence()
     kept = cut.packings[0].places.reshape(-1, 2)
     assert kept[0].tolist() == (sizes[0] - 1).tolist() and kept[1].tolist() == [0, 0], "the sides differ in their last letter alone"
     assert cut.statistics()["emptied"] == 1
@@ -202,6 +204,13 @@ def test_a_wrong_answer_is_wrong_and_always_the_same() -> None:
 
 
 def test_a_text_of_a_pair_names_its_prompt_once() -> None:
+    silent = {"role": "system", "content": ""}
+    text, why = preferences.taker(train_on="assistant")({"chosen": [silent, ASKED, GOOD], "rejected": [silent, ASKED, BAD]})
+    assert not why and text == preferences.taker(train_on="assistant")({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]})[0]
+    text, why = preferences.taker(train_on="assistant")({"chosen": [ASKED, {**GOOD, "tool_calls": [{}]}], "rejected": [ASKED, BAD]})
+    assert not text and "turn 2 has 'tool_calls'" in why
+    text, why = preferences.taker(train_on="assistant")({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "tools": [{}]})
+    assert not text and "the object has 'tools'" in why
     text, why = preferences.taker(train_on="assistant")({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "prompt": None})
     assert not why and json.loads(text)["asked"] == 1
 
@@ -302,6 +311,7 @@ def test_what_is_refused_before_it_starts(commands: Commands, home: Path) -> Non
     assert "data.chat.format: a preference is learned from pairs" in refused("data.chat.format=messages")
     assert "engine=native" in refused("--layout", "engine=ddp")
     assert "train_on: a preference is between answers" in refused("data.chat.train_on=all")
+    assert "train_on: each makes a sample of every turn" in refused("data.chat.train_on=each")
     assert "preference.label_smoothing: 0.1 says" in refused("preference.loss=hinge", "preference.label_smoothing=0.1")
     assert "optimizer.label_smoothing" in refused("optimizer.label_smoothing=0.1")
     assert "preference.loss: pairs are trained by" in refused("preference.loss=null", "data.chat.format=preference")

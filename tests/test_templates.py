@@ -195,11 +195,37 @@ WRONG = {
         "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     ),
     "so that the model would not stop": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-    "rewrites earlier turns": "{% for m in messages %}{{ m.content if loop.last else 'earlier' }}<|im_end|>{% endfor %}",
+    "not the beginning of the text with it": "{% for m in messages %}{{ m.content if loop.last else 'earlier' }}<|im_end|>{% endfor %}",
+    "rewrites earlier turns": "{% for m in messages %}{{ m.content }}{{ '!' if loop.last and loop.index0 % 2 }}<|im_end|>{% endfor %}",
     "cannot be rendered": "{{ messages[0].nothing.at_all }}",
     "refuses a plain conversation": "{{ raise_exception('not today') }}",
     "more or fewer parts": "{% generation %}{{ messages[1].content }}<|im_end|>{% endgeneration %}",
 }
+
+
+def test_what_to_do_about_a_template_that_rewrites() -> None:
+    """Earlier turns alone: each turn in a sample of its own. Its own turn: another template, and not the one that has failed."""
+    messages = [{"role": role, "content": role[:1]} for role in ("user", "assistant") * 2]
+    head, tail = "{% for m in messages %}<|im_start|>{{ m.role }}\n", "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    for name, body, end, way in (
+        (
+            "model",
+            "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}",
+            "{% endif %}",
+            True,
+        ),
+        ("model", "{{ m.content }}<|im_end|>{% endfor %}", "{% else %}{{ eos_token }}{% endif %}", True),
+        ("chatml", "{{ m.content }}<|im_end|>{% endfor %}", "<think>{% endif %}", False),
+    ):
+        template = Template(name, head + body + tail + end, eos="<|endoftext|>")
+        with pytest.raises(UsageError) as failure:
+            template.encode(messages, template.fit(BYTES))
+        told = str(failure.value.next)
+        assert ("data.chat.train_on=each" in told) == way and "data.chat.template=" in told, told
+        names = told.split("data.chat.template=")[1].replace(",", "").split()
+        assert name not in names and {"chatml", "plain", "model"} - {name} <= set(names)
+        if way:
+            assert sum(template.encode(messages, template.fit(BYTES), train_on="last")[1]) > 0
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -60,6 +60,7 @@ def print_chat(preview: dict[str, Any]) -> None:
     typer.echo(f"{counts['samples']:,} {preview['noun']}, {counts['tokens']:,} tokens, {counts['trained_share']:.1%} of them trained")
     packed, alone = counts["padding_share"], counts["padding_share_unpacked"]
     lengths = f"longest {counts['longest']:,} tokens, {counts['too_long']:,} too long, {counts['left_out']:,} left out"
+    lengths += f", {counts['cut']:,} cut before the end of what is trained" if counts["cut"] else ""
     typer.echo(f"{counts['sequences']:,} sequences of {preview['sequence']}: padding {packed:.1%}, {alone:.1%} without packing; {lengths}")
     for row in preview["rows"]:
         trained = sum(len(ids) for ids, weight in zip(row["ids"], row["weights"], strict=True) if weight)

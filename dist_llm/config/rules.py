@@ -335,6 +335,8 @@ def _preference(config: Config, layout: Layout) -> Iterator[Problem]:
         yield Problem("data.chat.format", f"a preference is learned from pairs, the format is {chat.format}; leave it out")
     if chat.train_on == "all":
         yield Problem("data.chat.train_on", "a preference is between answers, all trains what was asked too; assistant or last")
+    if chat.train_on == "each":
+        yield Problem("data.chat.train_on", "each makes a sample of every turn, a preference is between two answers; assistant or last")
     if preference.label_smoothing and preference.loss != "sigmoid":
         text = f"{preference.label_smoothing:g} says how many pairs are wrong to loss=sigmoid alone, loss is {preference.loss}"
         yield Problem("preference.label_smoothing", text)

@@ -196,7 +196,7 @@ class ChatConfig(Section):
 
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference"] | None = None
     template: Text = "auto"  # chatml, llama3, qwen, plain, model, or a path; auto: the model's own where it has one, else plain
-    train_on: Literal["assistant", "all", "last"] = "assistant"
+    train_on: Literal["assistant", "all", "last", "each"] = "assistant"  # each: every turn in a sample of its own
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"  # what becomes of conversations longer than a sequence
 
     @model_validator(mode="before")

@@ -119,6 +119,11 @@ class Batches:
         """Global batches that hold every sample once; the last may be filled up."""
         return -(-self.num_samples // self.global_batch)
 
+    def epochs(self, steps: int) -> list[float]:
+        """How often each source is gone through in so many steps."""
+        turns = steps * self.global_batch / len(self.pattern)
+        return (turns * self._share / np.maximum(1, self.counts)).tolist()
+
     def sample_ids(self, step: int) -> Tensor:
         """The samples of a step's global batch, in order: int64 (G,), -1 for a row that only fills up."""
         block, inside = divmod(step, self._steps)
@@ -249,6 +254,8 @@ class Batches:
 def training_batches(prepared: Prepared, data: DataConfig, *, global_batch: int, seed: int) -> Batches:
     """The order in which a run trains on prepared data; `seed` gives way to data.seed. Raises DataError: too little, too long."""
     settings: dict[str, Any] = {"global_batch": global_batch, "seed": seed if data.seed is None else data.seed}
+    if prepared.template is not None:
+        settings["ends"] = prepared.template.stop_ids(prepared.tokenizer)
     return _order(prepared.train, data, weights=prepared.weights, **settings)
 
 

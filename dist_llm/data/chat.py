@@ -1,30 +1,35 @@
 """Conversations out of JSON lines: which shape the objects have, and what is wrong with one that does not fit.
 
     alpaca             {"instruction": text, "input": text, "output": text}             input and system may be left out
-    sharegpt           {"conversations": [{"from": "human" | "gpt" | "system", "value": text}, ...]}
+    sharegpt           {"conversations": [{"from": "human" | "gpt" | "system", "value": text}, ...]}     or turns as messages has them
     messages           {"messages": [{"role": "user" | "assistant" | "system", "content": text}, ...]}
-    prompt_completion  {"prompt": text, "completion": text}
+    prompt_completion  {"prompt": text or messages, "completion": text or messages}
     text               {"text": text}                                                   trained whole, without a template
 
 A turn, or an object of the shapes without turns, may carry `weight`, from 0 to 1000, or `train`, true or false. All objects of a
 source have one shape. A conversation is a first system turn, if any, then turns of the user and the assistant in alternation,
-the user first; it becomes a document whose text is one spelling of its messages.
+the user first; it becomes a document whose text is one spelling of its messages. What would have to be left out for that, calls of
+tools or reasoning beside the content, is refused (LOST).
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_llm.data.readers import MAX_LINE, Take, is_json, is_table, parse_object, printable, type_name, unpack, wrong_text
-from dist_llm.data.templates import TrainOn
-from dist_llm.data.weights import LARGEST
-from dist_llm.errors import DataError, UsageError
+import zstandard
 
+from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack, wrong_text
+from dist_llm.data.templates import TrainOn as Trained
+from dist_llm.data.weights import LARGEST
+from dist_llm.errors import DataError, Failure, UsageError
+
+TrainOn = Trained | Literal["each"]  # each: every turn of the assistant in a sample of its own, which ends with it
 Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference"]
 
 KEYS: dict[str, tuple[str, ...]] = {  # what an object of a shape has at least; text, which others carry beside their own, is last
@@ -35,8 +40,24 @@ KEYS: dict[str, tuple[str, ...]] = {  # what an object of a shape has at least; 
     "preference": ("chosen", "rejected"),  # data/preferences.py
     "text": ("text",),
 }
-ROLES = {"messages": ("user", "assistant", "system"), "sharegpt": ("human", "user", "gpt", "assistant", "system")}
-MEANS = {"human": "user", "gpt": "assistant"}
+ROLES = {
+    "messages": ("user", "assistant", "system", "developer"),
+    "sharegpt": ("human", "user", "gpt", "assistant", "system", "developer"),
+}
+MEANS = {"human": "user", "gpt": "assistant", "developer": "system"}
+_CALLS = "calls of tools are not trained; write them into the content as the template spells them, or leave the conversation out"
+_THOUGHTS = "only the content of a turn is trained; write it into the content as the template spells it, or take the key away"
+_OTHERS = "only text is trained; leave the conversation out, or take the key away"
+TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython", "tool_call", "tool_response")
+LOST = {  # keys of an object with something in them that would be gone without a word
+    **dict.fromkeys(("tools", "functions"), _CALLS),
+    **dict.fromkeys(("images", "audios", "videos"), _OTHERS),
+}
+LOST_OF_TURN = {  # and of a turn
+    **dict.fromkeys(("tool_calls", "function_call"), _CALLS),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHTS),
+    **LOST,
+}
 LOOKED_AT = 1000  # lines among which the first object is looked for
 MOST_TURNS = 10_000
 EXPECTED = "conversations as JSON objects of one shape, one a line"
@@ -79,26 +100,60 @@ def require_objects(files: Sequence[Path]) -> None:
 
 def find_format(files: Sequence[Path]) -> Format:
     """The shape of the first object in the files. Raises DataError where it is not clear."""
+    record, where, faults = first_object(files)
+    if record is None:
+        what = "there is no sound JSON object to tell the shape of the conversations by"
+        where = faults[0].split(": ", 1)[0] if faults else str(files[0])
+        way = "mend them, or name other conversations: data.source=PATH"
+        raise DataError(what, where=where, expected=EXPECTED, details=faults[:MAX_TOLD] or ["nothing but empty lines"], next=way)
+    return _only_shape(record, where)
+
+
+def first_keys(files: Sequence[Path]) -> list[str]:
+    """The keys of the first object, or the columns of the first table, among files of objects; none where there is no sound one."""
+    first = next((path for path in files if is_json(path) or is_table(path)), None)
+    if first is None:
+        return []
+    try:
+        if is_table(first):
+            from dist_llm.data.parquet import column_names
+
+            return column_names(first)
+        return list(first_object([first])[0] or ())
+    except Failure:
+        return []  # it is told when it is read
+
+
+def way_of(keys: Sequence[str]) -> str:
+    """The setting that reads objects with these keys as what they look like, where that is not text; empty where it is."""
+    found = [name for name in shapes_of(dict.fromkeys(keys)) if name != "text"]
+    if found == ["preference"]:
+        return "preference.loss=sigmoid learns from the pairs that they look like (DPO)"
+    return f"data.chat.format={'|'.join(found)} trains the answers of what they look like" if found else ""
+
+
+def first_object(files: Sequence[Path]) -> tuple[dict[str, Any] | None, str, list[str]]:
+    """The first sound object among the first of each file, where it is, and what is wrong with those before it. Raises DataError."""
+    faults: list[str] = []
     for path in files:
         if is_table(path):
             from dist_llm.data.parquet import read_rows, without_nulls
 
             if (first := next(read_rows(path), None)) is not None:
-                return _only_shape(without_nulls(first.values), first.place)
+                return without_nulls(first.values), first.place, faults
             continue
-        with path.open("rb") as raw:
-            stream = unpack(raw, path)
-            for number in range(1, LOOKED_AT + 1):
-                try:
-                    line = stream.readline(MAX_LINE + 1)
-                except (OSError, EOFError, ValueError) as error:
-                    raise DataError("the file cannot be read", where=str(path), found=str(error)) from error
-                if not line:
-                    break
-                record = parse_object(line)[0] if len(line) <= MAX_LINE else None
-                if record is not None:
-                    return _only_shape(record, f"{path}:{number}")
-    raise DataError("there is no JSON object to tell the shape of the conversations by", where=str(files[0]), expected=EXPECTED)
+        try:
+            with path.open("rb") as raw:
+                for place, line, why in islice(records(unpack(raw, path), path), LOOKED_AT):
+                    record, why = (None, why) if why else parse_object(line)
+                    if record is not None:
+                        return record, place, faults
+                    if why:
+                        shown = printable(line[:200].decode("utf-8", "backslashreplace"), 60)
+                        faults.append(f"{place}: {why}" + (f": {shown}" if shown else ""))
+        except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError) as error:
+            raise DataError("the file cannot be read", where=str(path), found=str(error)) from error
+    return None, "", faults
 
 
 def _only_shape(record: dict[str, Any], where: str) -> Format:
@@ -118,7 +173,7 @@ def taker(shape: Format, *, train_on: TrainOn) -> Take:
 
     def take(record: dict[str, Any]) -> tuple[str, str]:
         try:
-            turns = _turns(record, shape)
+            turns = _turns(record, shape, train_on=train_on)
             if shape != "text":
                 check_order(turns, train_on=train_on)
         except WrongError as error:
@@ -130,12 +185,32 @@ def taker(shape: Format, *, train_on: TrainOn) -> Take:
 
 def spell(turns: Sequence[Turn]) -> str:
     """The one text of a conversation's messages."""
-    return json.dumps(as_messages(turns), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _spelled(as_messages(turns))
+
+
+def _spelled(messages: Sequence[dict[str, Any]]) -> str:
+    return json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as a template reads them."""
-    return [{"content": turn.content, "role": turn.role, **({} if turn.weight is None else {"weight": turn.weight})} for turn in turns]
+    """Turns as a template reads them, without a system turn that says nothing."""
+    said = [turn for turn in turns if turn.content]
+    return [{"content": turn.content, "role": turn.role, **({} if turn.weight is None else {"weight": turn.weight})} for turn in said]
+
+
+def each_turn(text: str) -> list[tuple[str, str]]:
+    """(text, key) of a sample for each turn of the assistant that is trained: what comes before it, and the turn at its end.
+
+    So a template shows earlier turns as it does when the turn is generated. What is held out goes by the first answer and what it
+    answers, which conversations that begin alike share. Where nothing is trained it is the conversation as it is.
+    """
+    messages = messages_of(text)
+    ends = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    if not ends:
+        return [(text, key_of(text))]
+    key = _key(messages[: ends[0] + 1])
+    taken = [at for at in ends if messages[at].get("weight", 1.0)] or ends[-1:]
+    return [(_spelled(messages[: at + 1]), key) for at in taken]
 
 
 def of_pair(question: str, answer: str) -> str:
@@ -150,7 +225,11 @@ def messages_of(text: str) -> list[dict[str, Any]]:
 
 def key_of(text: str) -> str:
     """What decides between training and validation: what was said, whatever weights it has."""
-    return json.dumps([[message["role"], message["content"]] for message in messages_of(text)])
+    return _key(messages_of(text))
+
+
+def _key(messages: Sequence[dict[str, Any]]) -> str:
+    return json.dumps([[message["role"], message["content"]] for message in messages])
 
 
 def spoken(text: str) -> str:
@@ -160,23 +239,54 @@ def spoken(text: str) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def _turns(record: dict[str, Any], shape: Format) -> list[Turn]:
+def _turns(record: dict[str, Any], shape: Format, *, train_on: TrainOn) -> list[Turn]:
     """The turns of an object of a shape. Raises WrongError."""
     if why := missing_key(record, shape):
         raise WrongError(why)
+    if shape != "text":
+        require_nothing_lost(record, "the object", LOST)
     if shape in ("messages", "sharegpt"):
         return [*(system_of(record) if shape == "sharegpt" else []), *listed(record[KEYS[shape][0]], KEYS[shape][0], shape)]
     weight = _weight(record, "the object")
     if shape == "text":
         return [Turn("text", wanted_text(record["text"], "'text'"), weight)]
     if shape == "prompt_completion":
-        question = Turn("user", wanted_text(record["prompt"], "'prompt'"))
-        return [question, Turn("assistant", wanted_text(record["completion"], "'completion'"), weight)]
+        return [*_prompt(record["prompt"], train_on=train_on), *_completion(record["completion"], weight)]
     asked = wanted_text(record["instruction"], "'instruction'")
     if record.get("input") not in (None, ""):
         asked += "\n\n" + wanted_text(record["input"], "'input'", empty=True)
     system = system_of(record)
     return [*system, Turn("user", asked.rstrip("\n")), Turn("assistant", wanted_text(record["output"], "'output'"), weight)]
+
+
+def _prompt(value: Any, *, train_on: TrainOn) -> list[Turn]:
+    """What is asked, a text or messages, which are read and not trained. Raises WrongError."""
+    if not isinstance(value, list):
+        return [Turn("user", wanted_text(value, "'prompt'"))]
+    turns = listed(value, "prompt")
+    if turns[-1].role != "user":
+        raise WrongError("'prompt' must end with a user's turn, which 'completion' answers")
+    if train_on == "all":
+        return turns
+    if any(turn.weight or one.get("train") for turn, one in zip(turns, value, strict=True)):
+        raise WrongError(f"a turn of 'prompt' is to be trained, and train_on={train_on} never trains it; 'messages' trains every answer")
+    return [replace(turn, weight=0.0 if turn.role == "assistant" else turn.weight) for turn in turns]
+
+
+def _completion(value: Any, weight: float | None) -> list[Turn]:
+    """The answer, a text or messages. weight: of the object. Raises WrongError."""
+    if not isinstance(value, list):
+        return [Turn("assistant", wanted_text(value, "'completion'"), weight)]
+    if weight is not None:
+        raise WrongError("the object has a weight and its completion is messages, expected it on one of these")
+    return listed(value, "completion")
+
+
+def require_nothing_lost(one: dict[str, Any], name: str, lost: Mapping[str, str]) -> None:
+    """Raises WrongError where an object or a turn says something under a key that would be gone without a word; a flag says nothing."""
+    for key, way in lost.items():
+        if isinstance(one.get(key), str | list | dict) and one[key]:
+            raise WrongError(f"{name} has {key!r}: {way}")
 
 
 def missing_key(record: dict[str, Any], shape: Format) -> str:
@@ -188,30 +298,51 @@ def missing_key(record: dict[str, Any], shape: Format) -> str:
 
 
 def listed(values: Any, key: str, shape: Format = "messages") -> list[Turn]:
-    """The turns that an object lists under a key. Raises WrongError."""
-    role_key, text_key = ("from", "value") if shape == "sharegpt" else ("role", "content")
+    """The turns that an object lists under a key, an empty one of the system among them. Raises WrongError."""
     if not isinstance(values, list):
         raise WrongError(f"{key!r} must be an array, found {type_name(values)}")
     if not 0 < len(values) <= MOST_TURNS:
         raise WrongError(f"{key!r} has {len(values)} turns, expected 1 to {MOST_TURNS}")
-    turns = []
-    for number, one in enumerate(values, start=1):
-        if not isinstance(one, dict):
-            raise WrongError(f"turn {number} must be an object, found {type_name(one)}")
-        for name in (role_key, text_key):
-            if name not in one:
-                raise WrongError(f"turn {number} has no key {name!r} (it has {', '.join(printable(k, 20) for k in list(one)[:4])})")
-        role = one[role_key]
-        if not isinstance(role, str) or role not in ROLES[shape]:
-            shown = repr(printable(role, 20)) if isinstance(role, str) else type_name(role)
-            raise WrongError(f"turn {number} has the unknown role {shown}; known are {', '.join(ROLES[shape])}")
-        turns.append(Turn(MEANS.get(role, role), wanted_text(one[text_key], f"turn {number}"), _weight(one, f"turn {number}")))
-    return turns
+    return [_listed_turn(one, number, shape) for number, one in enumerate(values, start=1)]
+
+
+def _listed_turn(one: Any, number: int, shape: Format) -> Turn:
+    """Turn `number` of a list. Raises WrongError."""
+    name = f"turn {number}"
+    if not isinstance(one, dict):
+        raise WrongError(f"{name} must be an object, found {type_name(one)}")
+    role_key, text_key = ("from", "value") if shape == "sharegpt" and ("from" in one or "role" not in one) else ("role", "content")
+    require_nothing_lost(one, name, LOST_OF_TURN)
+    for key in (role_key, text_key):
+        if key not in one:
+            raise WrongError(f"{name} has no key {key!r} (it has {', '.join(printable(k, 20) for k in list(one)[:4])})")
+    role = one[role_key]
+    if isinstance(role, str) and role in TOOL_ROLES:
+        raise WrongError(f"{name} has the role {role!r}: {_CALLS}")
+    if not isinstance(role, str) or role not in ROLES[shape]:
+        shown = repr(printable(role, 20)) if isinstance(role, str) else type_name(role)
+        raise WrongError(f"{name} has the unknown role {shown}; known are {', '.join(ROLES[shape])}")
+    role, weight = MEANS.get(role, role), _weight(one, name)
+    text = wanted_text(_joined(one[text_key], name), name, empty=role == "system")
+    return Turn(role, text if text.strip() else "", weight)
+
+
+def _joined(value: Any, name: str) -> Any:
+    """A content that comes in parts, each `{"type": "text", "text": text}`, as one text; anything else as it is. Raises WrongError."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            shown = f"of the type {printable(kind, 20)!r}" if isinstance(kind, str) else "without a type"
+            raise WrongError(f"{name} has a part {shown}: only parts of the type 'text' are trained")
+    return "".join(wanted_text(part.get("text"), f"a part of {name}", empty=True) for part in value)
 
 
 def system_of(record: dict[str, Any]) -> list[Turn]:
-    """The system turn that stands beside the others, if there is one."""
-    return [] if record.get("system") in (None, "") else [Turn("system", wanted_text(record["system"], "'system'"))]
+    """The system turn that stands beside the others, if there is one that says something."""
+    text = "" if record.get("system") is None else wanted_text(record["system"], "'system'", empty=True)
+    return [Turn("system", text)] if text.strip() else []
 
 
 def wanted_text(value: Any, name: str, *, empty: bool = False) -> str:
@@ -236,7 +367,7 @@ def _weight(one: dict[str, Any], name: str) -> float | None:
         return None
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise WrongError(f"{name}: weight must be a number, found {type_name(weight)}")
-    if not (math.isfinite(weight) and 0 <= weight <= LARGEST):
+    if not 0 <= weight <= LARGEST:
         raise WrongError(f"{name}: weight must be from 0 to {LARGEST:g}, found {printable(str(weight), 20)}")
     return float(weight)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
 
 PACKED = {".gz": 4, ".zst": 4, ".parquet": 3}  # about how many bytes of text a byte of such a file holds
+READ_AS = 2  # how objects of conversations are read: what was built from them another way is not found again
 GENERATED = 4_000_000  # bytes of text that a generator gives where no limit is set
 
 
@@ -107,7 +108,7 @@ def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | Non
             raise UsageError(what, where="data.chat.format", expected=expected, found="auto")
         take = _taker(reading.shape, reading)
         corpus = _hub(source, text_key="text", bad=bad, home=home, take=take)
-        return replace(corpus, identity=("chat", reading.shape, reading.train_on, corpus.identity), shape=reading.shape)
+        return _told(corpus, reading.shape, reading)
     files = find_files(source)
     chat.require_objects(files)
     shape = reading.shape if reading.shape != "auto" else chat.find_format(files)
@@ -117,7 +118,17 @@ def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | Non
     take = _taker(shape, reading)
     corpus = _files(source, files, text_key="text", bad=bad, take=take)
     found = f"{source} holds conversations of the shape {shape}" + (", as its first object says" if reading.shape == "auto" else "")
-    return replace(corpus, identity=("chat", shape, reading.train_on, corpus.identity), shape=shape, notes=(*corpus.notes, found))
+    return replace(_told(corpus, shape, reading), notes=(*corpus.notes, found))
+
+
+def _told(corpus: Corpus, shape: chat.Format, reading: Reading) -> Corpus:
+    """A corpus of conversations of a shape; with train_on=each a document for each turn that is trained."""
+    read = partial(_each_turn, corpus.documents) if reading.train_on == "each" else corpus.documents
+    return replace(corpus, identity=("chat", READ_AS, shape, reading.train_on, corpus.identity), shape=shape, documents=read)
+
+
+def _each_turn(documents: Callable[[], Iterator[Document]]) -> Iterator[Document]:
+    return (replace(one, text=text, key=key) for one in documents() for text, key in chat.each_turn(one.text))
 
 
 def _taker(shape: chat.Format, reading: Reading) -> Take:
@@ -143,7 +154,19 @@ def _files(source: str, files: list[Path], *, text_key: str, bad: BadLines, take
     bad.rows |= any(map(is_table, files))
     size = sum(size_of(path) * PACKED.get(path.suffix, 1) for path in files)
     read = partial(read_files, files, text_key=text_key, bad=bad, take=take)
-    return Corpus(_name(source) or "text", identity, read, size, place=source)
+    notes = () if take is not None else _looks_like_chat(source, files, text_key=text_key, bad=bad)
+    return Corpus(_name(source) or "text", identity, read, size, place=source, notes=notes)
+
+
+def _looks_like_chat(source: str, files: list[Path], *, text_key: str, bad: BadLines) -> tuple[str, ...]:
+    """What to say of conversations that are about to be read as text; `bad` is told what reads them, where they have no text."""
+    keys = chat.first_keys(files)
+    if not (way := chat.way_of(keys)):
+        return ()
+    if text_key not in keys:
+        bad.way = way
+        return ()
+    return (f"{source} looks like conversations, and their {text_key!r} alone is trained, as plain text: {way}",)
 
 
 def _hub(source: str, *, text_key: str, bad: BadLines, home: Path | None, take: Take | None = None) -> Corpus:

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dist_llm.data.chat import key_of, messages_of
+from dist_llm.data.chat import TrainOn, key_of, messages_of
 from dist_llm.data.readers import BadLines, Document
-from dist_llm.data.templates import Template, TrainOn
+from dist_llm.data.templates import Template
+from dist_llm.data.templates import TrainOn as Trained
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError
 
@@ -84,7 +85,8 @@ class ChatEncoder:
     weighted: bool = True
 
     def __init__(self, template: Template, tokenizer: Tokenizer, *, train_on: TrainOn, bad: BadLines) -> None:
-        self.template, self.tokenizer, self.train_on, self.bad = template, tokenizer, train_on, bad
+        self.template, self.tokenizer, self.bad = template, tokenizer, bad
+        self.train_on: Trained = "last" if train_on == "each" else train_on  # a document ends with the turn that is trained
         self.identity: tuple[object, ...] = (template.hash, train_on, *tokenizer.before_documents)
         self.faulty: list[list[str]] = []  # of the last call: where, why, excerpt
         self.full = False  # the limit was reached
@@ -121,7 +123,7 @@ class ChatEncoder:
             return None
         digest = hashlib.blake2b(np.array(ids, "<i8").tobytes() + np.array(weights, "<f8").tobytes(), digest_size=16).digest()
         text_bytes = sum(len(message["content"].encode()) for message in messages)
-        return Ids(ids, digest, place_of(key_of(document.text)), text_bytes, weights)
+        return Ids(ids, digest, place_of(document.key or key_of(document.text)), text_bytes, weights)
 
     def note_bad(self, document: Document, fault: str, messages: Sequence[Mapping[str, Any]]) -> None:
         """Notes what cannot be encoded. Raises DataError when it is too much."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.config.hub import FORM, Reference, parse
-from dist_llm.data.parquet import Row, excerpt, taken
+from dist_llm.data.chat import way_of
+from dist_llm.data.parquet import OTHER, Row, excerpt, taken
 from dist_llm.data.readers import BadLines, Document, Take
 from dist_llm.data.sealed import checked, read_small, with_checksum, write_durably
 from dist_llm.errors import HIDDEN, DataError, UsageError, plain
@@ -162,7 +163,8 @@ def _require_network(reference: Reference) -> None:
 def _require_columns(names: list[str], columns: tuple[str, ...], reference: Reference) -> None:
     for column in columns:
         if column not in names:
-            found, way = ", ".join(map(str, names[:12])), "data.text_key=NAME after the config names another column"
+            found, looks = ", ".join(map(str, names[:12])), way_of(names)
+            way = looks + ("; or " if looks else "") + OTHER
             raise DataError(f"there is no column {column!r}", where=str(reference), expected=f"a column {column!r}", found=found, next=way)
 
 

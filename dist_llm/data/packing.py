@@ -10,7 +10,7 @@ stays free is padding: its labels are -100, and it is a document of its own, at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,8 +31,9 @@ class Packing:
 
     order: numbers of the documents, sequence after sequence; starts: where each sequence begins in it, (rows + 1,). places:
     how many places each document of the store takes, 0 where it was left out. sums: for each document what its labels count
-    together, and their number, (documents, 2). too_long, emptied: how many were longer than a sequence, and how many of those
-    had no trained token left.
+    together, and their number, (documents, 2). too_long, emptied, cut: how many were longer than a sequence, how many of those
+    had no trained token left, and of how many others what is trained was cut before its end.
+    ended: how many are known to keep the end of an answer; counted no further than 1 among those that were cut.
     """
 
     order: np.ndarray
@@ -41,6 +42,8 @@ class Packing:
     sums: np.ndarray
     too_long: int
     emptied: int
+    cut: int = 0
+    ended: int = 1
 
     @property
     def rows(self) -> int:
@@ -52,10 +55,10 @@ class Packing:
         return self.order[self.starts[row] : self.starts[row + 1]]
 
 
-def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong) -> Packing:
+def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong, ends: Collection[int] = ()) -> Packing:
     """Lays the conversations of a store into sequences of S places.
 
-    Raises DataError when there are longer ones and `too_long` is `refuse`.
+    ends: the ids that end what the assistant says. Raises DataError when there are longer ones and `too_long` is `refuse`.
     """
     assert store.weights is not None, "a store of text"
     lengths = np.diff(store.document_starts).astype(np.int64)
@@ -70,12 +73,16 @@ def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong)
             found=f"{most + 1} tokens in the longest",
             next=f"data.sequence={most} takes them all; or data.chat.too_long=drop or truncate",
         )
-    emptied = 0
+    emptied, cut, ended = 0, 0, len(places) - len(long)
     for number in long:
         if too_long == "truncate":
-            kept = store.weights.read(int(store.document_starts[number]), sequence + 1)
+            kept, before = store.weights.read(start := int(store.document_starts[number]), sequence + 1), sums[number, 1]
             sums[number] = kept.sum(), np.count_nonzero(kept)
             emptied += not kept.any()
+            cut += bool(0 < sums[number, 1] < before)
+            if not ended:
+                store.read(start, ids := np.empty(sequence + 1, dtype=np.int64))
+                ended += bool(np.isin(ids[kept > 0], list(ends)).any())
         else:
             sums[number] = 0.0
     places = np.where(sums[:, 0] > 0, np.minimum(places, sequence), 0)
@@ -83,7 +90,7 @@ def pack(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong)
     rows = fit(places[kept_numbers], room=sequence) if best_fit else [[at] for at in range(len(kept_numbers))]
     order = np.array([kept_numbers[at] for row in rows for at in row], dtype=np.int64)
     starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return Packing(order, starts, places, sums, len(long), emptied)
+    return Packing(order, starts, places, sums, len(long), emptied, cut, ended)
 
 
 def fit(sizes: np.ndarray, *, room: int) -> list[list[int]]:
@@ -115,7 +122,8 @@ class PackedBatches(Batches):
     """The order of a run over stores of conversations; as `Batches`, but that a sample is a sequence of whole conversations.
 
     best_fit: several in a sequence, as many as fit; else one. too_long: what becomes of those that are longer than a sequence.
-    Raises DataError for them, or when there are fewer sequences than a global batch has.
+    ends: the ids that end an answer. Raises DataError for longer ones, where no answer would keep its end, or when there are fewer
+    sequences than a global batch has.
     """
 
     noun = "conversations"  # what lies in the sequences
@@ -130,11 +138,14 @@ class PackedBatches(Batches):
         seed: int,
         best_fit: bool = True,
         too_long: TooLong = "refuse",
+        ends: Collection[int] = (),
         weights: Sequence[int] | None = None,
         sequential: bool = False,
     ) -> None:
         each = [stores] if isinstance(stores, TokenStore) else list(stores)
-        self.packings = [self._pack(store, sequence=sequence, best_fit=best_fit, too_long=too_long) for store in each]
+        self.packings = [self._pack(store, sequence=sequence, best_fit=best_fit, too_long=too_long, ends=ends) for store in each]
+        if ends and any(one.cut for one in self.packings) and not any(one.ended for one in self.packings):
+            raise self._without_end(each, sequence)
         self.best_fit = best_fit
         self.weighted = any(store.weights is not None and len(store.weights.table) > 2 for store in each)  # other than 0 and 1
         settings: dict[str, Any] = {"weights": weights, "sequential": sequential, "document_mask": True, "reset_positions": True}
@@ -143,6 +154,17 @@ class PackedBatches(Batches):
     def _pack(self, store: TokenStore, **how: Any) -> Packing:
         """How the conversations of a store lie in sequences."""
         return pack(store, **how)
+
+    def _without_end(self, stores: Sequence[TokenStore], sequence: int) -> DataError:
+        """The failure of answers that are all cut."""
+        lengths = np.concatenate([np.diff(store.document_starts) for store in stores])
+        return DataError(
+            f"all {self.noun} are cut before an answer ends, so that the model would never stop",
+            where="data.chat.too_long",
+            expected=f"an answer that ends within data.sequence + 1 = {sequence + 1} tokens",
+            found=f"{len(lengths)} {self.noun} of {int(lengths.min())} to {int(lengths.max())} tokens",
+            next=f"data.sequence={int(lengths.max()) - 1} takes them all",
+        )
 
     def targets(self, step: int) -> int:
         """Trained tokens of the whole global batch: from the index alone."""
@@ -241,13 +263,15 @@ class PackedBatches(Batches):
         packed = f"{found['samples']:,} {self.noun} in {room}"
         trained = f"{found['trained_share']:.1%} of {found['tokens']:,} tokens are trained"
         left = f"; {found['too_long']:,} were longer than a sequence, {found['left_out']:,} were left out" if found["too_long"] else ""
-        return f"{packed}; {trained}{left}"
+        cut = f", {found['cut']:,} were cut before the end of what is trained and do not teach it to stop there" if found["cut"] else ""
+        return f"{packed}; {trained}{left}{cut}"
 
     def statistics(self) -> dict[str, Any]:
         """Counts of what is packed.
 
         `samples`, `sequences`, `tokens`, `trained_tokens`, `trained_share` (of tokens), `padding_share` (of places),
-        `padding_share_unpacked` (with one conversation a sequence), `longest` (tokens), `too_long`, `left_out`, `emptied`.
+        `padding_share_unpacked` (with one conversation a sequence), `longest` (tokens), `too_long`, `left_out`, `emptied`,
+        `cut` (before the end of what is trained).
         """
         documents = sum(len(packing.order) for packing in self.packings)
         places, samples = sum(int(packing.places.sum()) for packing in self.packings), documents // self.each
@@ -267,4 +291,5 @@ class PackedBatches(Batches):
             "too_long": sum(packing.too_long for packing in self.packings),
             "left_out": sum(len(each) for each in lengths) - samples,
             "emptied": sum(packing.emptied for packing in self.packings),
+            "cut": sum(packing.cut for packing in self.packings),
         }

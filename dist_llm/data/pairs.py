@@ -7,7 +7,7 @@ and the rejected side of pair p.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from dist_llm.data.store import TokenStore
 from dist_llm.errors import DataError
 
 
-def pack_pairs(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong) -> Packing:
+def pack_pairs(store: TokenStore, *, sequence: int, best_fit: bool, too_long: TooLong, ends: Collection[int] = ()) -> Packing:
     """As `packing.pack`, of pairs: both sides of one in the same sequence, the chosen first.
 
     truncate: a side keeps the beginning of it that half a sequence takes, or what the other leaves. A pair of which a side has no
-    trained token left, or whose sides are then the same, is left out.
+    trained token left, or whose sides are then the same, is left out. That no side keeps its end
+    is not refused: a preference begins from a model that stops.
     """
     assert store.weights is not None and len(store.document_starts) % 2, "a store of pairs"
     places = np.diff(store.document_starts).astype(np.int64).reshape(-1, 2) - 1
@@ -41,12 +42,14 @@ def pack_pairs(store: TokenStore, *, sequence: int, best_fit: bool, too_long: To
         )
     if too_long == "truncate":
         places[long] = _cut(places[long], sequence)
-    emptied = 0
+    emptied = cut = 0
     for number in long:
         if too_long == "truncate":
+            before = sums[number, :, 1].copy()
             sums[number], same = _left(store, int(number), places[number])
             emptied += not sums[number, :, 0].all() or same
             sums[number] *= not same
+            cut += bool(sums[number, :, 0].all() and (sums[number, :, 1] < before).any())
         else:
             sums[number] = 0.0
     places[~np.all(sums[:, :, 0] > 0, axis=1)] = 0
@@ -54,7 +57,7 @@ def pack_pairs(store: TokenStore, *, sequence: int, best_fit: bool, too_long: To
     rows = fit(places[kept].sum(1), room=sequence) if best_fit else [[at] for at in range(len(kept))]
     order = np.array([side for row in rows for at in row for side in (2 * kept[at], 2 * kept[at] + 1)], dtype=np.int64)
     starts = np.cumsum([0, *(2 * len(row) for row in rows)], dtype=np.int64)
-    return Packing(order, starts, places.ravel(), sums.reshape(-1, 2), len(long), emptied)
+    return Packing(order, starts, places.ravel(), sums.reshape(-1, 2), len(long), emptied, cut)
 
 
 def _cut(places: np.ndarray, room: int) -> np.ndarray:

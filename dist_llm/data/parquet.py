@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_llm.data.chat import way_of
 from dist_llm.data.readers import MAX_LINE, BadLines, Document, Take, size_of, text_of
 from dist_llm.errors import DataError, UsageError, plain
 
+OTHER = "data.text_key=NAME after the config names another column"
 ROWS = 256  # that are turned into Python objects together
 
 
@@ -102,6 +104,20 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
+def column_names(path: Path) -> list[str]:
+    """The columns of a table. Raises UsageError without pyarrow, DataError where the file is damaged."""
+    pyarrow = _pyarrow(path)
+    try:
+        if path.suffix.lower() == ".parquet":
+            return list(pyarrow.parquet.read_schema(path).names)
+        with pyarrow.memory_map(str(path)) as source:
+            whole = source.read(6) == b"ARROW1"
+            source.seek(0)
+            return list((pyarrow.ipc.open_file if whole else pyarrow.ipc.open_stream)(source).schema.names)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError("the table cannot be read", where=str(path), found=plain(error)[:160]) from error
+
+
 def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
     """Record batches, and how much of the file is read after each."""
     import pyarrow
@@ -133,11 +149,11 @@ def _require_columns(schema: Any, columns: Sequence[str] | None, path: Path) -> 
     for column in columns or ():
         if names.count(column) != 1:
             what = f"there is no column {column!r}" if column not in names else f"there is more than one column {column!r}"
-            way = None if column in names else "data.text_key=NAME after the config names another column"
+            way = None if column in names else (looks := way_of(names)) + ("; or " if looks else "") + OTHER
             found = ", ".join(map(str, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
             raise DataError(what, where=str(path), expected=f"one column {column!r}", found=found or "no columns", next=way)
     if columns is not None and len(columns) == 1 and not _is_text(schema.field(columns[0]).type):
-        kind, way = plain(schema.field(columns[0]).type)[:160], "data.text_key=NAME after the config names another column"
+        kind, way = plain(schema.field(columns[0]).type)[:160], OTHER
         what, expected = f"the column {columns[0]!r} holds no text", "string or large_string"
         raise DataError(what, where=str(path), expected=expected, found=kind, next=way)
 

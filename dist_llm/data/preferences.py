@@ -19,10 +19,22 @@ from typing import Any
 import numpy as np
 
 from dist_llm.config.preference import SIDES
-from dist_llm.data.chat import Turn, WrongError, as_messages, check_order, listed, missing_key, system_of, wanted_text
+from dist_llm.data.chat import (
+    LOST,
+    TrainOn,
+    Turn,
+    WrongError,
+    as_messages,
+    check_order,
+    listed,
+    missing_key,
+    require_nothing_lost,
+    system_of,
+    wanted_text,
+)
 from dist_llm.data.encoding import ChatEncoder, Ids, place_of
 from dist_llm.data.readers import Document, Take, type_name
-from dist_llm.data.templates import Encoded, TrainOn
+from dist_llm.data.templates import Encoded
 from dist_llm.errors import DataError
 
 
@@ -43,8 +55,9 @@ def taker(*, train_on: TrainOn) -> Take:
 
 def spell(chosen: Sequence[Turn], rejected: Sequence[Turn], asked: int) -> str:
     """The one text of a pair whose sides begin with `asked` turns of their prompt."""
+    told = asked - sum(not turn.content for turn in chosen[:asked])  # a system turn that says nothing is not there
     sides = [as_messages([Turn(turn.role, turn.content, 0.0) for turn in side[:asked]] + list(side[asked:])) for side in (chosen, rejected)]
-    return json.dumps({"asked": asked, **dict(zip(SIDES, sides, strict=True))}, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps({"asked": told, **dict(zip(SIDES, sides, strict=True))}, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def key_of(asked: Sequence[dict[str, Any]]) -> str:
@@ -56,6 +69,7 @@ def _conversations(record: dict[str, Any]) -> tuple[list[Turn], list[Turn], int]
     """The chosen and the rejected conversation, whole, and how many turns of both are the prompt. Raises WrongError."""
     if why := missing_key(record, "preference"):
         raise WrongError(why)
+    require_nothing_lost(record, "the object", LOST)
     prompt, kinds = record.get("prompt"), {type(record[name]) for name in SIDES}
     if len(kinds) == 2:
         found = f"{type_name(record['chosen'])} and {type_name(record['rejected'])}"

@@ -2,8 +2,9 @@
 
 Everything streams: memory is bounded by one passage or one line, whatever the size of the file. JSON lines are read
 strictly, because a line that is half understood trains a model on something else than what its owner sees: every
-line is one UTF-8 JSON object without double keys, with a string under the text key, ended by a newline. The faults of up
-to 20 lines are told at once, each with file and line. Lines that are empty, or whose text is, are left out and counted.
+line is one UTF-8 JSON object without double keys, with a string under the text key, ended by a newline. A `.json` file may be one
+array of such objects (arrays.py). The faults of up to 20 lines are told at once, each with file and line. Lines that are empty, or
+whose text is, are left out and counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import zstandard
 
+from dist_llm.data.arrays import BLANK, elements, is_array
 from dist_llm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ MAX_TOLD = 20  # faulty lines told at once
 PASSAGE = 32 << 10  # characters after which a long text is cut at the next empty line; at twice this, at any line
 LINES_EXPECTED = "UTF-8 JSON objects with a string under the text key, one a line"
 ROWS_EXPECTED = "a string in the text column of every row"
-BLANK = b" \t\r\n"  # what JSON allows between its words
 SEPARATOR = "<|endoftext|>"  # alone on a line of a text file, it ends a document
 
 
@@ -62,7 +63,8 @@ class BadLines:
     """The lines that could not be read: how many are allowed, where they were, and the first few in words.
 
     A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it. blank: for each
-    file, how many lines without text there are. rows: whether they are called rows, as those of a table are.
+    file, how many lines without text there are. rows: whether they are called rows, as those of a table are. way: the setting that may
+    read them, where one is known.
     """
 
     allowed: int = 0
@@ -72,6 +74,7 @@ class BadLines:
     told: list[str] = field(default_factory=list)
     blank: dict[str, int] = field(default_factory=dict)
     rows: bool = False
+    way: str = ""
 
     @property
     def word(self) -> str:
@@ -106,7 +109,8 @@ class BadLines:
             where=self.told[0].split(": ", 1)[0],
             expected=ROWS_EXPECTED if self.rows and self.expected == LINES_EXPECTED else self.expected,
             details=self.told,
-            next=f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
+            next=(self.way and f"{self.way}; or ")
+            + f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
         )
 
 
@@ -234,22 +238,30 @@ class _Zstandard(io.RawIOBase):
         return True
 
 
-def _json_lines(stream: BinaryIO, path: Path, take: Take, bad: BadLines) -> Iterator[Document]:
-    number = blank = 0
+def records(stream: BinaryIO, path: Path) -> Iterator[tuple[str, bytes, str]]:
+    """(place, bytes, what is wrong with its size or place) of each line of JSON, or of each element of a `.json` file that is an array."""
+    if _kind(path) == ".json" and is_array(stream):
+        for number, (line_number, content, why) in enumerate(elements(stream, longest=MAX_LINE), start=1):
+            yield f"{path}:{line_number}, object {number}", content, why
+        return
+    number = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
-        text, why = "", f"longer than {MAX_LINE >> 20} MiB"
-        if len(line) <= MAX_LINE:
-            text, why = parse_line(line, take=take)
-        head = line[:200]
+        yield f"{path}:{number}", line, "" if len(line) <= MAX_LINE else f"longer than {MAX_LINE >> 20} MiB"
         while len(line) > MAX_LINE and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE + 1)
             if not line:
                 break
+
+
+def _json_lines(stream: BinaryIO, path: Path, take: Take, bad: BadLines) -> Iterator[Document]:
+    blank = 0
+    for place, line, why in records(stream, path):
+        text, why = ("", why) if why else parse_line(line, take=take)
         if why:
-            bad.add(f"{path}:{number}", why, head)
+            bad.add(place, why, line[:200])
         elif text.strip():
-            yield Document(text, f"{path}:{number}")
+            yield Document(text, place)
         else:
             blank += 1
             bad.blank[str(path)] = max(blank, bad.blank.get(str(path), 0))

@@ -127,6 +127,10 @@ class Template:
         """Raises UsageError where the token that ends a turn would never be trained, so that the model would never stop."""
         self._end_names(tokenizer)
 
+    def _others(self) -> str:
+        """What may be done instead."""
+        return "use another: data.chat.template=" + ", ".join(name for name in NAMED if name != self.name) + " or the path of a .jinja file"
+
     # --- rendering ---------------------------------------------------------------------------------------------------------
 
     def _render(self, wanted: Sequence[tuple[Sequence[Message], bool]], tokenizer: Tokenizer | None) -> list[str | TemplateFault]:
@@ -143,7 +147,7 @@ class Template:
             return text
         if text.kind == "refused":
             raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text))
-        raise UsageError("the chat template cannot be rendered", where=self.where, found=plain(text), next=OTHERS)
+        raise UsageError("the chat template cannot be rendered", where=self.where, found=plain(text), next=self._others())
 
     def _encoded(self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Encoded | DataError:
         try:
@@ -177,7 +181,9 @@ class Template:
             if spans is not None:
                 return spans
             found = f"{len(marked)} marked parts for {len(_assistants(messages, 'assistant'))} turns of the assistant"
-            raise UsageError("the template marks more or fewer parts than there are turns", where=self.where, found=found, next=OTHERS)
+            raise UsageError(
+                "the template marks more or fewer parts than there are turns", where=self.where, found=found, next=self._others()
+            )
         return self._differences(text, messages, tokenizer, chosen)
 
     def _differences(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
@@ -186,10 +192,15 @@ class Template:
         rendered = [_unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
         spans = []
         for (at, weight), before, after in zip(chosen.items(), rendered[::2], rendered[1::2], strict=True):
-            if not after.startswith(before) or not text.startswith(after):
+            if not after.startswith(before):
+                what = "the text that asks for a turn is not the beginning of the text with it, so that what is said cannot be told"
+                expected = "{% generation %} marks in the template, or a text that only grows with each turn"
+                raise UsageError(what, where=self.where, expected=expected, found=f"turn {at + 1}", next=self._others())
+            if not text.startswith(after):
                 what = "the chat template rewrites earlier turns, so that what it adds for a turn cannot be told"
                 expected = "{% generation %} marks in the template, or a text that only grows with each turn"
-                raise UsageError(what, where=self.where, expected=expected, found=f"turn {at + 1} changes the text before it", next=OTHERS)
+                found = f"what comes after turn {at + 1} changes the text up to it"
+                raise UsageError(what, where=self.where, expected=expected, found=found, next=f"{EACH}; or {self._others()}")
             stop = len(before) + _end_of_turn(after[len(before) :], tokenizer)
             spans.append(Span(len(before), stop, weight))
         return spans
@@ -202,7 +213,7 @@ class Template:
         for message, after in zip(messages, rendered, strict=True):
             if not after.startswith(before) or not text.startswith(after):
                 what = "the chat template rewrites earlier turns, so that a weight of a turn has no place"
-                raise UsageError(what, where=self.where, next=OTHERS)
+                raise UsageError(what, where=self.where, next=f"{EACH}; or {self._others()}")
             spans.append(Span(len(before), len(after), float(message.get("weight", 1.0))))
             before = after
         return spans
@@ -234,19 +245,20 @@ class Template:
             except DataError as fault:
                 raise UsageError("the chat template refuses a plain conversation", where=self.where, found=fault.found) from fault
             if not spans:
-                raise UsageError("the chat template leaves nothing to train", where=self.where, next=OTHERS)
+                raise UsageError("the chat template leaves nothing to train", where=self.where, next=self._others())
             for span in spans:
                 name = _last_special(text[span.start : span.stop], tokenizer)
                 if name is None:
                     what = "the chat template never trains the token that ends a turn, so that the model would not stop"
                     expected = "a special token at the end of what the assistant says, inside {% generation %} where that is there"
                     found = repr(_restored(text[span.start : span.stop], ())[-40:])
-                    raise UsageError(what, where=self.where, expected=expected, found=found, next=OTHERS)
+                    raise UsageError(what, where=self.where, expected=expected, found=found, next=self._others())
                 ends.add(name)
         return frozenset(ends)
 
 
-OTHERS = "use another: data.chat.template=chatml, llama3, qwen, plain, model or the path of a .jinja file"
+NAMED = ("chatml", "llama3", "qwen", "plain", "model")
+EACH = "data.chat.train_on=each trains every turn in a sample of its own"
 NEEDS = {
     "assistant": "an assistant's turn with a weight above 0",
     "last": "a last turn of the assistant with a weight above 0",

@@ -50,7 +50,7 @@ def write_chat_page(preview: dict[str, Any], path: Path) -> None:
         ("padding", show_fraction(counts["padding_share"])),
         ("padding without packing", show_fraction(counts["padding_share_unpacked"])),
         ("longest", f"{show_count(counts['longest'])} tokens"),
-        ("too long", f"{show_count(counts['too_long'])}, {show_count(counts['left_out'])} left out"),
+        ("too long", f"{show_count(counts['too_long'])}, {show_count(counts['left_out'])} left out, {show_count(counts['cut'])} cut"),
         ("ends a turn", " ".join(preview["stops"])),
     ]
     samples = [

@@ -125,6 +125,10 @@ def prepare_data(config: Config, *, kept: Checkpoint | None = None, tell: Tell) 
     validation_batches(prepared, config.data, global_batch=config.batch.global_)
     for note in (*prepared.notes, *([order.sentence()] if isinstance(order, PackedBatches) else [])):
         tell({"note": note})
+    steps, each = config.schedule.steps, order.epochs(config.schedule.steps)
+    went = "epochs" if len(each) == 1 else "epochs of the sources"
+    said = f"{steps} steps x {order.global_batch} sequences, of {order.num_samples:,} there are: {', '.join(f'{one:.3g}' for one in each)}"
+    tell({"note": f"{said} {went}"})
     if config.base is not None:
         base = Base(config.base, kept=kept)
         base.close()
