@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -100,8 +101,9 @@ def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str, ba
 
 def _refusal(faults: list[Fault], name: str) -> UsageError:
     faults = sorted(faults, key=lambda fault: (not fault.place.line, fault.place.line, fault.place.column))
-    count = "1 error" if len(faults) == 1 else f"{len(faults)} errors"
-    return UsageError(f"{count} in {name}", details=[plain(fault) for fault in faults])
+    count, first = "1 error" if len(faults) == 1 else f"{len(faults)} errors", faults[0].place
+    way = f"mend {first}, then the same command again" if first.line else f"dist-llm check {shlex.quote(name)} --explain lists every key"
+    return UsageError(f"{count} in {name}", where=plain(first), details=[plain(fault) for fault in faults], next=way)
 
 
 def _override(root: Node, text: str) -> list[Fault]:
