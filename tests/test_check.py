@@ -95,12 +95,16 @@ RULES = [
             "engine=deepspeed with zero=2 offloads to host memory: leave it out"
         ],
     ),
-    ("dp=2,zero=1,reduce=micro_batch,engine=deepspeed", "", [
-        "layout.reduce: engine=deepspeed with zero=1 has reduce=step, reduce=micro_batch"
-    ]),
-    ("dp=2,zero=3,unshard=step,engine=deepspeed", "", [
-        "layout.unshard: engine=deepspeed has unshard=micro_batch, unshard=step; native and fsdp2 take it"
-    ]),
+    (
+        "dp=2,zero=1,reduce=micro_batch,engine=deepspeed",
+        "",
+        ["layout.reduce: engine=deepspeed with zero=1 has reduce=step, reduce=micro_batch"],
+    ),
+    (
+        "dp=2,zero=3,unshard=step,engine=deepspeed",
+        "",
+        ["layout.unshard: engine=deepspeed has unshard=micro_batch, unshard=step; native and fsdp2 take it"],
+    ),
     ("dp=1", "model.head_dim=7", ["model.head_dim: rotary positions turn pairs, head_dim 7 is odd"]),
     ("dp=1", "model={family: gpt2, vocab: 300, max_positions: 32}", ["model.max_positions: 32 learned positions for sequence 64"]),
     ("dp=1", "schedule={warmup: 9, steps: 8}", ["schedule.warmup: 9 warmup steps of 8 steps in all"]),

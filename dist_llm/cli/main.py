@@ -157,8 +157,8 @@ def bug(error: Exception) -> Failure:
     with os.fdopen(handle, "w") as file:
         file.write("".join(traceback.format_exception(error)))
     found = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-    what, expected, way = "a bug in dist-llm, or a fault it does not know", "no exception that is not foreseen", f"report it with {path}"
-    failure = Failure(what, expected=expected, found=found, details=[f"the traceback is in {path}"], next=way)
+    what, way = "a bug in dist-llm, or a fault it does not know", f"report it with {path}"
+    failure = Failure(what, found=found, details=[f"the traceback is in {path}"], next=way)
     failure.__cause__ = error
     return failure
 

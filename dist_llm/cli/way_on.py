@@ -17,10 +17,12 @@ from typing import Any
 from dist_llm.errors import Code, Failure
 
 AGAIN = "the same command again"
+AGAIN_WITH = "the same command with"
 # Short flags as the keys that other verbs take; those of `compare` are of its own, but for two.
 _KEYS = {"layout": "layout", "steps": "schedule.steps", "save_every": "save.every", "run_dir": "save.dir", "dtype": "runtime.dtype"}
 _KEYS |= {"max_bad_lines": "data.max_bad_lines", "data": "data.source"}
 _SHORT = {"train": tuple(_KEYS), "check": ("layout",), "data build": ("max_bad_lines",), "compare": ("dtype", "data")}
+BARE = ("--no-text",)  # flags without a value that a message says to leave out
 _RANKS = ("--layout", "--nproc", "--world")
 
 
@@ -40,7 +42,8 @@ class Typed:
     @property
     def config(self) -> str | None:
         """The config that was named."""
-        return self.values.get("config_path")
+        path = self.values.get("config_path")
+        return None if path is None or os.path.isdir(path) else path
 
     @property
     def overrides(self) -> list[str]:
@@ -62,7 +65,9 @@ def read_words(command: Any, arguments: Sequence[str]) -> Typed:
             command, context = below, below.context_class(below, info_name=names[-1], parent=context)
         if not names or hasattr(command, "get_command"):
             return Typed(tuple(arguments), " ".join(names))
-        return Typed(tuple(arguments), " ".join(names), command.make_context(names[-1], words, context.parent, resilient_parsing=True).params)
+        return Typed(
+            tuple(arguments), " ".join(names), command.make_context(names[-1], words, context.parent, resilient_parsing=True).params
+        )
     except Exception:
         return Typed(tuple(arguments), " ".join(names))
 
@@ -80,16 +85,14 @@ def _usual(failure: Failure, typed: Typed) -> str:
     where = str(failure.where)
     if where.startswith("--"):
         return f"dist-llm {typed.verb} --help"
-    key = re.match(r"[a-z]+(\.[a-z_0-9]+)+(?=: |,|$| \()", where)
-    if typed.values.get("layout") and where.startswith("layout"):
-        return f"change --layout {typed.values['layout']}, then {AGAIN}"
-    if key and typed.config and not os.path.exists(key[0]):
-        place = f"in {typed.config} or as {key[0]}=VALUE after it"
-        given = next((word for word in typed.overrides if word.startswith(f"{key[0]}=")), None)
-        return f"change {key[0] if given is None else given}{'' if given else f', {place}'}, then {AGAIN}"
+    keys = re.findall(r"(?:^|(?<=, ))([a-z]+(?:\.[a-z_0-9]+)+)(?=: |,|$| \()", where)
+    if keys and not os.path.exists(keys[0]):
+        changed = f"{AGAIN_WITH} {' '.join(f'{key}=VALUE' for key in keys)}"
+        given = [word.partition("=")[0] for word in typed.overrides]
+        return changed if set(keys) <= {*given} or not typed.config else f"change {', '.join(keys)} in {typed.config}, or {changed}"
     path = re.sub(r"(:\d+)*( or after)?(, byte .*)?$", "", where)
-    if failure.code in (Code.DATA, Code.CHECKPOINT) and os.path.exists(path):
-        return f"mend {path} or name another, then {AGAIN}"
+    if failure.code in (Code.DATA, Code.CHECKPOINT) and failure.where != typed.config:
+        return f"{'mend' if os.path.exists(path) else 'bring'} {path} or name another, then {AGAIN}"
     if failure.code == Code.SPACE:
         return f"make room there, or a place that can be written, then {AGAIN}"
     return f"{AGAIN}, once that is mended"
@@ -98,14 +101,20 @@ def _usual(failure: Failure, typed: Typed) -> str:
 def filled(text: str, where: str, typed: Typed) -> str:
     """A way on with the words that were typed."""
     if typed.words:
-        text = re.sub(r"the same command with --layout (\S+)", lambda found: _in_layout(found[1], typed), text)
-        text = re.sub(r"the same command with ((?!--).+)$", lambda found: _with_file(shlex.split(found[1])[0], typed), text)
+        text = re.sub(rf"{AGAIN_WITH} (--[\w-]+) (\S+)", lambda found: _with_flag(found[1], found[2], typed), text)
+        text = re.sub(rf"{AGAIN_WITH} (\S+\.ya?ml)$", lambda found: _with_file(found[1], typed), text)
+        text = re.sub(rf"{AGAIN_WITH} ((?:[\w.]+=[^\s;,:]+ ?)*[\w.]+=[^\s;,:]+)", lambda found: _with_values(found[1].split(), typed), text)
+        text = re.sub(
+            r"the same command without (--[\w-]+)", lambda found: shlex.join(["dist-llm", *_without(typed.words, (found[1],))]), text
+        )
         text = re.sub(rf"(, )?then {AGAIN}", lambda found: f"{found[1] or ''}then: {typed.again}", text)
         text = re.sub(rf"{AGAIN}, (once [\w ]+)", lambda found: f"{found[1]}: {typed.again}", text)
         text = text.replace(AGAIN, typed.again)
     config = typed.config or _kept_config(where)
     if config is not None:
-        text = re.sub(r"dist-llm ([a-z ]+) CONFIG((?: [\w.]+=\S+)*)", lambda found: _with_config(found[1], found[2].split(), config, typed), text)
+        text = re.sub(
+            r"dist-llm ([a-z ]+) CONFIG((?: [\w.]+=[^\s;,]+)*)", lambda found: _with_config(found[1], found[2].split(), config, typed), text
+        )
     if (checkpoint := typed.values.get("checkpoint")) is not None:
         text = re.sub(r"\bCKPT\b", lambda _: shlex.quote(str(checkpoint)), text)
     return text
@@ -120,14 +129,26 @@ def _with_config(verb: str, overrides: list[str], config: str, typed: Typed) -> 
     return shlex.join(["dist-llm", *verb.split(), config, *kept, *overrides])
 
 
-def _in_layout(layout: str, typed: Typed) -> str:
-    """The command with another layout, whose number of ranks goes with it."""
-    kept = [word for word in _without(typed.words, _RANKS) if not re.match(r"layout[.=]", word)]
-    return shlex.join(["dist-llm", *kept, "--layout", layout])
+def _with_flag(flag: str, value: str, typed: Typed) -> str:
+    """The command with another value of a flag; the number of ranks goes with a layout."""
+    ranks = flag == "--layout"
+    kept = [word for word in _without(typed.words, _RANKS if ranks else (flag,)) if not (ranks and re.match(r"layout[.=]", word))]
+    return shlex.join(["dist-llm", *kept, flag, value])
+
+
+def _with_values(overrides: list[str], typed: Typed) -> str:
+    """The command with other values of keys, also of those that a short flag stands for; its help where it takes none."""
+    if typed.config is None:
+        return f"dist-llm {typed.verb} --help"
+    keys = [word.partition("=")[0] for word in overrides]
+    flags = tuple(f"--{name.replace('_', '-')}" for name in _SHORT.get(typed.verb, ()) if _KEYS[name] in keys)
+    kept = [word for word in _without(typed.words, flags) if word.partition("=")[0] not in keys]
+    return shlex.join(["dist-llm", *kept, *overrides])
 
 
 def _with_file(config: str, typed: Typed) -> str:
     """The command with another config."""
+    config = shlex.split(config)[0]
     at = typed.words.index(typed.config) if typed.config in typed.words else len(typed.words)
     return shlex.join(["dist-llm", *typed.words[:at], config, *typed.words[at + 1 :]])
 
@@ -136,9 +157,9 @@ def _without(words: Sequence[str], flags: tuple[str, ...]) -> list[str]:
     """The words without flags and their values."""
     kept, skip = [], False
     for word in words:
-        if not skip and word not in flags and word.partition("=")[0] not in flags:
+        if not skip and word.partition("=")[0] not in flags:
             kept.append(word)
-        skip = not skip and word in flags
+        skip = not skip and word in flags and word not in BARE
     return kept
 
 

@@ -39,13 +39,13 @@ class Entry:
 
 def read_layouts(config: Config, texts: Sequence[str], *, nproc: int | None) -> list[Entry]:
     """The layouts as typed, concrete and checked. Raises UsageError with the faults of all of them at once."""
-    entries, faults, works = [], [], []
+    entries, faults, works, way = [], [], [], "dist-llm compare --help"
     for text in texts:
         try:
             given = parse_layout(text)
             world = world_of(given, nproc)
             if nproc is not None and world > nproc:
-                raise UsageError(f"it needs {world} ranks, --nproc gives {nproc}")
+                raise UsageError(f"it needs {world} ranks, --nproc gives {nproc}", next=f"the same command with --nproc {world}")
             layout = resolve(given, world)
             wrong = problems(changed(config, {"layout": given}), layout)
             near = (nearest_layouts(config, layout) or nearest_worlds(config, layout, world=layout.world)) if wrong else []
@@ -54,9 +54,10 @@ def read_layouts(config: Config, texts: Sequence[str], *, nproc: int | None) -> 
             faults += [f"{text}: nearest that work: {', '.join(map(str, near))}"] if near else []
             entries.append(Entry(text, layout))
         except UsageError as fault:
+            way = fault.next or way
             faults += [f"{text}: {line}" for line in (fault.details or [f"{fault.what} ({fault.found})" if fault.found else fault.what])]
     if faults:
-        way = f"dist-llm compare CONFIG {' '.join(dict.fromkeys(map(str, works)))}" if works else "dist-llm compare --help"
+        way = f"dist-llm compare CONFIG {' '.join(dict.fromkeys(map(str, works)))}" if works else way
         raise UsageError("these layouts cannot run", where=" ".join(texts), details=faults, next=way)
     return entries
 

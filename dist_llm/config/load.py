@@ -102,7 +102,12 @@ def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str, ba
 def _refusal(faults: list[Fault], name: str) -> UsageError:
     faults = sorted(faults, key=lambda fault: (not fault.place.line, fault.place.line, fault.place.column))
     count, first = "1 error" if len(faults) == 1 else f"{len(faults)} errors", faults[0].place
-    way = f"mend {first}, then the same command again" if first.line else f"dist-llm check {shlex.quote(name)} --explain lists every key"
+    key, equals, _ = first.name.removeprefix("override ").partition("=")
+    way = f"dist-llm check {shlex.quote(name)} --explain lists every key"
+    if first.line:
+        way = f"mend {first if len(faults) == 1 else f'these lines of {name}'}, then the same command again"
+    elif equals and key in KNOWN + ("layout",) and not faults[0].text.startswith("unknown key"):
+        way = f"the same command with {key}=VALUE"
     return UsageError(f"{count} in {name}", where=plain(first), details=[plain(fault) for fault in faults], next=way)
 
 

@@ -92,7 +92,9 @@ def find_format(files: Sequence[Path]) -> Format:
                 try:
                     line = stream.readline(MAX_LINE + 1)
                 except (OSError, EOFError, ValueError) as error:
-                    raise DataError("the file cannot be read", where=str(path), found=str(error)) from error
+                    raise DataError(
+                        "the file cannot be read", where=str(path), expected="a file that can be read", found=str(error)
+                    ) from error
                 if not line:
                     break
                 record = parse_object(line)[0] if len(line) <= MAX_LINE else None

@@ -7,6 +7,7 @@ lines give the same documents. Everything that the library cannot read, checksum
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_rows(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[R
     except (pyarrow.ArrowException, OSError, ValueError, RuntimeError) as error:
         found = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:160]
         what, where = "the table is damaged, or of a kind that is not known", f"{path}, after row {number}" if number else str(path)
-        raise DataError(what, where=where, found=found) from error
+        raise DataError(what, where=where, expected=f"a sound {path.suffix} file", found=found) from error
 
 
 def read_table(path: Path, *, text_key: str, bad: BadLines, take: Take | None = None) -> Iterator[tuple[Document, int]]:
@@ -98,7 +99,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         what, expected = "this file needs the package pyarrow, which is not installed", "the extra hf of dist-llm"
-        raise UsageError(what, where=str(path), expected=expected, next="pip install 'dist-llm[hf]'") from error
+        raise UsageError(what, where=str(path), expected=expected, found="no pyarrow", next="pip install 'dist-llm[hf]'") from error
     return pyarrow
 
 
@@ -130,14 +131,16 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, f
 def _require_columns(schema: Any, columns: Sequence[str] | None, path: Path) -> None:
     """Raises DataError unless the file has each of the columns once, and a column alone holds text."""
     names = list(schema.names)
+    other = next((name for name in names if _is_text(schema.field(names.index(name)).type) and re.fullmatch(r"[A-Za-z_]\w*", name)), None)
+    another = f"the same command with data.text_key={other}" if other else "the same command with data.source=PATH"
     for column in columns or ():
         if names.count(column) != 1:
             what = f"there is no column {column!r}" if column not in names else f"there is more than one column {column!r}"
-            way = None if column in names else "data.text_key=NAME after the config names another column"
+            way = f"rename one of the columns of {path}, then the same command again" if column in names else another
             found = ", ".join(map(str, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
             raise DataError(what, where=str(path), expected=f"one column {column!r}", found=found or "no columns", next=way)
     if columns is not None and len(columns) == 1 and not _is_text(schema.field(columns[0]).type):
-        kind, way = plain(schema.field(columns[0]).type)[:160], "data.text_key=NAME after the config names another column"
+        kind, way = plain(schema.field(columns[0]).type)[:160], another
         what, expected = f"the column {columns[0]!r} holds no text", "string or large_string"
         raise DataError(what, where=str(path), expected=expected, found=kind, next=way)
 

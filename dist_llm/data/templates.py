@@ -134,8 +134,10 @@ class Template:
         if not isinstance(text, TemplateFault):
             return text
         if text.kind == "refused":
-            raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text))
-        raise UsageError("the chat template cannot be rendered", where=self.where, found=plain(text), next=OTHERS)
+            raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text), next=OTHERS)
+        raise UsageError(
+            "the chat template cannot be rendered", where=self.where, expected="a Jinja template", found=plain(text), next=OTHERS
+        )
 
     def _encoded(self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Encoded | DataError:
         try:
@@ -169,7 +171,13 @@ class Template:
             if spans is not None:
                 return spans
             found = f"{len(marked)} marked parts for {len(_assistants(messages, 'assistant'))} turns of the assistant"
-            raise UsageError("the template marks more or fewer parts than there are turns", where=self.where, found=found, next=OTHERS)
+            raise UsageError(
+                "the template marks more or fewer parts than there are turns",
+                where=self.where,
+                expected="one part a turn",
+                found=found,
+                next=OTHERS,
+            )
         return self._differences(text, messages, tokenizer, chosen)
 
     def _differences(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
@@ -204,7 +212,8 @@ class Template:
         ends = self._end_names(tokenizer)
         for number, span in enumerate(spans):
             if _last_special(text[span.start : span.stop], tokenizer) not in ends:
-                raise DataError("the end of an assistant's turn is not trained", where=self.where, found=f"trained part {number + 1}")
+                found = f"trained part {number + 1} ends before it"
+                raise DataError("the end of an assistant's turn is not trained", where=self.where, found=found, next=OTHERS)
 
     def _end_names(self, tokenizer: Tokenizer) -> frozenset[str]:
         """The special tokens with which the assistant's turns end. Raises UsageError where one of them would not be trained."""
@@ -224,7 +233,9 @@ class Template:
                 text, marked = _unmarked(self._sound(whole))
                 spans = self._spans(text, marked, messages, tokenizer, train_on)
             except DataError as fault:
-                raise UsageError("the chat template refuses a plain conversation", where=self.where, found=fault.found) from fault
+                raise UsageError(
+                    "the chat template refuses a plain conversation", where=self.where, found=fault.found, next=OTHERS
+                ) from fault
             if not spans:
                 raise UsageError("the chat template leaves nothing to train", where=self.where, next=OTHERS)
             for span in spans:
@@ -238,7 +249,7 @@ class Template:
         return frozenset(ends)
 
 
-OTHERS = "use another: data.chat.template=chatml, llama3, qwen, plain, model or the path of a .jinja file"
+OTHERS = "the same command with data.chat.template=chatml, or llama3, qwen, plain, model or the path of a .jinja file"
 NEEDS = {
     "assistant": "an assistant's turn with a weight above 0",
     "last": "a last turn of the assistant with a weight above 0",
