@@ -26,8 +26,8 @@ import pytest
 import typer
 
 from dist_llm.cli import main as cli
-from dist_llm.cli.way_on import Typed, complete
-from dist_llm.errors import MAX_LINES, Failure
+from dist_llm.cli.way_on import Typed, complete, read_words
+from dist_llm.errors import MAX_LINES, Code, Failure, UsageError
 from tests.small_checkpoints import rows_of, save_small, seal, take_up
 
 HOME = Path(__file__).parent / "messages"
@@ -94,6 +94,7 @@ def saved(change: Callable[[Path], object] = lambda folder: None, *, steps: tupl
     def make() -> None:
         for step in steps:
             folder = save_small(Path("run"), step=step)
+        Path("run/config.yaml").write_text(RUN)
         change(folder)
 
     return make
@@ -506,6 +507,37 @@ def mend(fault: Case, words: list[str]) -> None:
 def test_there_are_many() -> None:
     names = [case.name for cases in CASES.values() for case in cases]
     assert len(names) == len(set(names)) > 90 and len(list(HOME.glob("*.txt"))) == len(CASES) + 1
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["check"], ["data", "build"]])
+def test_help_lists_every_exit_code(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*verb, "--help"]) == 0
+    listed = capsys.readouterr().out.split("Exit codes:")[1]
+    assert {*map(int, re.findall(r"\b\d+\b", listed))} == {*map(int, Code)}
+
+
+@pytest.mark.parametrize(
+    ("way", "typed", "filled"),
+    [
+        ("dist-llm train CONFIG --resume auto", "train a.yaml --resume old --nproc 2", "dist-llm train a.yaml --nproc 2 --resume auto"),
+        (
+            "dist-llm check CONFIG",
+            "train a.yaml b.c=1 --steps 3 --data 'x y'",
+            "dist-llm check a.yaml b.c=1 schedule.steps=3 'data.source=x y'",
+        ),
+        ("the same command with --layout dp=2", "check a.yaml layout.tp=3 --world 3", "dist-llm check a.yaml --layout dp=2"),
+        ("the same command with b.c=2, or none", "train a.yaml b.c=1 --steps 3", "dist-llm train a.yaml --steps 3 b.c=2, or none"),
+        ("the same command with schedule.steps=2", "train a.yaml --steps=3", "dist-llm train a.yaml schedule.steps=2"),
+        ("the same command with b.yaml", "train a.yaml --steps 3", "dist-llm train b.yaml --steps 3"),
+        ("mend x, then the same command again", "sample run --seed 3", "mend x, then: dist-llm sample run --seed 3"),
+        ("dist-llm eval CKPT --data PATH", "eval run/checkpoints", "dist-llm eval run/checkpoints --data PATH"),
+        ("dist-llm train CONFIG", "sample run", "dist-llm train CONFIG"),
+        ("the same command again", "", "the same command again"),
+    ],
+)
+def test_a_way_on_has_what_was_typed(way: str, typed: str, filled: str) -> None:
+    words = read_words(typer.main.get_command(cli.app), shlex.split(typed))
+    assert complete(UsageError("no", where="here", next=way), words).next == filled
 
 
 # --- faults that are met inside a run ------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ VERBS = {  # name -> (module, what it holds, one line of help)
     "report": ("report", "report", "Write report.html beside a finished run or comparison."),
 }
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 our bug, 2 usage or config, 3 data, 4 checkpoint, 5 peer lost, 6 numeric, 7 no space or folder in use, 8 memory, "
-    "75 stopped as asked and saved, 130 and 143 by a signal with nothing saved since the last checkpoint."
+    "Exit codes: 0 done, 1 our bug, 2 usage or config, 3 data, 4 checkpoint, 5 peer lost, 6 numeric, 7 no space or folder in use, "
+    "8 memory, 75 stopped as asked and saved, 130 and 143 by a signal with nothing saved since the last checkpoint."
 )
 COMMAND_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base class, wherever this typer keeps it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def _refusal(faults: list[Fault], name: str) -> UsageError:
     if first.line:
         way = f"mend {first if len(faults) == 1 else f'these lines of {name}'}, then the same command again"
     elif equals and key in KNOWN + ("layout",) and not faults[0].text.startswith("unknown key"):
-        way = f"the same command with {key}=VALUE"
+        near = re.search(r"did you mean '([\w.-]+)'\?$|it is called (\w+) here$", faults[0].text)
+        way = f"the same command with {key}={(near[1] or near[2]) if near else 'VALUE'}"
     return UsageError(f"{count} in {name}", where=plain(first), details=[plain(fault) for fault in faults], next=way)
 
 
