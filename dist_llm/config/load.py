@@ -108,7 +108,7 @@ def _refusal(faults: list[Fault], name: str) -> UsageError:
     if first.line:
         way = f"mend {first if len(faults) == 1 else f'these lines of {name}'}, then the same command again"
     elif equals and key in KNOWN + ("layout",) and not faults[0].text.startswith("unknown key"):
-        near = re.search(r"did you mean '([\w.-]+)'\?$|it is called (\w+) here$", faults[0].text)
+        near = re.search(r"did you mean '([\w.-]+)'\?$|it is called (\w+) here$", faults[0].text if key != "layout" else "")
         way = f"the same command with {key}={(near[1] or near[2]) if near else 'VALUE'}"
     return UsageError(f"{count} in {name}", where=plain(first), details=[plain(fault) for fault in faults], next=way)
 
