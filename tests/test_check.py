@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dist_llm.cli import check as check_verb
 from dist_llm.cli import doctor as doctor_verb
 from dist_llm.config.layout import canonical, concrete, parse_layout, resolve
 from dist_llm.config.load import load_config, load_text
-from dist_llm.config.rules import check, nearest_layouts, problems
+from dist_llm.config.rules import check, nearest_layouts, nearest_worlds, problems
 from dist_llm.config.schema import Config
 from dist_llm.errors import UsageError, render
 
@@ -94,12 +95,16 @@ RULES = [
             "engine=deepspeed with zero=2 offloads to host memory: leave it out"
         ],
     ),
-    ("dp=2,zero=1,reduce=micro_batch,engine=deepspeed", "", [
-        "layout.reduce: engine=deepspeed with zero=1 has reduce=step, reduce=micro_batch"
-    ]),
-    ("dp=2,zero=3,unshard=step,engine=deepspeed", "", [
-        "layout.unshard: engine=deepspeed has unshard=micro_batch, unshard=step; native and fsdp2 take it"
-    ]),
+    (
+        "dp=2,zero=1,reduce=micro_batch,engine=deepspeed",
+        "",
+        ["layout.reduce: engine=deepspeed with zero=1 has reduce=step, reduce=micro_batch"],
+    ),
+    (
+        "dp=2,zero=3,unshard=step,engine=deepspeed",
+        "",
+        ["layout.unshard: engine=deepspeed has unshard=micro_batch, unshard=step; native and fsdp2 take it"],
+    ),
     ("dp=1", "model.head_dim=7", ["model.head_dim: rotary positions turn pairs, head_dim 7 is odd"]),
     ("dp=1", "model={family: gpt2, vocab: 300, max_positions: 32}", ["model.max_positions: 32 learned positions for sequence 64"]),
     ("dp=1", "schedule={warmup: 9, steps: 8}", ["schedule.warmup: 9 warmup steps of 8 steps in all"]),
@@ -190,6 +195,33 @@ def test_another_offload_is_nearer_than_none(given: str, nearest: str) -> None:
 
 def test_check_returns_the_layout_that_will_run() -> None:
     assert canonical(check(config("layout=tp=2"), 4)) == "dp=2,tp=2"
+
+
+@pytest.mark.parametrize("text", ["tp=3", "dp=5", "pp=7,zero=1", "dp=16,tp=16", "tp=7,pp=3,sp=off"])
+def test_the_nearest_numbers_of_ranks_that_work_are_named(text: str) -> None:
+    """Against a search over all numbers of ranks."""
+    small = config()
+    given = concrete(parse_layout(text), parse_layout(text).dp or 1)
+    legal = [size for size in range(1, 600) if nearest_layouts(small, given, 1, world=size)]
+    below, above = [size for size in legal if size < given.world], [size for size in legal if size > given.world]
+    found = nearest_worlds(small, given, world=given.world)
+    assert [layout.world for layout in found] == [*below[-1:], *above[:1]] and not any(problems(small, layout) for layout in found)
+    if given.world not in legal:
+        with pytest.raises(UsageError) as caught:
+            check(config(f"layout={text}"), given.world)
+        told = ", ".join(f"{canonical(layout)} on {layout.world}" for layout in found)
+        assert caught.value.details[-1].endswith(f"the nearest that do: {told}")
+        assert caught.value.next == f"the same command with --layout {canonical(found[0])}"
+
+
+def test_an_absurd_number_of_ranks_is_answered_at_once() -> None:
+    large = config("batch.global=720720", "model.heads=5040", "model.kv_heads=5040", "model.dim=40320", "model.layers=1000")
+    began = time.perf_counter()
+    for text in ("tp=1099511627776", "dp=999983", "pp=1048577,zero=3,shard=7"):
+        with pytest.raises(UsageError) as caught:
+            check(large, parse_layout(text).tp * (parse_layout(text).dp or 1) * parse_layout(text).pp)
+        assert "no layout of" in caught.value.details[-1]
+    assert time.perf_counter() - began < 10
 
 
 def test_many_broken_rules_keep_the_layouts_that_work_in_sight() -> None:

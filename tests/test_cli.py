@@ -100,9 +100,7 @@ def test_what_is_not_there_is_told_with_what_to_type(capsys: pytest.CaptureFixtu
         assert nothing in told and told.splitlines()[-1].startswith("  next: "), told
 
 
-def test_bad_lines_are_skipped_as_the_message_says(
-    commands: Commands, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_bad_lines_are_skipped_as_the_message_says(commands: Commands, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The command that it names runs, and after it the same `train`, which says what was skipped."""
     text = tmp_path / "x.jsonl"
     text.write_text("".join(json.dumps({"text": f"line number {number} of a small text"}) + "\n" for number in range(90)) + "bad\n" * 2)

@@ -237,7 +237,7 @@ def test_the_message_fits_its_block() -> None:
     with pytest.raises(UsageError) as caught:
         read("\n".join(f"key{i}: \x41" for i in range(40)))
     lines = render(caught.value).splitlines()
-    assert lines[0] == "error: 40 errors in run.yaml" and len(lines) == 12 and lines[-1].endswith("and 30 more")
+    assert lines[0] == "error: 40 errors in run.yaml" and len(lines) == 12 and lines[-2].endswith("and 32 more")
 
 
 def test_bytes_that_are_no_text() -> None:

@@ -308,7 +308,7 @@ def test_a_restart_by_torchrun_begins_where_it_was_told_to(commands: Commands, h
     assert "going on from step 2" in again(1), "lost before anything was taken up"
     assert "going on from step 4" in again(2), "taken up: the newest is its own"
     assert "going on from step 2" in again(0), "another job"
-    (folder / "logs/resumed").write_text("[null, \"elsewhere\"]")
+    (folder / "logs/resumed").write_text('[null, "elsewhere"]')
     assert "going on from step 2" in again(1), "the note is of another beginning"
 
 

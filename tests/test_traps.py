@@ -115,7 +115,8 @@ def test_initial_master_weights_are_not_rounded(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,unshard=step,reduce=step", "dp=2,tp=2,zero=3"]
+    "text",
+    ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,unshard=step,reduce=step", "dp=2,tp=2,zero=3"]
     + ["dp=4,zero=2,shard=2", "dp=4,zero=3,shard=2,reduce=step", "dp=4,zero=1,shard=1"],
 )
 def test_no_buffer_is_read_or_written_while_its_transfer_is_under_way(run: Any, text: str) -> None:

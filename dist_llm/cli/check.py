@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +95,13 @@ def _draw(loaded: Loaded, layout: Layout, target: Path | None) -> None:
 
     if (actions := _num_actions(loaded, layout)) > MOST_ACTIONS:
         expected, found = f"at most {MOST_ACTIONS:,} actions in a step", f"{actions:,}"
-        raise UsageError("this schedule is too long to draw", where="--draw", expected=expected, found=found, next="a smaller batch.global")
+        raise UsageError(
+            "this schedule is too long to draw",
+            where="--draw",
+            expected=expected,
+            found=found,
+            next="the same command with batch.global=64",
+        )
     spans = timeline(shape_of(loaded.config, layout, dtype="bfloat16")).spans
     if target is None:
         typer.echo("\n".join(draw.grid(spans, ranks=layout.pp).splitlines()[:-1]))  # the last line is in seconds: these are units
@@ -112,8 +119,9 @@ def _write(target: Path, text: str) -> None:
     try:
         target.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        found, way = getattr(error, "strerror", None) or str(error), "name a file in a folder that is there"
-        raise SpaceError("the drawing cannot be written", where=f"--draw-to {target}", found=found, next=way) from None
+        found, expected = getattr(error, "strerror", None) or str(error), "a file in a folder that is there"
+        way = f"the same command with --draw-to {shlex.quote(target.name)}"
+        raise SpaceError("the drawing cannot be written", where=f"--draw-to {target}", expected=expected, found=found, next=way) from None
 
 
 def _print_origins(loaded: Loaded) -> None:
@@ -208,4 +216,5 @@ def _check_tokenizer(loaded: Loaded) -> None:
     tokens = load(Path(tokenizer.path)).vocab_size
     if tokens > vocab:
         expected, found = f"model.vocab of at least {tokens}", f"model.vocab {vocab} ({loaded.origins['model.vocab']})"
-        raise UsageError("the tokenizer has more tokens than the model", where=tokenizer.path, expected=expected, found=found)
+        way = f"the same command with model.vocab={tokens}"
+        raise UsageError("the tokenizer has more tokens than the model", where=tokenizer.path, expected=expected, found=found, next=way)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +51,8 @@ def _compare(
     from dist_llm.compare.run import Comparison, read_layouts, write
 
     if not texts:
-        raise UsageError("no layout to compare", expected="at least one, such as dp=2", next="dist-llm compare CONFIG dp=2 tp=2")
+        where, expected = "dist-llm compare", "at least one, such as dp=2"
+        raise UsageError("no layout to compare", where=where, expected=expected, found="none", next="dist-llm compare CONFIG dp=2 tp=2")
     entries = read_layouts(loaded.config, texts, nproc=nproc)
     try:
         (held,) = read_layouts(loaded.config, [reference], nproc=None)
@@ -101,7 +103,7 @@ def _read_baseline(path: Path) -> Any:
         return read_comparison(path)
     except Failure as failure:
         what, expected, found = "the baseline cannot be read", "a comparison.json", failure.found or failure.what
-        way = "dist-llm compare CONFIG LAYOUT --run-dir DIR makes one"
+        way = "the same command without --baseline makes one"
         raise UsageError(what, where=failure.where, expected=expected, found=found, next=way) from None
 
 
@@ -146,12 +148,15 @@ def _judge(found: dict[str, Any], worse: list[str], folder: Path) -> None:
             lines.append(f"{row['given']}: {row['error'] or f'{place}, {size}'}")
         raise NumericError(
             "layouts that are not equal" if any(not row["error"] for row in wrong) else "layouts that could not run",
+            where=" ".join(row["given"] for row in wrong),
             expected=f"equal to {found['reference']}",
             details=lines,
             safe=f"the other rows are in {folder / 'comparison.json'}",
+            next=f"the report shows where: {folder / 'report.html'}; each rank's words are in {folder / 'logs'}",
         )
     if worse:
-        raise NumericError("worse than the baseline", details=worse, safe=f"this comparison is in {folder / 'comparison.json'}")
+        kept = f"this comparison is in {folder / 'comparison.json'}"
+        raise NumericError("worse than the baseline", where=str(folder), details=worse, safe=kept, next=f"dist-llm report {folder}")
 
 
 def _compare_runs(first: Path, words: list[str], as_json: bool) -> None:
@@ -159,7 +164,13 @@ def _compare_runs(first: Path, words: list[str], as_json: bool) -> None:
 
     if len(words) != 1:
         what, expected = "a run is compared with one other run", "dist-llm compare RUN_A RUN_B"
-        raise UsageError(what, where=str(first), expected=expected, found=f"{1 + len(words)} names")
+        raise UsageError(
+            what,
+            where=str(first),
+            expected=expected,
+            found=f"{1 + len(words)} names",
+            next=f"dist-llm compare {shlex.join([str(first), *words[:1]])}",
+        )
     found = compare_runs(first, Path(words[0]))
     if as_json:
         typer.echo(json.dumps(found))

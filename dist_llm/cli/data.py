@@ -81,8 +81,8 @@ def preview(
 
     config = load_config(config_path, overrides or [], base=read_base).config
     if html is not None and config.data.chat.format is None:
-        way = "leave --html out, or set data.chat.format=auto"
-        raise UsageError("the page shows conversations, data.chat is off", where="--html", next=way)
+        what, way = "the page shows conversations, data.chat is off", "the same command without --html"
+        raise UsageError(what, where="--html", expected="data.chat.format=auto", found="data.chat.format=null", next=way)
     with live_progress() as progress:
         prepared = prepare(config.data, seed=config.runtime.seed, progress=progress)
     batches = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)

@@ -79,7 +79,9 @@ def write_html(preview: dict[str, Any], path: Path) -> None:
     try:
         write_chat_page(preview, path)
     except OSError as error:
-        raise SpaceError("the page cannot be written", where=str(path), found=error.strerror or str(error)) from error
+        raise SpaceError(
+            "the page cannot be written", where=str(path), expected="a file that can be written", found=error.strerror or str(error)
+        ) from error
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int], weights: list[float]) -> dict[str, Any]:

@@ -46,7 +46,13 @@ def evaluate(
 
     chosen = _tasks(tasks, TASKS)
     if no_text and data is not None:
-        raise UsageError("--no-text leaves no text to measure", where="--data", found=data)
+        raise UsageError(
+            "--no-text leaves no text to measure",
+            where="--data",
+            expected="one of the two",
+            found=f"--no-text and --data {data}",
+            next="the same command without --no-text",
+        )
     opened, _ = open_sound(checkpoint)
     count = skills if skills is not None else DEFAULT_QUESTIONS if uses_skills(opened.config) else 0
     if no_text and not count:
@@ -58,7 +64,11 @@ def evaluate(
         found = on_ranks(evaluate_rank, asdict(exam), nproc=nproc, runtime=runtime, hear=progress.take)[0]
     if not no_text and found["text"] is None and not count:
         raise DataError(
-            "nothing is held out", where=str(opened.path), expected="data.validation above 0", next="dist-llm eval CKPT --data PATH"
+            "nothing is held out",
+            where=str(opened.path),
+            expected="data.validation above 0",
+            found="0",
+            next="dist-llm eval CKPT --data PATH",
         )
     whole = {"version": 1, "checkpoint": str(opened.path), **found, "seconds": time.monotonic() - began}
     if out is not None:
@@ -120,7 +130,9 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(value, indent=2) + "\n")
     except OSError as error:
-        raise SpaceError("the result cannot be written", where=str(path), found=error.strerror) from error
+        raise SpaceError(
+            "the result cannot be written", where=str(path), expected="a file that can be written", found=error.strerror
+        ) from error
 
 
 class _Progress:

@@ -138,7 +138,7 @@ def choice_of(
         raise UsageError("a flag is out of its range", where=flag, expected=expected, found=f"{value:g}")
     if wrong:
         lines = [f"{flag}: {value:g}, expected {expected}" for flag, value, expected, _ in wrong]
-        raise UsageError(f"{len(wrong)} flags are out of their range", details=lines)
+        raise UsageError(f"{len(wrong)} flags are out of their range", where=" ".join(rule[0] for rule in wrong), details=lines)
     return Choice(temperature, top_k, top_p, min_p, repetition_penalty, seed)
 
 
@@ -186,5 +186,5 @@ def stop_texts(given: Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings. Raises UsageError for an empty one."""
     for text in given or ():
         if not require_text(text, where="--stop"):
-            raise UsageError("a stop string is empty", where="--stop", expected="at least one letter")
+            raise UsageError("a stop string is empty", where="--stop", expected="at least one letter", found="none")
     return tuple(given or ())

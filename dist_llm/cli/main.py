@@ -19,6 +19,7 @@ import typer
 from dist_llm import __version__
 from dist_llm.cli.misuse import misuse
 from dist_llm.cli.signals import tell_end
+from dist_llm.cli.way_on import complete, read_words
 from dist_llm.errors import Code, Failure, render
 from dist_llm.meeting import is_stuck
 
@@ -39,7 +40,10 @@ VERBS = {  # name -> (module, what it holds, one line of help)
     "bench": ("bench", "bench", "Measure ours against other libraries."),
     "report": ("report", "report", "Write report.html beside a finished run or comparison."),
 }
-EXIT_CODES = "Exit codes: 0 done, 1 our bug, 2 usage, 3 data, 4 checkpoint, 5 peer, 6 numeric, 7 space, 8 memory, 130 and 143 by a signal."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 our bug, 2 usage or config, 3 data, 4 checkpoint, 5 peer lost, 6 numeric, 7 no space or folder in use, "
+    "8 memory, 75 stopped as asked and saved, 130 and 143 by a signal with nothing saved since the last checkpoint."
+)
 COMMAND_ERROR: Any = typer.BadParameter.__mro__[2]  # click's base class, wherever this typer keeps it
 
 
@@ -63,9 +67,12 @@ class Verbs(typer.core.TyperGroup):
         module, name, _ = VERBS[cmd_name]
         held = getattr(importlib.import_module(f"dist_llm.cli.{module}"), name)
         if isinstance(held, typer.Typer):
-            return typer.main.get_group(held)
+            group = typer.main.get_group(held)
+            for below in group.commands.values():
+                below.epilog = EXIT_CODES
+            return group
         single = typer.Typer(add_completion=False)
-        single.command(cmd_name)(held)
+        single.command(cmd_name, epilog=EXIT_CODES)(held)
         return typer.main.get_command(single)
 
 
@@ -136,7 +143,8 @@ def bug(error: Exception) -> Failure:
     with os.fdopen(handle, "w") as file:
         file.write("".join(traceback.format_exception(error)))
     found = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-    failure = Failure("a bug in dist-llm, or a fault it does not know", found=found, details=[f"the traceback is in {path}"])
+    what, way = "a bug in dist-llm, or a fault it does not know", f"report it with {path}"
+    failure = Failure(what, found=found, details=[f"the traceback is in {path}"], next=way)
     failure.__cause__ = error
     return failure
 
@@ -145,6 +153,7 @@ def _end(failure: Failure, arguments: list[str], *, debug: bool) -> int:
     """Shows a failure once, and returns its exit code."""
     if debug:
         traceback.print_exception(failure)
+    complete(failure, read_words(typer.main.get_command(app), arguments))
     if "--json" in arguments:
         print(json.dumps({"version": 1, "error": failure.as_dict()}))
     if not getattr(failure, "told_elsewhere", False):

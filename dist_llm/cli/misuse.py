@@ -29,12 +29,15 @@ def misuse(error: Any, verb: str = "") -> UsageError:
     facts: dict[str, Any] = {"where": where, "next": f"{where} --help"}
     if kind == "NoSuchOption":
         near = " or ".join(getattr(error, "possibilities", None) or ())
+        known = [name for one in context.command.params for name in one.opts if name.startswith("--")] if context is not None else []
+        facts["expected"] = f"one of {', '.join(known)}" if known else None
         return UsageError("there is no such flag", found=f"{flag}; did you mean {near}?" if near else str(flag), **facts)
     if kind == "BadOptionUsage" and flag:
         what = f"{flag} takes no value" if "not take" in said else f"{flag} needs a value"
-        return UsageError(what, **facts)
+        takes = what.endswith("takes no value")
+        return UsageError(what, expected=flag if takes else f"{flag} VALUE", found=f"{flag}=..." if takes else flag, **facts)
     if kind == "MissingParameter":
-        return UsageError(f"{_name(error)} is missing", **facts)
+        return UsageError(f"{_name(error)} is missing", expected=_form(context, where), found="nothing in its place", **facts)
     if kind == "BadParameter":
         facts["where"] = f"{where} {_name(error)}"
         facts["expected"], facts["found"] = _value(error, said)
@@ -49,9 +52,16 @@ def misuse(error: Any, verb: str = "") -> UsageError:
             "there is no such verb", expected=expected, found=f"{unknown[1]}; did you mean {near}?" if near else unknown[1], **facts
         )
     if extra := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", said, re.DOTALL):
-        return UsageError("there are more words than the verb takes", found=extra[1], **facts)
+        return UsageError("there are more words than the verb takes", expected=_form(context, where), found=extra[1], **facts)
     lines = error.format_message().split("\n")
     return UsageError(lines[0], details=lines[1:], **facts)
+
+
+def _form(context: Any, where: str) -> str | None:
+    """The words that a verb takes, as its help shows them."""
+    if context is None:
+        return None
+    return " ".join([where, *(one.metavar or one.name.upper() for one in context.command.params if one.param_type_name == "argument")])
 
 
 def _name(error: Any) -> str:

@@ -12,6 +12,8 @@ import typer
 
 from dist_llm.errors import DataError, SpaceError, UsageError, plain
 
+COMPARE = "dist-llm compare CONFIG LAYOUT writes one"
+
 LARGEST_COMPARISON = 256 * 1024 * 1024  # bytes
 
 
@@ -57,16 +59,22 @@ def read_comparison(path: Path) -> dict[str, Any]:
     try:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):
-            raise DataError("the comparison is not a file", where=str(path))
+            raise DataError("the comparison is not a file", where=str(path), expected="a file", found="a folder or a device", next=COMPARE)
         if about.st_size > LARGEST_COMPARISON:
             raise DataError("this file is too large for a comparison", where=str(path), expected=f"at most {LARGEST_COMPARISON} bytes")
         comparison = json_format.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError("the comparison cannot be read", where=str(path), found=error.strerror) from None
+        raise DataError(
+            "the comparison cannot be read", where=str(path), expected="a file that can be read", found=error.strerror
+        ) from None
     except json_format.JSONDecodeError as error:
-        raise DataError("the comparison is not valid JSON", where=f"{path}:{error.lineno}:{error.colno}", found=error.msg) from None
+        raise DataError(
+            "the comparison is not valid JSON", where=f"{path}:{error.lineno}:{error.colno}", expected="JSON", found=error.msg, next=COMPARE
+        ) from None
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise DataError("the comparison cannot be read", where=str(path), found=str(error)) from None
+        raise DataError("the comparison cannot be read", where=str(path), expected="JSON", found=str(error), next=COMPARE) from None
     if not isinstance(comparison, dict) or not isinstance(comparison.get("layouts"), list):
-        raise DataError("this JSON is not a comparison", where=str(path), expected='an object with the list "layouts"')
+        raise DataError(
+            "this JSON is not a comparison", where=str(path), expected='an object with the list "layouts"', found="other keys", next=COMPARE
+        )
     return comparison

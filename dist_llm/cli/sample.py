@@ -98,7 +98,11 @@ def _prompts(given: list[str] | None, file: str | None) -> list[str]:
     texts = [flags.require_text(text, where="--prompt") for text in given or ()]
     if "" in texts:
         raise UsageError(
-            "the prompt is empty", where="--prompt", expected="text", found="nothing", next="without --prompt a new document begins"
+            "the prompt is empty",
+            where="--prompt",
+            expected="text",
+            found="nothing",
+            next="the same command without --prompt begins a new document",
         )
     if file is not None:
         texts += _from_stdin() if file == "-" else _from_file(Path(file).expanduser())
@@ -111,12 +115,20 @@ def _from_stdin() -> list[str]:
 
 def _from_file(path: Path) -> list[str]:
     if not path.is_file():
-        raise UsageError("there is no file of prompts", where=str(path), expected="a prompt a line; - reads stdin")
+        raise UsageError(
+            "there is no file of prompts",
+            where=str(path),
+            expected="a prompt a line; - reads stdin",
+            found="no such file",
+            next="dist-llm sample CKPT --prompts -",
+        )
     try:
         with path.open("rb") as handle:
             return _lines(handle.read(LARGEST_FILE + 1), where=str(path), as_json=path.suffix == ".jsonl")
     except OSError as error:
-        raise DataError("the file of prompts cannot be read", where=str(path), found=error.strerror) from error
+        raise DataError(
+            "the file of prompts cannot be read", where=str(path), expected="a file that can be read", found=error.strerror
+        ) from error
 
 
 def _lines(content: bytes, *, where: str, as_json: bool) -> list[str]:

@@ -34,7 +34,13 @@ def train(
     from dist_llm.data import tokenizer as tokens
     from dist_llm.data.publish import publish
 
-    there = UsageError("the folder is already there", where=f"--out {out}", next="name another folder, or remove this one")
+    there = UsageError(
+        "the folder is already there",
+        where=f"--out {out}",
+        expected="a new folder",
+        found="one that is there",
+        next="name another folder, or remove this one",
+    )
     if out.exists():
         raise there
     texts = _texts(source, text_key=text_key, megabytes=megabytes, seed=seed)

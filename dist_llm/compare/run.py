@@ -15,7 +15,7 @@ from typing import Any
 from dist_llm.compare.measure import prepare_rank, speed_rank, speed_row
 from dist_llm.compare.prove import Prover, subject
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
-from dist_llm.config.rules import nearest_layouts, problems
+from dist_llm.config.rules import nearest_layouts, nearest_worlds, problems
 from dist_llm.config.schema import Config, changed
 from dist_llm.errors import Failure, UsageError, plain
 from dist_llm.ranks import run_ranks
@@ -39,22 +39,26 @@ class Entry:
 
 def read_layouts(config: Config, texts: Sequence[str], *, nproc: int | None) -> list[Entry]:
     """The layouts as typed, concrete and checked. Raises UsageError with the faults of all of them at once."""
-    entries, faults = [], []
+    entries, faults, works, way = [], [], [], "dist-llm compare --help"
     for text in texts:
         try:
             given = parse_layout(text)
             world = world_of(given, nproc)
             if nproc is not None and world > nproc:
-                raise UsageError(f"it needs {world} ranks, --nproc gives {nproc}")
+                raise UsageError(f"it needs {world} ranks, --nproc gives {nproc}", next=f"the same command with --nproc {world}")
             layout = resolve(given, world)
             wrong = problems(changed(config, {"layout": given}), layout)
-            near = ", ".join(map(str, nearest_layouts(config, layout))) if wrong else ""
-            faults += [f"{text}: {problem.text}" for problem in wrong] + ([f"{text}: nearest that work: {near}"] if near else [])
+            near = (nearest_layouts(config, layout) or nearest_worlds(config, layout, world=layout.world)) if wrong else []
+            works += near[:1] or ([] if wrong else [layout])
+            faults += [f"{text}: {problem.text}" for problem in wrong]
+            faults += [f"{text}: nearest that work: {', '.join(map(str, near))}"] if near else []
             entries.append(Entry(text, layout))
         except UsageError as fault:
+            way = fault.next or way
             faults += [f"{text}: {line}" for line in (fault.details or [f"{fault.what} ({fault.found})" if fault.found else fault.what])]
     if faults:
-        raise UsageError("these layouts cannot run", details=faults, next="dist-llm check CONFIG --layout LAYOUT")
+        way = f"dist-llm compare CONFIG {' '.join(dict.fromkeys(map(str, works)))}" if works else way
+        raise UsageError("these layouts cannot run", where=" ".join(texts), details=faults, next=way)
     return entries
 
 

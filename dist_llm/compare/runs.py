@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dist_llm.errors import DataError
 from dist_llm.train.checkpoint import KINDS
 from dist_llm.train.folder import Checkpoint, open_checkpoint, step_folders
 
-TRAIN = "dist-llm train CONFIG --run-dir DIR makes one"
+TRAIN = "dist-llm train CONFIG --run-dir {run} makes one"
 FLOOR = 1e-3  # of the largest value of a kind; see train/proof.py
 
 
@@ -23,7 +24,14 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     ours, theirs = _losses(first), _losses(second)
     common = sorted(ours.keys() & theirs.keys())
     if not common:
-        raise DataError("these runs have no step in common", found=f"{len(ours)} steps in {first}, {len(theirs)} in {second}")
+        what, expected = "these runs have no step in common", "a step with a loss in both"
+        raise DataError(
+            what,
+            where=f"{first}, {second}",
+            expected=expected,
+            next="name two runs of the same steps",
+            found=f"{len(ours)} steps in {first}, {len(theirs)} in {second}",
+        )
     found: dict[str, Any] = {"steps": len(common), "first_step": None, "loss": None, "relative": 0.0, "max_relative": 0.0}
     for step in common:
         a, b = float.fromhex(ours[step]), float.fromhex(theirs[step])
@@ -65,7 +73,9 @@ def _losses(run: Path) -> dict[int, str]:
     """step -> loss_hex of a run's metrics."""
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise DataError("no finished run here", where=str(run), expected="a run folder with metrics.jsonl", next=TRAIN)
+        found = "no metrics.jsonl" if run.is_dir() else "no such folder"
+        way = TRAIN.format(run=shlex.quote(str(run)))
+        raise DataError("no finished run here", where=str(run), expected="a run folder with metrics.jsonl", found=found, next=way)
     losses = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         if not line.strip():
@@ -75,5 +85,6 @@ def _losses(run: Path) -> dict[int, str]:
             if record.get("loss_hex"):
                 losses[int(record["step"])] = float.fromhex(record["loss_hex"]).hex()
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise DataError("a line of the metrics cannot be read", where=f"{path}:{number}", found=line[:80]) from error
+            what, expected = "a line of the metrics cannot be read", '{"step": 1, "loss_hex": "0x1.5p+2"}, and more'
+            raise DataError(what, where=f"{path}:{number}", expected=expected, found=line[:80]) from error
     return losses

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -100,8 +102,15 @@ def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str, ba
 
 def _refusal(faults: list[Fault], name: str) -> UsageError:
     faults = sorted(faults, key=lambda fault: (not fault.place.line, fault.place.line, fault.place.column))
-    count = "1 error" if len(faults) == 1 else f"{len(faults)} errors"
-    return UsageError(f"{count} in {name}", details=[plain(fault) for fault in faults])
+    count, first = "1 error" if len(faults) == 1 else f"{len(faults)} errors", faults[0].place
+    key, equals, _ = first.name.removeprefix("override ").partition("=")
+    way = f"dist-llm check {shlex.quote(name)} --explain lists every key"
+    if first.line:
+        way = f"mend {first if len(faults) == 1 else f'these lines of {name}'}, then the same command again"
+    elif equals and key in KNOWN + ("layout",) and not faults[0].text.startswith("unknown key"):
+        near = re.search(r"did you mean '([\w.-]+)'\?$|it is called (\w+) here$", faults[0].text if key != "layout" else "")
+        way = f"the same command with {key}={(near[1] or near[2]) if near else 'VALUE'}"
+    return UsageError(f"{count} in {name}", where=plain(first), details=[plain(fault) for fault in faults], next=way)
 
 
 def _override(root: Node, text: str) -> list[Fault]:

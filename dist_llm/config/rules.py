@@ -16,6 +16,7 @@ from dist_llm.config.schema import BYTES, LARGEST_BPE, LARGEST_IDS, Config, Skil
 from dist_llm.errors import UsageError
 
 MAX_WORLD = 1_000_000
+MOST_TRIED = 6  # numbers of ranks on either side of one that does not work
 FP8_MULTIPLE = 16  # of features and tokens: what the kernels of 8-bit products take
 
 
@@ -373,6 +374,25 @@ def nearest_layouts(config: Config, layout: Layout, n: int = 3, *, world: int | 
     return [candidate for _, _, candidate in sorted(best.values(), key=lambda item: item[:2])[:n]]
 
 
+def nearest_worlds(config: Config, layout: Layout, *, world: int) -> list[Layout]:
+    """A layout of the next smaller number of ranks that works, and one of the next larger, as far as there are any.
+
+    dp x micro divides the batch, tp the heads, and pp has at most as many stages as layers: few numbers are left to be tried.
+    """
+    total, micro = config.batch.global_, config.batch.micro
+    sequences, heads = (0 if total % micro else total // micro), config.model.heads
+    shares = {dp * tp for dp, tp in product(_divisors_up_to(sequences), _divisors_up_to(heads)) if dp * tp <= MAX_WORLD}
+    below = {share * min(config.model.layers, (min(world, MAX_WORLD + 1) - 1) // share) for share in shares}
+    above = {share * (world // share + 1) for share in shares if world // share < config.model.layers}
+    sides = sorted(below - {0}, reverse=True), sorted(size for size in above if size <= MAX_WORLD)
+    both = [next((one[0] for size in side[:MOST_TRIED] if (one := nearest_layouts(config, layout, 1, world=size))), None) for side in sides]
+    return [one for one in both if one is not None]
+
+
+def _divisors_up_to(number: int) -> list[int]:
+    return [size for size in range(1, min(number, MAX_WORLD) + 1) if number % size == 0]
+
+
 def _divisors(number: int, most: int) -> list[int]:
     small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
     return sorted(size for size in {*small, *(number // size for size in small)} if size <= most)
@@ -422,11 +442,15 @@ def check(config: Config, world: int) -> Layout:
     if not broken:
         return layout
     details = list(dict.fromkeys(str(problem) for problem in broken))
-    if len(details) > 8:
-        details = [*details[:7], f"... and {len(details) - 7} more"]
+    if len(details) > 7:
+        details = [*details[:6], f"... and {len(details) - 6} more"]
     near, ranks = nearest_layouts(config, layout, world=world), "1 rank" if world == 1 else f"{world} ranks"
+    where = ", ".join([*dict.fromkeys(problem.key for problem in broken)][:6])
     if near:
         details.append(f"these work on {ranks}: {'  '.join(map(canonical, near))}")
     elif any(problem.key.startswith(("layout", "batch", "model")) for problem in broken):
-        details.append(f"no layout of {ranks} works with this config")
-    raise UsageError(f"this config cannot run on {ranks}", found=f"layout {given}", details=details)
+        near = nearest_worlds(config, layout, world=world)
+        told = ", ".join(f"{canonical(other)} on {other.world}" for other in near)
+        details.append(f"no layout of {ranks} works with this config" + (f"; the nearest that do: {told}" if near else ""))
+    way = f"the same command with --layout {canonical(near[0])}" if near else None
+    raise UsageError(f"this config cannot run on {ranks}", where=where, found=f"layout {given}", details=details, next=way)

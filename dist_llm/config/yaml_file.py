@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from ruamel.yaml.reader import ReaderError
 
 from dist_llm.errors import UsageError
 
+OTHER = "name a config in its place, such as configs/quickstart.yaml of the source"
 MAX_BYTES = 1 << 18
 MAX_TAG = 1000  # characters: a longer one costs the parser the square of its length
 MAX_DEPTH = 12
@@ -91,15 +93,17 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     name = os.fspath(path)
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):
-            raise UsageError("the config is not a file", where=name, expected="a YAML file, such as configs/quickstart.yaml")
+            raise UsageError("the config is not a file", where=name, expected="a YAML file", found="a folder or a device", next=OTHER)
         with open(name, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        near = f"is it {near[0]}?" if isinstance(error, FileNotFoundError) and (near := _near(name)) else None
-        raise UsageError("the config cannot be read", where=name, found=why, next=near) from None
+        near = _near(name) if isinstance(error, FileNotFoundError) else []
+        way = f"the same command with {shlex.quote(near[0])}" if near else OTHER
+        raise UsageError("the config cannot be read", where=name, expected="a YAML file", found=why, next=way) from None
     if len(data) > MAX_BYTES:
-        raise UsageError("the config is too large", where=name, expected=f"at most {MAX_BYTES >> 10} KiB")
+        expected, found = f"at most {MAX_BYTES >> 10} KiB", f"more than {MAX_BYTES >> 10} KiB"
+        raise UsageError("the config is too large", where=name, expected=expected, found=found, next=OTHER)
     return data
 
 

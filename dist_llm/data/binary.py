@@ -26,15 +26,19 @@ class BinaryFile:
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+            raise DataError(
+                "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
+            ) from error
         try:
             state = os.fstat(handle)
             if not stat.S_ISREG(state.st_mode):
-                raise DataError("this is not a file", where=str(path), expected="a regular file")
+                raise DataError("this is not a file", where=str(path), expected="a regular file", found="a folder, a pipe or a device")
             self.size = state.st_size
             self._map = mmap.mmap(handle, self.size, prot=mmap.PROT_READ) if self.size else b""
         except OSError as error:
-            raise DataError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+            raise DataError(
+                "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
+            ) from error
         finally:
             os.close(handle)
 

@@ -119,8 +119,8 @@ def sample(corpus: Corpus, budget: int) -> Iterator[Document]:
 def no_text(*corpora: Corpus) -> DataError:
     """The failure of corpora without a single document."""
     where = f"data.source: {', '.join(corpus.place or corpus.name for corpus in corpora)}"
-    expected, way = "at least one document that is not empty", "name other text: data.source=PATH, or --data PATH with train"
-    return DataError("there is no text", where=where, expected=expected, next=way)
+    expected, way = "at least one document that is not empty", "the same command with data.source=PATH"
+    return DataError("there is no text", where=where, expected=expected, found="none", next=way)
 
 
 def _write(batches: Iterable[list[Encoded]], stores: Stores, *, threshold: float, faulty: list[list[str]]) -> None:

@@ -128,8 +128,8 @@ def way_of(keys: Sequence[str]) -> str:
     """The setting that reads objects with these keys as what they look like, where that is not text; empty where it is."""
     found = [name for name in shapes_of(dict.fromkeys(keys)) if name != "text"]
     if found == ["preference"]:
-        return "preference.loss=sigmoid learns from the pairs that they look like (DPO)"
-    return f"data.chat.format={'|'.join(found)} trains the answers of what they look like" if found else ""
+        return "the same command with preference.loss=sigmoid learns from the pairs that they look like (DPO)"
+    return f"the same command with data.chat.format={'|'.join(found)} trains the answers of what they look like" if found else ""
 
 
 def first_object(files: Sequence[Path]) -> tuple[dict[str, Any] | None, str, list[str]]:
@@ -152,7 +152,7 @@ def first_object(files: Sequence[Path]) -> tuple[dict[str, Any] | None, str, lis
                         shown = printable(line[:200].decode("utf-8", "backslashreplace"), 60)
                         faults.append(f"{place}: {why}" + (f": {shown}" if shown else ""))
         except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError("the file cannot be read", where=str(path), found=str(error)) from error
+            raise DataError("the file cannot be read", where=str(path), expected="a file that can be read", found=str(error)) from error
     return None, "", faults
 
 

@@ -113,8 +113,12 @@ def _open_chat(source: str, *, bad: BadLines, reading: Reading, home: Path | Non
     chat.require_objects(files)
     shape = reading.shape if reading.shape != "auto" else chat.find_format(files)
     if shape == "preference" and reading.shape == "auto":
-        what, way = "the source holds preferences: answers that are chosen and rejected", "preference.loss=sigmoid trains them (DPO)"
-        raise UsageError(what, where=f"data.source: {source}", expected="conversations, or a preference section", next=way)
+        what, way = (
+            "the source holds preferences: answers that are chosen and rejected",
+            "the same command with preference.loss=sigmoid trains them (DPO)",
+        )
+        expected = "conversations, or a preference section"
+        raise UsageError(what, where=f"data.source: {source}", expected=expected, found="pairs without a preference section", next=way)
     take = _taker(shape, reading)
     corpus = _files(source, files, text_key="text", bad=bad, take=take)
     found = f"{source} holds conversations of the shape {shape}" + (", as its first object says" if reading.shape == "auto" else "")
@@ -141,7 +145,8 @@ def _taker(shape: chat.Format, reading: Reading) -> Take:
 def _python() -> Corpus:
     items, lacking = python_corpus.inventory()
     if not items:
-        raise DataError("this Python carries no sources and no documentation", next="use data.source=skills, or your own text")
+        what, way = "this Python carries no sources and no documentation", "the same command with data.source=skills, or your own text"
+        raise DataError(what, where="data.source: python", expected="sources of the standard library", found="none", next=way)
     identity = ("python", *((item.kind, item.name, item.size) for item in items))
     notes = tuple(f"the python corpus goes without {name}: not installed here" for name in lacking)
     size = sum(map(python_corpus.effort, items))

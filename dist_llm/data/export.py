@@ -37,7 +37,13 @@ class Exported:
 def require_new(folder: Path) -> None:
     """Raises UsageError where something has the name of the folder to be made."""
     if folder.exists() or folder.is_symlink():
-        raise UsageError("the folder is already there", where=str(folder), next="name another folder, or remove this one")
+        raise UsageError(
+            "the folder is already there",
+            where=str(folder),
+            expected="a new folder",
+            found="one that is there",
+            next="name another folder, or remove this one",
+        )
 
 
 def export(prepared: Prepared, folder: Path, *, kind: str) -> list[Exported]:
@@ -63,5 +69,10 @@ def export(prepared: Prepared, folder: Path, *, kind: str) -> list[Exported]:
         if not publish(folder, make):
             require_new(folder)
     except OSError as error:
-        raise SpaceError("the files cannot be written", where=str(folder), found=error.strerror or str(error)) from error
+        raise SpaceError(
+            "the files cannot be written",
+            where=str(folder),
+            expected="room, and a folder that can be written",
+            found=error.strerror or str(error),
+        ) from error
     return made

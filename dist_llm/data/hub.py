@@ -153,11 +153,12 @@ def _require_network(reference: Reference) -> None:
     """Raises DataError where this verb does not use the network, or the user has said that none does."""
     if not _access.allowed:
         what, expected = "the data set is not here yet, and this command does not use the network", "data build or train"
-        raise DataError(what, where=str(reference), expected=expected, next="dist-llm data build CONFIG")
+        raise DataError(what, where=str(reference), expected=expected, found="no copy in data.dir", next="dist-llm data build CONFIG")
     if _access.offline:
         what = "the data set is not here yet, and HF_HUB_OFFLINE is set"
         way = "unset HF_HUB_OFFLINE, or bring data.dir from where it was built"
-        raise DataError(what, where=str(reference), expected="a network, or tokens that were built before", next=way)
+        expected = "a network, or tokens that were built before"
+        raise DataError(what, where=str(reference), expected=expected, found="HF_HUB_OFFLINE is set", next=way)
 
 
 def _require_columns(names: list[str], columns: tuple[str, ...], reference: Reference) -> None:
@@ -176,7 +177,7 @@ def _kept(pin: Path, reference: Reference) -> str | None:
     body = None if raw is None else checked(raw)
     if body is None or body.get("reference") != str(reference) or Reference("", revision=str(body.get("commit"))).commit is None:
         what, way = "the note of which commit was read is damaged", f"remove {pin}, then dist-llm data build CONFIG reads the newest"
-        raise DataError(what, where=str(pin), next=way)
+        raise DataError(what, where=str(pin), expected="a commit as it was noted", found="other text", next=way)
     return str(body["commit"])
 
 
@@ -213,4 +214,4 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _without(where: str, package: str) -> UsageError:
     what = f"data sets of the hub need the package {package}, which is not installed"
-    return UsageError(what, where=where, expected="the extra hf of dist-llm", next="pip install 'dist-llm[hf]'")
+    return UsageError(what, where=where, expected="the extra hf of dist-llm", found="not installed", next="pip install 'dist-llm[hf]'")

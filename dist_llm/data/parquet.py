@@ -16,7 +16,7 @@ from dist_llm.data.chat import way_of
 from dist_llm.data.readers import MAX_LINE, BadLines, Document, Take, size_of, text_of
 from dist_llm.errors import DataError, UsageError, plain
 
-OTHER = "data.text_key=NAME after the config names another column"
+OTHER = "the same command with data.text_key=NAME, another column"
 ROWS = 256  # that are turned into Python objects together
 
 
@@ -49,7 +49,7 @@ def read_rows(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[R
     except (pyarrow.ArrowException, OSError, ValueError, RuntimeError) as error:
         found = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:160]
         what, where = "the table is damaged, or of a kind that is not known", f"{path}, after row {number}" if number else str(path)
-        raise DataError(what, where=where, found=found) from error
+        raise DataError(what, where=where, expected=f"a sound {path.suffix} file", found=found) from error
 
 
 def read_table(path: Path, *, text_key: str, bad: BadLines, take: Take | None = None) -> Iterator[tuple[Document, int]]:
@@ -100,7 +100,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         what, expected = "this file needs the package pyarrow, which is not installed", "the extra hf of dist-llm"
-        raise UsageError(what, where=str(path), expected=expected, next="pip install 'dist-llm[hf]'") from error
+        raise UsageError(what, where=str(path), expected=expected, found="no pyarrow", next="pip install 'dist-llm[hf]'") from error
     return pyarrow
 
 
@@ -149,7 +149,10 @@ def _require_columns(schema: Any, columns: Sequence[str] | None, path: Path) -> 
     for column in columns or ():
         if names.count(column) != 1:
             what = f"there is no column {column!r}" if column not in names else f"there is more than one column {column!r}"
-            way = None if column in names else (looks := way_of(names)) + ("; or " if looks else "") + OTHER
+            looks = way_of(names)
+            way = looks + ("; or " if looks else "") + OTHER
+            if column in names:
+                way = f"rename one of the columns of {path}, then the same command again"
             found = ", ".join(map(str, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
             raise DataError(what, where=str(path), expected=f"one column {column!r}", found=found or "no columns", next=way)
     if columns is not None and len(columns) == 1 and not _is_text(schema.field(columns[0]).type):

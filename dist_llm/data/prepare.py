@@ -83,7 +83,7 @@ class Prepared:
         needed = self.tokenizer.vocab_size
         if vocab < needed:
             what = "the model's vocabulary is smaller than the tokenizer's"
-            way = f"set model.vocab={needed}"
+            way = f"the same command with model.vocab={needed}"
             if self.template is not None:
                 way += "; of a base model that has no rows to spare, data.chat.template=plain needs no further tokens"
             raise UsageError(what, where="model.vocab", expected=f"at least {needed}", found=str(vocab), next=way)
@@ -133,7 +133,13 @@ def prepare(
             tell = _part(work.progress, number, len(corpora))
             homes.append(_store(corpus, tokenizer, validation=data.validation, max_tokens=limit, tell=tell, work=work))
     except OSError as error:
-        raise SpaceError("the data folder cannot be written", where=str(work.folder), found=error.strerror or str(error)) from error
+        raise SpaceError(
+            "the data folder cannot be written",
+            where=str(work.folder),
+            expected="a folder that can be written",
+            next="the same command with data.dir=DIR",
+            found=error.strerror or str(error),
+        ) from error
     known = data.source == "entropy" and not data.mix and data.tokenizer.kind == "bytes"
     held_out = [(home / "validation", weight) for (home, splits), weight in zip(homes, weights, strict=True) if "validation" in splits]
     return Prepared(
@@ -186,7 +192,7 @@ def _plain_tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Seque
         budgets = [max(1, budget * weight // sum(weights)) for weight in weights]
         return _trained(wanted.vocab or DEFAULT_VOCAB, corpora, budgets, work)
     if wanted.kind == "file" and wanted.path is None:
-        raise UsageError("a tokenizer of kind file needs its path", where="data.tokenizer.path")
+        raise UsageError("a tokenizer of kind file needs its path", where="data.tokenizer.path", expected="a path", found="null")
     if wanted.kind == "ids":
         if wanted.vocab is None or wanted.end is None or wanted.end >= wanted.vocab:
             found = f"vocab {wanted.vocab}, end {wanted.end}"
@@ -196,7 +202,13 @@ def _plain_tokenizer(data: DataConfig, corpora: Sequence[Corpus], weights: Seque
     tokenizer = load(Path(str(wanted.path)).expanduser()) if wanted.kind == "file" else bytes_tokenizer()
     if wanted.vocab not in (None, tokenizer.vocab_size):
         what, expected = "the tokenizer has another vocabulary than the config says", str(tokenizer.vocab_size)
-        raise UsageError(what, where="data.tokenizer.vocab", expected=expected, found=str(wanted.vocab), next="leave it out")
+        raise UsageError(
+            what,
+            where="data.tokenizer.vocab",
+            expected=expected,
+            found=str(wanted.vocab),
+            next=f"the same command with data.tokenizer.vocab={expected}",
+        )
     return tokenizer
 
 
@@ -205,11 +217,15 @@ def _require_fit(kind: str, corpora: Sequence[Corpus]) -> None:
     for corpus in corpora:
         if kind == "bpe" and corpus.tokens is not None:
             what, expected = "token files come with the tokenizer that has made them", "kind file, or ids where it is not at hand"
-            way = "data.tokenizer.kind=file data.tokenizer.path=DIR; or kind=ids, vocab=N and end=ID"
+            way = "the same command with data.tokenizer.kind=file data.tokenizer.path=PATH; or kind=ids, vocab=N and end=ID"
             raise UsageError(what, where="data.tokenizer.kind", expected=expected, found=f"bpe, for {corpus.place}", next=way)
         if kind == "ids" and corpus.tokens is None:
             what, expected = "a tokenizer of kind ids knows no text", "kind bpe, bytes or file for text"
-            raise UsageError(what, where="data.tokenizer.kind", expected=expected, found=f"ids, for {corpus.place or corpus.name}")
+            found, way = (
+                f"ids, for {corpus.place or corpus.name}",
+                "the same command with data.tokenizer.kind=bpe data.tokenizer.vocab=null data.tokenizer.end=null",
+            )
+            raise UsageError(what, where="data.tokenizer.kind", expected=expected, found=found, next=way)
 
 
 def _trained(vocab: int, corpora: Sequence[Corpus], budgets: Sequence[int], work: _Work) -> Tokenizer:

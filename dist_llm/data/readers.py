@@ -127,13 +127,14 @@ def find_files(source: str) -> list[Path]:
         if not found:
             known = " ".join((*JSON_SUFFIXES, *TEXT_SUFFIXES))
             expected = f"files ending in {known}, also with .gz or .zst, or in {' '.join(TABLE_SUFFIXES)}"
-            raise DataError("the folder holds no text", where=str(path), expected=expected)
+            way = "the same command with data.source=PATH"
+            raise DataError("the folder holds no text", where=str(path), expected=expected, found="none of these", next=way)
         return found
     if found := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)):
         return found
     expected = "python, skills, entropy, hub:owner/name, or a file, folder or glob"
-    way = "data.source=PATH after the config, or --data PATH with train and compare"
-    raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected, next=way)
+    way = "the same command with data.source=PATH"
+    raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected, found="no such file", next=way)
 
 
 Take = Callable[[dict[str, Any]], tuple[str, str]]  # the object of a line -> its text, and what is wrong with it
@@ -174,9 +175,13 @@ def read_file(path: Path, *, text_key: str, bad: BadLines, take: Take | None = N
             for document in documents:
                 yield document, raw.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DataError("the compressed file is damaged or cut short", where=str(path), found=str(error)) from error
+        raise DataError(
+            "the compressed file is damaged or cut short", where=str(path), expected="a whole file", found=str(error)
+        ) from error
     except OSError as error:
-        raise DataError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+        raise DataError(
+            "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
+        ) from error
     if is_json(path):
         bad.check()
 
@@ -186,7 +191,9 @@ def size_of(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise DataError("the file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+        raise DataError(
+            "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
+        ) from error
 
 
 def is_json(path: Path) -> bool:
@@ -368,7 +375,8 @@ def _passages(stream: BinaryIO, path: Path) -> Iterator[Document]:
         while line := reader.readline(PASSAGE):
             number += line.endswith("\n")
             if "\x00" in line:
-                raise DataError("the text holds a NUL byte: is it a binary file?", where=f"{path}:{max(1, number)}")
+                what, place = "the text holds a NUL byte: is it a binary file?", f"{path}:{max(1, number)}"
+                raise DataError(what, where=place, expected="text in UTF-8", found="byte 0x00")
             if number == 1 and not lines:
                 line = line.removeprefix("\ufeff")
             ends = line.strip() == SEPARATOR

@@ -60,9 +60,17 @@ def check_seal(folder: Path, *, key: str) -> frozenset[str]:
     path = folder / SEAL
     body = checked(read_file(path, home=folder))
     if body is None:
-        raise damaged("the list of files of the data is damaged", path, home=folder)
+        raise damaged(
+            "the list of files of the data is damaged", path, home=folder, expected="JSON with its own checksum", found="other bytes"
+        )
     if body.get("version") != VERSION:
-        raise DataError("the data has another format", where=str(path), expected=f"version {VERSION}", next=remove(folder))
+        raise DataError(
+            "the data has another format",
+            where=str(path),
+            expected=f"version {VERSION}",
+            found=f"version {body.get('version')}",
+            next=remove(folder),
+        )
     if body.get("key") != key:
         expected, found = f"key {key}", f"key {body.get('key')}"
         raise damaged("this is other data than the config asks for", path, home=folder, expected=expected, found=found)

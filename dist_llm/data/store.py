@@ -228,15 +228,16 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = read_small(path)
     except OSError as error:
-        raise DataError("there is no token store here", where=str(path), found=error.strerror, next=BUILD) from error
+        raise DataError("there is no token store here", where=str(path), expected="a file", found=error.strerror, next=BUILD) from error
     if raw is None:
         found = "something else, or too large for one"
         raise DataError("there is no token store here", where=str(path), expected="a file", found=found, next=BUILD)
     body = checked(raw)
     if body is None:
         raise damaged("the manifest of the token store is damaged", path, home=folder.parent)
-    if body.pop("version", None) != VERSION:
-        raise DataError("the token store has another format", where=str(path), expected=f"version {VERSION}", next=BUILD)
+    if (version := body.pop("version", None)) != VERSION:
+        what, expected = "the token store has another format", f"version {VERSION}"
+        raise DataError(what, where=str(path), expected=expected, found=f"version {version}", next=BUILD)
     try:
         shards, weights = tuple(Shard(**shard) for shard in body["shards"]), read_weights(body.get("weights"))
         manifest = Manifest(**{**body, "index": Shard(**body["index"]), "shards": shards, "weights": weights})

@@ -93,31 +93,33 @@ def load_template(name: str, *, end: str, begin: str = "", tokenizer: Path | Non
         return Template(name, _read(path), where=str(path), **tokens)
     if folder is None:
         expected = "data.tokenizer.kind=file, and its path"
-        raise UsageError("a model's own template lies beside its tokenizer", where="data.chat.template", expected=expected)
+        raise UsageError("a model's own template lies beside its tokenizer", where="data.chat.template", expected=expected, found="no file")
     if (path := folder / "chat_template.jinja").is_file():
         return Template(name, _read(path), where=str(path), models=True, **tokens)
     where = folder / "tokenizer_config.json"
     named = _default(config.get("chat_template"))
     if named is None:
         expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
-        raise UsageError("there is no chat template beside the tokenizer", where=str(folder), expected=expected, next=WAY)
+        raise UsageError("there is no chat template beside the tokenizer", where=str(folder), expected=expected, found="neither", next=WAY)
     return Template(name, named, where=str(where), models=True, **tokens)
 
 
-WAY = "name one: data.chat.template=chatml, llama3, qwen, plain, or the path of a .jinja file"
+WAY = "the same command with data.chat.template=chatml, or llama3, qwen, plain, or the path of a .jinja file"
 
 
 def _read(path: Path) -> str:
     """The text of a template's file. Raises UsageError."""
     if not path.is_file():
-        raise UsageError("there is no chat template", where=str(path), expected="chatml, llama3, qwen, plain, model, or a file", next=WAY)
+        expected = "chatml, llama3, qwen, plain, model, or a file"
+        raise UsageError("there is no chat template", where=str(path), expected=expected, found="no such file", next=WAY)
     try:
         if path.stat().st_size > 4 * LARGEST_TEMPLATE:
-            raise UsageError("the chat template is too large to be one", where=str(path), expected=f"at most {LARGEST_TEMPLATE} characters")
+            what, expected = "the chat template is too large to be one", f"at most {LARGEST_TEMPLATE} characters"
+            raise UsageError(what, where=str(path), expected=expected, found=f"{path.stat().st_size} bytes", next=WAY)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         found = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UsageError("the chat template cannot be read", where=str(path), found=found) from error
+        raise UsageError("the chat template cannot be read", where=str(path), expected="text in UTF-8", found=found, next=WAY) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -131,7 +133,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError("the tokenizer's configuration cannot be read", where=str(path), found=str(error)[:160]) from error
+        what, way = "the tokenizer's configuration cannot be read", f"mend {path}, then the same command again"
+        raise UsageError(what, where=str(path), expected="a JSON object", found=str(error)[:160], next=way) from error
     return config
 
 

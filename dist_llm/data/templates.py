@@ -129,7 +129,8 @@ class Template:
 
     def _others(self) -> str:
         """What may be done instead."""
-        return "use another: data.chat.template=" + ", ".join(name for name in NAMED if name != self.name) + " or the path of a .jinja file"
+        first, *others = [name for name in NAMED if name != self.name]
+        return f"the same command with data.chat.template={first}, or {', '.join(others)} or the path of a .jinja file"
 
     # --- rendering ---------------------------------------------------------------------------------------------------------
 
@@ -146,8 +147,10 @@ class Template:
         if not isinstance(text, TemplateFault):
             return text
         if text.kind == "refused":
-            raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text))
-        raise UsageError("the chat template cannot be rendered", where=self.where, found=plain(text), next=self._others())
+            raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text), next=self._others())
+        raise UsageError(
+            "the chat template cannot be rendered", where=self.where, expected="a Jinja template", found=plain(text), next=self._others()
+        )
 
     def _encoded(self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Encoded | DataError:
         try:
@@ -182,7 +185,11 @@ class Template:
                 return spans
             found = f"{len(marked)} marked parts for {len(_assistants(messages, 'assistant'))} turns of the assistant"
             raise UsageError(
-                "the template marks more or fewer parts than there are turns", where=self.where, found=found, next=self._others()
+                "the template marks more or fewer parts than there are turns",
+                where=self.where,
+                expected="one part a turn",
+                found=found,
+                next=self._others(),
             )
         return self._differences(text, messages, tokenizer, chosen)
 
@@ -223,7 +230,8 @@ class Template:
         ends = self._end_names(tokenizer)
         for number, span in enumerate(spans):
             if _last_special(text[span.start : span.stop], tokenizer) not in ends:
-                raise DataError("the end of an assistant's turn is not trained", where=self.where, found=f"trained part {number + 1}")
+                found = f"trained part {number + 1} ends before it"
+                raise DataError("the end of an assistant's turn is not trained", where=self.where, found=found, next=self._others())
 
     def _end_names(self, tokenizer: Tokenizer) -> frozenset[str]:
         """The special tokens with which the assistant's turns end. Raises UsageError where one of them would not be trained."""
@@ -243,7 +251,9 @@ class Template:
                 text, marked = _unmarked(self._sound(whole))
                 spans = self._spans(text, marked, messages, tokenizer, train_on)
             except DataError as fault:
-                raise UsageError("the chat template refuses a plain conversation", where=self.where, found=fault.found) from fault
+                raise UsageError(
+                    "the chat template refuses a plain conversation", where=self.where, found=fault.found, next=self._others()
+                ) from fault
             if not spans:
                 raise UsageError("the chat template leaves nothing to train", where=self.where, next=self._others())
             for span in spans:
@@ -258,7 +268,7 @@ class Template:
 
 
 NAMED = ("chatml", "llama3", "qwen", "plain", "model")
-EACH = "data.chat.train_on=each trains every turn in a sample of its own"
+EACH = "the same command with data.chat.train_on=each trains every turn in a sample of its own"
 NEEDS = {
     "assistant": "an assistant's turn with a weight above 0",
     "last": "a last turn of the assistant with a weight above 0",

@@ -56,7 +56,9 @@ class TokenFiles:
         self.counts: Counter[str] = Counter()
         for path in self.indexed:
             if not path.with_suffix(".bin").is_file():
-                raise UsageError("a Megatron index without its ids", where=str(path), expected=f"{path.with_suffix('.bin').name} beside it")
+                way = f"bring {path.with_suffix('.bin')}, then the same command again"
+                expected = f"{path.with_suffix('.bin').name} beside it"
+                raise UsageError("a Megatron index without its ids", where=str(path), expected=expected, found="no such file", next=way)
 
     @property
     def files(self) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -170,20 +171,35 @@ def load(path: Path) -> Tokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        make = "dist-llm tokenizer train SOURCE --out DIR makes one"
-        raise UsageError("there is no tokenizer.json", where=str(file), expected="a tokenizer.json, or its folder", next=make)
+        make = f"dist-llm tokenizer train SOURCE --out {shlex.quote(str(file.parent))} makes one; or name another: data.tokenizer.path=PATH"
+        expected = "a tokenizer.json, or its folder"
+        raise UsageError("there is no tokenizer.json", where=str(file), expected=expected, found="no such file", next=make)
     if file.stat().st_size > LARGEST_FILE:
-        raise DataError("the tokenizer is too large to be one", where=str(file), expected=f"at most {LARGEST_FILE >> 20} MiB")
+        size = f"{file.stat().st_size >> 20} MiB"
+        raise DataError("the tokenizer is too large to be one", where=str(file), expected=f"at most {LARGEST_FILE >> 20} MiB", found=size)
     try:
         inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
-        raise DataError("the file is not a tokenizer", where=str(file), found=plain(error)[:160]) from error
+        expected = "a tokenizer.json of the tokenizers library"
+        raise DataError("the file is not a tokenizer", where=str(file), expected=expected, found=plain(error)[:160]) from error
     end = _end_token(inner, file.with_name("tokenizer_config.json"))
     if end is None:
-        raise UsageError("the tokenizer has no token that ends a document", where=str(file), expected="one of " + " ".join(KNOWN_ENDS))
+        expected, way = (
+            "one of " + " ".join(KNOWN_ENDS),
+            f"name it as eos_token in {file.with_name('tokenizer_config.json')}, then the same command again",
+        )
+        raise UsageError(
+            "the tokenizer has no token that ends a document", where=str(file), expected=expected, found="none of them", next=way
+        )
     tokenizer = Tokenizer(inner, end=end, beside=_beside(file))
     if lacking := set(tokenizer.begin) - tokenizer.ids:
-        raise DataError("the tokenizer puts a token before texts that it does not have", where=str(file), found=f"id {min(lacking)}")
+        raise DataError(
+            "the tokenizer puts a token before texts that it does not have",
+            where=str(file),
+            what, found = "the tokenizer puts a token before texts that it does not have", f"id {min(lacking)}"
+            raise DataError(what, where=str(file), expected="one of its ids", found=found)
+            found=f"id {min(lacking)}",
+        )
     return tokenizer
 
 

@@ -118,9 +118,7 @@ def answered(
     return [(one.pair.skill, skills.check(one.pair.prompt, text)) for one, text in zip(group, texts, strict=True)]
 
 
-def answer(
-    model: Model, tokenizer: Tokenizer, group: Sequence[Asked], *, window: int, ends: set[int], stops: tuple[str, ...]
-) -> list[str]:
+def answer(model: Model, tokenizer: Tokenizer, group: Sequence[Asked], *, window: int, ends: set[int], stops: tuple[str, ...]) -> list[str]:
     """The greedy answers to some questions, written at once; room for a little more than the right one."""
     count = max(one.length for one in group) + 4
     writer = Writer(model, [one.ids for one in group], count=count, choice=Choice(temperature=0.0), window=window, ends=ends)

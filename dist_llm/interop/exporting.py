@@ -111,7 +111,8 @@ def export_model(
     model = opened.model
     values = write_config(model)
     if target.exists():
-        raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
+        way = "name another folder, or remove this one"
+        raise UsageError("the folder is there already", where=str(target), expected="a new folder", found="one that is there", next=way)
     beside = opened.beside
     wholes = planned(model, dtype_of=lambda name: dtype or opened.weights.dtype("weight", name))
     shards = cut(wholes, shard_size)

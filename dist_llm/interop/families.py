@@ -88,7 +88,13 @@ def _family_of(values: Values, where: str) -> Family:
         return FAMILIES[kind]
     experts = isinstance(kind, str) and ("moe" in kind or kind in ("mixtral", "dbrx", "deepseek_v2", "deepseek_v3"))
     what = "mixtures of experts cannot be read yet" if experts else "this kind of model cannot be read"
-    raise UsageError(what, where=where, expected=f"model_type {', '.join(FAMILIES)}", found=f"model_type: {kind!r}")
+    raise UsageError(
+        what,
+        where=where,
+        expected=f"model_type {', '.join(FAMILIES)}",
+        found=f"model_type: {kind!r}",
+        next="name a model of one of these kinds",
+    )
 
 
 def _needed(values: Values, key: str, where: str) -> Any:

@@ -224,7 +224,7 @@ def _refuse_pickles(folder: Path) -> None:
             where=str(folder / pickles[0]),
             expected=f"{ONE}, or {INDEX}",
             found=", ".join(pickles[:3]),
-            next="convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)",
+            next=f"where you trust them, in Python: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OTHER)",
         )
 
 

@@ -71,12 +71,13 @@ def import_folder(source: Path, run: Path) -> Imported:
 def _tokenizer(folder: HuggingFaceFolder) -> Tokenizer:
     """The tokenizer of a folder, which the model can read. Raises UsageError."""
     if "tokenizer.json" not in folder.beside:
-        advice = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes one"
-        raise UsageError("the folder has no tokenizer.json", where=str(folder.path), expected="a fast tokenizer", next=advice)
+        name = str(folder.path)
+        advice = f"in Python, AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r}), then the same command again"
+        raise UsageError("the folder has no tokenizer.json", where=name, expected="a fast tokenizer", found="no such file", next=advice)
     tokenizer = load(folder.path)
     if tokenizer.vocab_size > folder.model.vocab:
-        found = f"{tokenizer.vocab_size} tokens, vocab_size {folder.model.vocab}"
-        raise UsageError("the tokenizer has more tokens than the model", where=str(folder.path), found=found)
+        what, expected = "the tokenizer has more tokens than the model", f"at most {folder.model.vocab}, the vocab_size of config.json"
+        raise UsageError(what, where=str(folder.path), expected=expected, found=f"{tokenizer.vocab_size} tokens")
     return tokenizer
 
 
@@ -92,7 +93,7 @@ def _config(folder: HuggingFaceFolder, run: Path) -> Config:
 def refuse_run(run: Path) -> None:
     """Raises UsageError where a folder already holds something."""
     if run.exists() and (not run.is_dir() or step_folders(run)):
-        found, way = step_folders(run)[0].name if run.is_dir() else "a file", "name another one"
+        found, way = step_folders(run)[0].name if run.is_dir() else "a file", "name another folder for the run"
         raise UsageError("the run folder already holds a run", where=str(run), expected="a new folder", found=found, next=way)
 
 

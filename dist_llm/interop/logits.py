@@ -100,7 +100,9 @@ def their_logits(folder: Path, prompts: Sequence[list[int]], dtype: torch.dtype)
         import transformers
     except ImportError:
         way = "pip install transformers, or export without --verify"
-        raise UsageError("--verify needs transformers", where="--verify", found="it is not installed", next=way) from None
+        raise UsageError(
+            "--verify needs transformers", where="--verify", expected="the package transformers", found="it is not installed", next=way
+        ) from None
     with _quiet():
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
         options |= {"attn_implementation": "eager", "dtype": dtype}  # eager: it knows every family's scores

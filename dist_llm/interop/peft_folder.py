@@ -181,7 +181,8 @@ def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor
     """
     keys = adapter_keys(model)
     if target.exists():
-        raise UsageError("the folder is there already", where=str(target), expected="a new folder", next="name another one")
+        way = "name another folder, or remove this one"
+        raise UsageError("the folder is there already", where=str(target), expected="a new folder", found="one that is there", next=way)
     stored = {keys[name]: tensors[name].contiguous() for name in keys}
     if model.tied and TABLE in keys:
         stored[tied_key(model)] = stored[keys[TABLE]].clone()  # PEFT does not load the folder without it

@@ -113,7 +113,8 @@ def read_header(text: bytes, *, size: int, path: Path) -> dict[str, Stored]:
         assert at == size, f"the tensors end at byte {at:,}, the file at {size:,}"
         return {name: Stored(one.dtype, one.shape, begin + one.start) for name, one in found.items()}
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError, AttributeError) as error:
-        raise unsound("the header of a file of weights is not sound", path, found=first_line(error)) from None
+        expected = f"safetensors: tensors end to end in {size:,} bytes"
+        raise unsound("the header of a file of weights is not sound", path, expected=expected, found=first_line(error)) from None
 
 
 def _stored(name: str, entry: Any) -> Stored:

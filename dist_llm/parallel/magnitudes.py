@@ -51,4 +51,3 @@ def _norms(unit: FlatUnit, held: list[FlatWeights], mesh: Mesh) -> Iterator[tupl
             for slot in slots:
                 yield wanted[slot.name], row_norms(base.parameter(slot.name), None, mesh.tp if slot.row.role == "row" else None)
             base.end_step()
-

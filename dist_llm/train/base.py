@@ -48,7 +48,7 @@ class Base:
             return
         if not path.is_dir():
             expected = "a run folder or step folder, or a Hugging Face folder"
-            way = "train it first, or name another: base=PATH"
+            way = "the same command with base=PATH"
             raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder", next=way)
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
         self.checkpoint = None if self.folder else open_checkpoint(path)

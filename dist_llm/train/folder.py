@@ -192,7 +192,7 @@ def read_manifest(text: bytes, path: Path) -> tuple[dict[str, Any], Config]:
         return manifest, Config.model_validate(manifest["config"])
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError, AttributeError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
-        raise damaged("the manifest of the checkpoint contradicts itself", path, found=first[:200]) from None
+        raise damaged("the manifest of the checkpoint contradicts itself", path, expected="parts that agree", found=first[:200]) from None
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:

@@ -35,7 +35,8 @@ def copies_to_come(config: Config, *, held: int) -> int:
 def require_space(run: Path, config: Config, *, dtype: str, world: int) -> None:
     """Raises SpaceError where the file system of a run's folder has no room for its checkpoints, or they cannot be written."""
     if not writable(run):
-        raise SpaceError("checkpoints cannot be written here", where=str(run), expected="a folder that can be written")
+        expected, way = "a folder that can be written", "the same command with --run-dir DIR"
+        raise SpaceError("checkpoints cannot be written here", where=str(run), expected=expected, found="no right to write there", next=way)
     tensors, rest = checkpoint_bytes(config.model, config.optimizer, dtype=dtype, world=world)
     copies, free = copies_to_come(config, held=len(step_folders(run))), shutil.disk_usage(run).free
     need = copies * (tensors + rest)
@@ -47,5 +48,5 @@ def require_space(run: Path, config: Config, *, dtype: str, world: int) -> None:
             expected=f"{need:,} bytes = {copies} checkpoints x {tensors + rest:,} ({parts})",
             found=f"{free:,} bytes free",
             safe="nothing was started",
-            next="a smaller save.keep, a larger save.every, or --run-dir on another disk",
+            next="the same command with --run-dir DIR on another disk, or a smaller save.keep or larger save.every",
         )

@@ -19,6 +19,8 @@ from dist_llm.errors import Failure, SpaceError, from_dict
 from dist_llm.mesh import Mesh
 from dist_llm.train.durable import Disk
 
+WRITABLE = "room on the disk, and files and folders that can be written"
+
 
 @contextmanager
 def storing(where: object, *, safe: str | None = None) -> Iterator[None]:
@@ -27,9 +29,13 @@ def storing(where: object, *, safe: str | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         place, found = error.filename or where, error.strerror or str(error)
-        raise SpaceError("a file of the run cannot be read or written", where=str(place), found=found, safe=safe) from error
+        raise SpaceError(
+            "a file of the run cannot be read or written", where=str(place), expected=WRITABLE, found=found, safe=safe
+        ) from error
     except SafetensorError as error:  # its writer reports a full disk so
-        raise SpaceError("a file of the run cannot be read or written", where=str(where), found=str(error), safe=safe) from error
+        raise SpaceError(
+            "a file of the run cannot be read or written", where=str(where), expected=WRITABLE, found=str(error), safe=safe
+        ) from error
 
 
 def together(mesh: Mesh, device: torch.device, work: Callable[[], Any], *, safe: str | None = None) -> list[Any]:
@@ -78,8 +84,10 @@ class RunFolder:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except SpaceError as error:
             if isinstance(error.__cause__, BlockingIOError):
-                what, advice = "another job uses this run folder", "wait for it, or name another --run-dir"
-                raise SpaceError(what, where=str(path), next=advice) from None
+                what, advice = "another job uses this run folder", "wait for it, or the same command with --run-dir DIR"
+                raise SpaceError(
+                    what, where=str(path), expected="a folder that no job uses", found="its lock is held", next=advice
+                ) from None
             raise
 
 
