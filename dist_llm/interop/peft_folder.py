@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -54,12 +54,32 @@ def is_adapter(folder: Path) -> bool:
 
 
 @dataclass(frozen=True)
+class Receipt:
+    """What lies beside PEFT's files. base, base_weights: the identities of the base, as it lay and in any form; name: of the adapter."""
+
+    base: str | None = None
+    base_weights: str | None = None
+    name: str | None = None
+
+    def text(self, files: object) -> bytes:
+        """Its file. files: name -> sha256 of those beside it."""
+        said = {key: value for key, value in vars(self).items() if value is not None}
+        body = {"version": 1, "base": None, **said, "files": files}
+        own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return json.dumps({**body, "sha256": own}, indent=2).encode() + b"\n"
+
+
+@dataclass(frozen=True)
 class PeftFolder:
-    """An opened adapter of PEFT's for a base. model: the base's with this adapter; base: the identity of the base, where it says so."""
+    """An opened adapter of PEFT's for a base. model: the base's with this adapter; receipt: what ours says of its base, where it has one.
+
+    named: the path or the name of the hub under which PEFT looks for the base.
+    """
 
     path: Path
     model: ModelConfig
-    base: str | None
+    receipt: Receipt
+    named: str
     tensors: dict[str, Tensor]  # by our names
 
     @classmethod
@@ -67,7 +87,7 @@ class PeftFolder:
         """under: the base's weights. Raises CheckpointError where a file is not sound or does not fit, UsageError where the adapter does
         what is not done here.
         """
-        known, name = _receipt_of(path)
+        known = receipt_of(path)
         values, where = _json(path / CONFIG), str(path / CONFIG)
         if not (path / WEIGHTS).exists() and any(path.glob("adapter_model.bin")):
             what, way = "the adapter is pickled, and reading it could run code", "save_pretrained(DIR, safe_serialization=True)"
@@ -75,11 +95,12 @@ class PeftFolder:
         file = SafeFile(path / WEIGHTS)
         try:
             adapter = read_adapter_config(values, base, where=where, tensors=file.tensors)
-            adapter = adapter if name is None else adapter.model_copy(update={"name": name})
+            adapter = adapter if known.name is None else adapter.model_copy(update={"name": known.name})
             model, rank = base.model_copy(update={"adapter": adapter}), joined_rank(values, base, adapter, where=where)
             tensors, parts = _tensors(file, model, saved_modules(values, base, where=where), under, rank=rank)
             targets = tuple(target for target in adapter.targets if target in parts or target not in joined(base))
-            return cls(path, base.model_copy(update={"adapter": adapter.model_copy(update={"targets": targets})}), known, tensors)
+            model = base.model_copy(update={"adapter": adapter.model_copy(update={"targets": targets})})
+            return cls(path, model, known, str(values.get("base_model_name_or_path") or ""), tensors)
         finally:
             file.close()
 
@@ -95,18 +116,14 @@ class PeftFolder:
         """Nothing is open: all of it was read."""
 
 
-def name_in(folder: Path) -> str | None:
-    """The name that the receipt of an adapter of PEFT's gives it. Raises CheckpointError where a byte has changed."""
-    return _receipt_of(folder)[1]
-
-
-def _receipt_of(folder: Path) -> tuple[str | None, str | None]:
-    """The base and the name in the receipt; None without one, as others write adapters. Raises CheckpointError where a byte has changed."""
+def receipt_of(folder: Path) -> Receipt:
+    """The receipt; one that says nothing where there is none, as others write adapters. Raises CheckpointError where a byte has changed."""
     path = folder / RECEIPT
     if not path.exists():
-        return None, None
+        return Receipt()
     receipt = _json(path)
-    if path.read_bytes() != _receipt(receipt.get("base"), receipt.get("name"), receipt.get("files")):
+    known = Receipt(receipt.get("base"), receipt.get("base_weights"), receipt.get("name"))
+    if path.read_bytes() != known.text(receipt.get("files")):
         raise unsound("the adapter's receipt is damaged", path, expected="its own hash in it")
     for name, expected in receipt["files"].items():
         if name not in (CONFIG, WEIGHTS):
@@ -118,13 +135,7 @@ def _receipt_of(folder: Path) -> tuple[str | None, str | None]:
             raise unsound("a file of the adapter cannot be read", folder / name, found=error.strerror) from None
         if found != expected:
             raise unsound("a file of the adapter is damaged", folder / name, expected=f"sha256 {expected}", found=f"sha256 {found}")
-    return receipt["base"], receipt.get("name")
-
-
-def _receipt(base: object, name: object, files: object) -> bytes:
-    body = {"version": 1, "base": base, **({} if name is None else {"name": name}), "files": files}
-    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": own}, indent=2).encode() + b"\n"
+    return known
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -229,10 +240,20 @@ def _tensor(file: SafeFile, key: str, shape: tuple[int, ...]) -> Tensor:
     return values.view(stored.shape)
 
 
-def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor], *, base: str, identity: str) -> int:
-    """Writes PEFT's folder of an adapter; returns its bytes. base: where PEFT finds the base; identity: what tells it from others.
+def write_adapter(
+    target: Path,
+    model: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    base: str,
+    identity: str,
+    base_weights: str | None = None,
+    check: Callable[[Path], object] = lambda folder: None,
+) -> int:
+    """Writes PEFT's folder of an adapter; returns its bytes. base: where PEFT finds the base; identity, base_weights: of the base.
 
-    Raises UsageError where PEFT has no such adapter, or the target is there.
+    check: looks at the folder before it gets its name; where it raises there is none. Raises UsageError where PEFT has no such adapter,
+    or the target is there.
     """
     keys = adapter_keys(model)
     if target.exists():
@@ -246,12 +267,13 @@ def write_adapter(target: Path, model: ModelConfig, tensors: Mapping[str, Tensor
     weights = save(stored, metadata={"format": "pt"})
     texts = {WEIGHTS: weights, CONFIG: json.dumps(write_adapter_config(model, base=base), indent=2).encode() + b"\n"}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
-    texts[RECEIPT] = _receipt(identity, model.adapter.name, hashes)
+    texts[RECEIPT] = Receipt(identity, base_weights, model.adapter.name).text(hashes)
 
     def make(made: Path) -> None:
         for name, content in texts.items():
             Disk().write(made / name, [content])
             Disk().sync(made / name)
+        check(made)
 
     with storing(target):
         publish(target, make)
