@@ -252,7 +252,7 @@ def test_any_changed_byte_of_an_adapter_is_refused(tmp_path: Path) -> None:
     """F11: every byte of each of its files, two values each; a file cut, longer, or gone."""
     folder = tmp_path / "adapter"
     model = bare(small_adapter(folder))
-    assert opened_on(folder, model).base == "b" * 64
+    assert opened_on(folder, model).receipt.base == "b" * 64
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         spoiled = [content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :] for at in range(len(content)) for bit in (1, 0x80)]
@@ -265,7 +265,7 @@ def test_any_changed_byte_of_an_adapter_is_refused(tmp_path: Path) -> None:
             with pytest.raises((CheckpointError, UsageError)):
                 opened_on(folder, model)
         path.write_bytes(content)
-    assert opened_on(folder, model).base == "b" * 64
+    assert opened_on(folder, model).receipt.base == "b" * 64
 
 
 def test_a_folder_without_a_receipt_is_peft_s_own(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_folder_without_a_receipt_is_peft_s_own(tmp_path: Path) -> None:
     model = bare(small_adapter(folder))
     (folder / RECEIPT).unlink()
     opened = opened_on(folder, model)
-    assert opened.base is None and float(opened.whole("blocks.0.attention.k.lora_a").sum()) == 0.5 * SMALL["dim"]
+    assert opened.receipt.base is None and float(opened.whole("blocks.0.attention.k.lora_a").sum()) == 0.5 * SMALL["dim"]
 
 
 def test_a_part_of_an_end_is_the_rest_s_base(tmp_path: Path) -> None:

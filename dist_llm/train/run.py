@@ -6,14 +6,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_llm import comm, stop
-from dist_llm.config.explain import new_rows
+from dist_llm.config.explain import long_sequences, new_rows
 from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
@@ -126,6 +126,8 @@ def prepare_data(config: Config, *, kept: Checkpoint | None = None, tell: Tell) 
     validation_batches(prepared, config.data, global_batch=config.batch.global_)
     for note in (*prepared.notes, *([order.sentence()] if isinstance(order, PackedBatches) else [])):
         tell({"note": note})
+    for note in long_sequences(config):
+        tell({"note": note})
     if config.base is not None:
         base = Base(config.base, kept=kept)
         base.close()
@@ -165,6 +167,8 @@ def train_rank(
     trainer = Trainer(settings, mesh, engine, order, stop_asked=stop.asked)
     start = 0
     lacking = settings.preference.loss is not None and not has_reference(trainer, prepared, Path(folder), resumed=bool(candidates))
+    if base is not None and settings.model.adapter.rank:
+        prepared = replace(prepared, base_weights=together(mesh, device, lambda: base.weights if rank == 0 else None)[0])
     if base is not None and (settings.model.adapter.rank or not candidates or lacking):
         start = begin(engine, base, tell=tell)
     if lacking:
