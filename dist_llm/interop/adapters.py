@@ -207,13 +207,13 @@ def _targets(values: Mapping[str, Any], model: ModelConfig, *, where: str, tenso
     if strange := [module for module in on if not any(module == name or module.endswith(f".{name}") for name in named)]:
         what, expected = "the adapter has matrices that its config does not name", f"target_modules {', '.join(named)}"[:200]
         raise unsound(what, Path(where), expected=expected, found=", ".join(strange)[:200])
-    found = dict.fromkeys(target for module in on for target in placed[module][1])
-    for target in found:
+    met = dict.fromkeys(target for module in on for target in placed[module][1])
+    for target in met:
         blocks = [placed[module][0] for module in on if target in placed[module][1]]
         if len(blocks) < model.layers:
             seen = f"{target} in {len(blocks)} of them, the first {blocks[0]}"
             raise UsageError("the adapter is on some blocks alone", where=where, expected=f"all {model.layers} blocks", found=seen)
-    return tuple(target for targets in _modules(model).values() for target in targets if target in found)
+    return tuple(target for targets in _modules(model).values() for target in targets if target in met)
 
 
 def joined_rank(values: Mapping[str, Any], model: ModelConfig, adapter: AdapterConfig, *, where: str) -> int:

@@ -119,7 +119,7 @@ def their_logits(folder: Path, prompts: Sequence[list[int]], dtype: torch.dtype,
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
         options |= {"attn_implementation": "eager", "dtype": dtype}  # eager: it knows every family's scores
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
             if adapter is not None:
                 loaded = peft.PeftModel.from_pretrained(loaded, str(adapter))
                 for parameter in loaded.parameters():  # rotary frequencies, which are none, stay as they were made
