@@ -14,8 +14,9 @@ from dist_llm.strict import first_line, read_bounded, strict_json
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.model")  # of the same tokenizer in older forms, for other programs
 MODEL_FILES = ("config.json", "generation_config.json")
+MERGED = "merge.json"  # of ours: which adapters are in the weights
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
-SIDE_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, *MODEL_FILES)
+SIDE_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, *MODEL_FILES, MERGED)
 LARGEST = {"tokenizer.json": 256 << 20, "vocab.json": 64 << 20, "merges.txt": 64 << 20, "tokenizer.model": 64 << 20}  # bytes
 LARGEST_OTHER = 16 << 20
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.engines.whole import Whole
-from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
-from dist_llm.interop.peft_folder import PeftFolder, write_adapter
+from dist_llm.interop.adapters import adapter_keys, joined, write_adapter_config
+from dist_llm.interop.joined import join, split
+from dist_llm.interop.peft_folder import PeftFolder, rows_of, write_adapter
 from dist_llm.model.parts import Adapter, Draw
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, make_context
@@ -30,6 +31,10 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {  # family -> adapter
     "llama, biases": ("llama, biases", {"rank": 4, "alpha": 2.0, "rank_stabilized": True, "targets": ["q", "v", "o", "up"]}),
     "gpt2": ("gpt2", {"rank": 5, "alpha": 6.0, "targets": ["o", "up", "down"]}),
     "gpt2, one": ("gpt2", {"rank": 2, "targets": ["down"]}),
+    "gpt2, whole": ("gpt2", {"rank": 2, "alpha": 3.0, "rank_stabilized": True}),
+    "gpt2, two in one": ("gpt2", {"rank": 3, "alpha": 3.0, "targets": ["q", "v", "up"]}),
+    "gpt2, one in one": ("gpt2", {"rank": 2, "targets": ["k"]}),
+    "gpt2, whole, dora": ("gpt2", {"rank": 2, "dora": True}),
     "olmo2": ("olmo2", {"rank": 2, "targets": ["k", "gate", "down"]}),
     "gemma3": ("gemma3", {"rank": 2, "alpha": 1.0}),
     "qwen3": ("qwen3", {"rank": 6, "targets": ["q", "k"]}),
@@ -44,6 +49,35 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {  # family -> adapter
     "gemma3, and ends": ("gemma3", {"rank": 2, "targets": ["k"], "modules_to_save": ["head", "embedding"]}),
     "gemma3, dora": ("gemma3", {"rank": 2, "dora": True, "targets": ["v", "gate"]}),
 }
+
+
+SAVED: dict[str, tuple[str, dict[str, Any]]] = {  # folder -> one of ADAPTED's models, and what PEFT is asked for
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "pattern": ("llama", {"target_modules": r".*\.(q|k)_proj"}),
+    "whole names": (
+        "llama",
+        {"target_modules": [f"model.layers.{at}.{end}" for at in range(3) for end in ("self_attn.v_proj", "mlp.down_proj")]},
+    ),
+    "one block": ("llama", {"target_modules": r".*\.1\..*q_proj"}),
+    "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "gpt2, all-linear": ("gpt2", {"target_modules": "all-linear"}),
+    "gpt2, joined": ("gpt2", {"target_modules": ["c_attn"]}),
+}
+
+
+def save_with_peft(rank: int, world: int, say: Say, folder: str) -> None:
+    """Writes the folders of SAVED, their matrices random."""
+    from peft import LoraConfig, get_peft_model
+
+    generator = torch.Generator().manual_seed(4)
+    for name, (family, asked) in SAVED.items():
+        made = get_peft_model(theirs_of(bare(model_of(family)), torch.float64), LoraConfig(task_type="CAUSAL_LM", r=2, **asked))
+        with torch.no_grad():
+            for key, parameter in made.named_parameters():
+                if ".lora_" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        made.save_pretrained(Path(folder) / name, save_embedding_layers=False)
 
 
 def model_of(name: str) -> ModelConfig:
@@ -72,7 +106,15 @@ def with_peft(model: ModelConfig, folder: Path) -> nn.Module:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             if ".lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            if ".c_attn.lora_B" in name:  # as it is of several: each in its rows and its columns
+                parameter.copy_(join(apart(parameter, "lora_b", model), "lora_b", rows_of(model)))
     return made.double()
+
+
+def apart(tensor: Tensor, last: str, model: ModelConfig) -> dict[str, Tensor]:
+    """Of a matrix that several projections share, what is each one's."""
+    parts = [part for part in joined(model) if part in model.adapter.targets]
+    return split(tensor, last, parts, rows_of(model), rank=model.adapter.rank)
 
 
 def matrices(made: nn.Module, model: ModelConfig, take: Callable[[nn.Parameter], Any]) -> dict[str, Tensor]:
@@ -81,7 +123,11 @@ def matrices(made: nn.Module, model: ModelConfig, take: Callable[[nn.Parameter],
         name.replace(".modules_to_save", "").replace(".default.", "."): take(parameter) for name, parameter in made.named_parameters()
     }
     theirs |= {name.replace("vector.weight", "vector"): value for name, value in theirs.items() if ".lora_magnitude_vector." in name}
-    return {ours: theirs[key] for ours, key in adapter_keys(model).items()}
+    found, together = {}, joined(model)
+    for ours, key in adapter_keys(model).items():
+        *_, part, last = ours.split(".")
+        found[ours] = apart(theirs[key], last, model)[part] if part in together else theirs[key]
+    return found
 
 
 class Addressed(nn.Module):
@@ -131,8 +177,8 @@ class Given:
 
 def _through_folders(
     made: nn.Module, model: ModelConfig, tokens: Tensor, logits: Tensor, weights: dict[str, Tensor], folder: Path
-) -> float:
-    """What the folder that PEFT saves holds, read by ours; and the logits of PEFT with the folder that we write: the largest difference."""
+) -> tuple[dict[str, Any], float]:
+    """The adapter that we read of PEFT's folder; and how far the logits of PEFT with the folder that we write are off."""
     from peft import PeftModel
 
     mine = f"{model.family}-{len(list(folder.iterdir()))}"
@@ -141,10 +187,13 @@ def _through_folders(
     trained = {row.name: weights[row.name] for row in table(model) if row.trained}
     assert found.tensors.keys() == trained.keys() and all(torch.equal(found.whole(name), trained[name]) for name in trained)
     write_adapter(folder / mine / "ours", model, trained, base="base", identity="b" * 64)
+    again = PeftFolder.open(folder / mine / "ours", bare(model), Given({}))
+    assert again.model == found.model and all(torch.equal(again.whole(name), trained[name]) for name in trained)
     with warnings.catch_warnings(), nothing_narrowed(), torch.no_grad():
         warnings.filterwarnings("error", message=".*(missing|tie_word)")
-        again = PeftModel.from_pretrained(theirs_of(bare(model), torch.float64), folder / mine / "ours").double()
-        return worst({"logits": again(input_ids=tokens, use_cache=False).logits}, {"logits": logits})[0]
+        theirs = PeftModel.from_pretrained(theirs_of(bare(model), torch.float64), folder / mine / "ours").double()
+        off = 0.0 if model.adapter.dropout else worst({"logits": theirs(input_ids=tokens, use_cache=False).logits}, {"logits": logits})[0]
+    return found.model.adapter.model_dump(), off
 
 
 def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
@@ -167,15 +216,13 @@ def _differences(model: ModelConfig, folder: Path) -> dict[str, Any]:
     summed.backward()
     found = {name: parameter.grad for name, parameter in plain.by_name.items() if parameter.grad is not None}
     theirs = {name for name, parameter in made.named_parameters() if parameter.grad is not None}
+    keys = len({*adapter_keys(model).values()})
+    adapter, off = _through_folders(made, model, data["tokens"], logits, weights, folder)
     return {
-        "folders": _through_folders(made, model, data["tokens"], logits, weights, folder) if model.adapter.modules_to_save else 0.0,
+        "folders": off,
         "logits": worst({"logits": ours}, {"logits": logits})[0],
         "loss": abs(float(summed.detach() / loss.detach()) - 1),
-        "trained": found.keys() == gradients.keys() == {row.name for row in table(model) if row.trained} and len(theirs) == len(found),
+        "trained": found.keys() == gradients.keys() == {row.name for row in table(model) if row.trained} and len(theirs) == keys,
         "gradient": worst(found, gradients),
-        "read back": read_adapter_config(
-            made.peft_config["default"].to_dict() | {"target_modules": sorted(made.peft_config["default"].target_modules)},
-            bare(model),
-            where="adapter_config.json",
-        ).model_dump(),
+        "read back": adapter,
     }

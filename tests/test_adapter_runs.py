@@ -212,11 +212,135 @@ def test_another_base_is_refused(commands: Commands, home: Path) -> None:
     merged = home / "once"
     ok(commands.run("merge", str(home / "base"), str(home / "lora"), str(merged)))
     assert "another base" in refused(commands.run("merge", str(merged), str(home / "lora"), str(home / "twice")))
-    assert "another base" in refused(commands.run("merge", str(home / "hf"), str(home / "lora"), str(home / "twice")))
+    ok(commands.run("export", str(home / "base"), str(home / "rounded"), "--dtype", "bfloat16"))
+    assert "another base" in refused(commands.run("merge", str(home / "rounded"), str(home / "lora"), str(home / "twice")))
     assert "no adapter" in refused(commands.run("merge", str(home / "base"), str(home / "base"), str(home / "twice")))
     assert not (home / "twice").exists()
     (home / "of-adapter.yaml").write_text(f"base: {home}/lora\n")
     assert "is an adapter" in refused(train(commands, home, "of-adapter", "x", *STEPS, *ADAPTER, "schedule.steps=2"))
+
+
+def test_weights_are_the_same_in_any_form(commands: Commands, home: Path) -> None:
+    """An adapter on a run is one on its export and on the import of that, and the reverse; in PEFT's form too."""
+    ok(commands.run("import", str(home / "hf"), str(home / "hf-imported")))
+    (home / "on-hf.yaml").write_text(f"base: {home}/hf\n")
+    ok(train(commands, home, "on-hf", "on-hf", *STEPS, *ADAPTER, "schedule.steps=2"))
+    ok(commands.run("export", str(home / "on-hf"), str(home / "on-hf-peft")))
+    asked = ("--json", "--prompt", "ab", "--tokens", "8", "--temperature", "0")
+    for adapter in ("lora", "on-hf", "on-hf-peft"):
+        texts = set()
+        for at, base in enumerate(("base", "hf-imported")):
+            said = ok(commands.run("sample", str(home / base), *asked, "--adapter", f"{home}/{adapter}"))
+            texts.add(json.loads(said.stdout)["samples"][0]["text"])
+            ok(commands.run("merge", str(home / base), str(home / adapter), str(home / f"same-{adapter}-{at}")))
+        ok(commands.run("merge", str(home / "hf"), str(home / adapter), str(home / f"same-{adapter}-2")))
+        made = {json.loads((home / f"same-{adapter}-{at}/merge.json").read_text())["result"] for at in range(3)}
+        assert len(texts) == len(made) == 1
+
+
+def test_an_adapter_is_in_a_base_once(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """F30: by its numbers, for PEFT's folders name no base; through imports, other merges and other forms of the adapter."""
+    base = str(home / "base")
+    for run in ("lora", "second"):
+        if not (home / run).exists():
+            ok(train(commands, home, "adapter", run, *STEPS, *ADAPTER, "schedule.steps=3"))
+        ok(commands.run("export", str(home / run), str(tmp_path / run)))
+        (tmp_path / run / "dist_llm.json").unlink()
+    lora, second = (str(tmp_path / run) for run in ("lora", "second"))
+    said = ok(commands.run("merge", base, lora, str(tmp_path / "one")))
+    assert "note:" not in said.stderr, "it names this base"
+    said = ok(commands.run("merge", str(tmp_path / "one"), second, str(tmp_path / "two")))
+    assert f"note: {second} names its base {base}" in said.stderr and "is not known" in said.stderr
+    assert json.loads((tmp_path / "two/merge.json").read_text())["before"][0]["path"] == lora
+    ok(commands.run("import", str(tmp_path / "two"), str(tmp_path / "run")))
+    values = json.loads((tmp_path / "second/adapter_config.json").read_text())
+    (tmp_path / "second/adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": "elsewhere"}))
+    for held in ("two", "run"):
+        for adapter in (lora, second):
+            assert "merged twice" in refused(commands.run("merge", str(tmp_path / held), adapter, str(tmp_path / "three")))
+    assert "named twice" in refused(commands.run("merge", base, lora, str(home / "lora"), str(tmp_path / "three")))
+    assert not (tmp_path / "three").exists()
+
+
+def test_an_export_of_an_adapter_takes_its_flags(commands: Commands, home: Path, tmp_path: Path, ranks: Any) -> None:
+    """--dtype, --verify and --base-path do what they say; what cannot be done is refused."""
+    lora = str(home / "lora")
+    said = ok(commands.run("export", lora, str(tmp_path / "a"), "--dtype", "bfloat16", "--verify"))
+    assert "PEFT computes the same logits" in said.stdout and list(tmp_path.iterdir()) == [tmp_path / "a"]
+    assert f"dist-llm export {home}/base/checkpoints/step-00000010 {tmp_path}/a-base" in said.stderr
+    header = (tmp_path / "a/adapter_model.safetensors").read_bytes()[:4000]
+    assert b'"BF16"' in header and b'"F32"' not in header
+    said = ok(commands.run("export", lora, str(tmp_path / "b"), "--base-path", "me/base", "--json"))
+    assert json.loads((tmp_path / "b/adapter_config.json").read_text())["base_model_name_or_path"] == "me/base" and not said.stderr
+    assert "one file" in refused(commands.run("export", lora, str(tmp_path / "c"), "--shard-size", "1KB"))
+    assert "beside no base" in refused(commands.run("export", str(home / "base"), str(tmp_path / "c"), "--base-path", "x"))
+    (found,) = ranks.run(1, "tests.test_adapter_runs:verify_another", lora, str(tmp_path / "c"), timeout_seconds=120)
+    assert found == "PEFT computes other logits from the export" and not (tmp_path / "c").exists()
+
+
+def verify_another(rank: int, world: int, say: Callable, run: str, target: str) -> str:
+    """What an export says whose config has another alpha than the adapter."""
+    from dist_llm.errors import NumericError
+    from dist_llm.interop import peft_folder
+    from dist_llm.interop.exporting_adapter import export_adapter
+    from dist_llm.train.folder import open_checkpoint
+    from dist_llm.train.overlay import base_of
+
+    written = peft_folder.write_adapter_config
+    peft_folder.write_adapter_config = lambda model, base: {**written(model, base=base), "lora_alpha": 17.0}
+    opened = open_checkpoint(Path(run))
+    try:
+        export_adapter(opened, base_of(opened), Path(target), named="x", verify=True)
+    except NumericError as failure:
+        return failure.what
+    return "nothing"
+
+
+def test_gpt2_goes_out_whole(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """All targets on a GPT-2 under tp, out to PEFT, which computes the same, and in again."""
+    (home / "gpt2.yaml").write_text("model: {family: gpt2, layers: 2, dim: 32, heads: 4, ffn: 64}\ndata: {tokenizer: {kind: bytes}}\n")
+    ok(train(commands, home, "gpt2", "gpt2", *STEPS, "schedule.steps=2"))
+    (home / "on-gpt2.yaml").write_text(f"base: {home}/gpt2\n")
+    ok(train(commands, home, "on-gpt2", "on-gpt2", *STEPS, *ADAPTER, "schedule.steps=2", "--nproc", "2", "--layout", "tp=2"))
+    assert "same logits" in ok(commands.run("export", str(home / "on-gpt2"), str(tmp_path / "peft"), "--verify")).stdout
+    ok(commands.run("import", str(tmp_path / "peft"), str(tmp_path / "run"), "--base", str(home / "gpt2")))
+    ok(commands.run("export", str(tmp_path / "run"), str(tmp_path / "again")))
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
+    assert first.keys() == again.keys() and all((first[key] == again[key]).all() for key in first)
+    assert first["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"].shape == (12, 32)
+
+
+def test_sequences_beyond_the_positions_are_said(commands: Commands, home: Path, tmp_path: Path) -> None:
+    """By check and train; the export states what was trained."""
+    ok(train(commands, home, "base", "short", *STEPS, "schedule.steps=1", "model.max_positions=16", "data.sequence=16"))
+    (home / "long.yaml").write_text(f"base: {home}/short\n")
+    said = "sequences have 32 tokens, and the base was made for 16"
+    assert said in ok(commands.run("check", str(home / "long.yaml"), *DATA, f"data.dir={home}/data", *STEPS)).stdout
+    first = ok(train(commands, home, "long", "long", *STEPS, "schedule.steps=1"))
+    assert said in " ".join((first.stdout + first.stderr).split())
+    ok(train(commands, home, "long", "long-lora", *STEPS, *ADAPTER, "schedule.steps=1"))
+    ok(commands.run("export", str(home / "long"), str(tmp_path / "whole")))
+    ok(commands.run("merge", str(home / "short"), str(home / "long-lora"), str(tmp_path / "merged")))
+    ok(commands.run("export", str(home / "short"), str(tmp_path / "before")))
+    found = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "merged", "before")}
+    assert [found[name]["max_position_embeddings"] for name in ("whole", "merged", "before")] == [32, 32, 16]
+    ok(commands.run("import", str(tmp_path / "before"), str(tmp_path / "ours")))
+    assert "made for" not in ok(commands.run("check", str(tmp_path / "ours/config.yaml"))).stdout
+
+
+def test_folders_of_others_are_told_apart(commands: Commands, home: Path) -> None:
+    """What is no run says how it becomes one; a name of the hub, how to get it."""
+    said = refused(commands.run("sample", str(home / "hf"), "--prompt", "ab"), 4)
+    assert f"dist-llm import {home}/hf runs/hf" in said and "a Hugging Face folder" in said
+    (home / "adapter-of-others").mkdir()
+    (home / "adapter-of-others/adapter_config.json").write_text("{}")
+    said = refused(commands.run("eval", str(home / "adapter-of-others")), 4)
+    assert f"dist-llm import {home}/adapter-of-others runs/adapter-of-others --base BASE" in said
+    (home / "hub.yaml").write_text("base: Qwen/Qwen3-0.6B\n")
+    said = refused(commands.run("check", str(home / "hub.yaml")), 4)
+    assert "no model is downloaded here" in said and "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B" in said
+    (home / "hub.yaml").write_text(f"base: {home}/Qwen3\n")
+    assert "hub" not in refused(commands.run("check", str(home / "hub.yaml")), 4).replace("hub.yaml", "")
 
 
 def test_what_is_refused_before_it_starts(commands: Commands, home: Path) -> None:

@@ -26,7 +26,7 @@ from dist_llm.model.table import table
 from dist_llm.model.transformer import Embedding, make_context
 from dist_llm.train.sample import with_whole_weights
 from dist_llm.train.trainer import context_of
-from tests.adapter_oracles import ADAPTED, ALL, Given, bare, model_of
+from tests.adapter_oracles import ADAPTED, ALL, SAVED, Given, bare, model_of
 from tests.engine_cases import build, config, layout_of
 from tests.family_oracles import SMALL
 from tests.ranks import Ranks
@@ -60,37 +60,76 @@ def test_a_config_of_peft_is_read_back(differences: dict[str, dict[str, Any]], n
 
 
 def test_what_peft_cannot_hold_is_refused() -> None:
-    with pytest.raises(UsageError, match="part of a matrix"):
-        adapter_keys(ModelConfig(family="gpt2", adapter={"rank": 2, "targets": ["q"]}))
+    with pytest.raises(UsageError, match="rows of a whole matrix"):
+        adapter_keys(ModelConfig(family="gpt2", adapter={"rank": 2, "dora": True, "targets": ["q"]}))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"peft_type": "IA3"}, "no LoRA"),
-        ({"rank_pattern": {"q_proj": 3}}, "not done here"),
+        ({"rank_pattern": {"q_proj": 3}}, "of their own"),
+        ({"alpha_pattern": {"q_proj": 3}}, "of their own"),
+        ({"rank_pattern": ["q_proj"]}, "of their own"),
+        ({"init_lora_weights": "pissa"}, "not done here"),
         ({"bias": "all"}, "not done here"),
         ({"lora_dropout": 1.0}, "dropout"),
         ({"r": 0}, "no rank"),
         ({"r": True}, "no rank"),
         ({"lora_alpha": "8"}, "no rank"),
-        ({"target_modules": ["w1"]}, "not known"),
-        ({"target_modules": "^model.*"}, "not known"),
-        ({"target_modules": []}, "not known"),
+        ({"target_modules": ["w1"]}, "does not name"),
+        ({"target_modules": []}, "does not name"),
     ],
 )
 def test_configs_that_change_the_numbers_are_refused(change: dict[str, Any], says: str) -> None:
     model = model_of("llama")
     written = {**write_adapter_config(model, base="x"), **change}
-    with pytest.raises(UsageError) as caught:
-        read_adapter_config(written, bare(model), where="adapter_config.json")
+    with pytest.raises((UsageError, CheckpointError)) as caught:
+        read_adapter_config(written, bare(model), where="adapter_config.json", tensors=adapter_keys(model).values())
     assert says in caught.value.what, caught.value
 
 
-def test_all_linear() -> None:
-    model = model_of("llama")
-    written = {**write_adapter_config(model, base="x"), "target_modules": "all-linear"}
-    assert set(read_adapter_config(written, bare(model), where="x").targets) == set(ALL)
+@pytest.fixture(scope="module")
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders that PEFT has written, by the names of SAVED."""
+    home = tmp_path_factory.mktemp("saved")
+    ranks.run(1, "tests.adapter_oracles:save_with_peft", str(home), timeout_seconds=180)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("all-linear", ALL),
+        ("pattern", ("q", "k")),
+        ("whole names", ("v", "down")),
+        ("gpt2, all-linear", ("q", "k", "v", "o", "up", "down")),
+        ("gpt2, joined", ("q", "k", "v")),
+    ],
+)
+def test_modules_are_those_that_have_matrices(saved: Path, name: str, targets: tuple[str, ...]) -> None:
+    """Folders as PEFT saves them; a matrix of GPT-2's q, k and v is one adapter on each, with the same A."""
+    family = SAVED[name][0]
+    found = opened_on(saved / name, bare(model_of(family)))
+    assert found.model.adapter.targets == targets
+    theirs = load_file(saved / name / "adapter_model.safetensors")
+    if family == "gpt2":
+        key = "base_model.model.transformer.h.1.attn.c_attn.lora_"
+        ours = [found.whole(f"blocks.1.attention.{part}.lora_b") for part in "qkv"]
+        assert torch.equal(torch.cat(ours), theirs[f"{key}B.weight"]), "its rows"
+        assert all(torch.equal(found.whole(f"blocks.1.attention.{part}.lora_a"), theirs[f"{key}A.weight"]) for part in "qkv")
+    else:
+        assert len(theirs) == 2 * len(targets) * bare(model_of(family)).layers == len(found.tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("head", "lm_head"), ("embedding", "model.embed_tokens"), ("one block", "q in 1 of them, the first 1")],
+)
+def test_modules_that_take_none_are_named(saved: Path, name: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        opened_on(saved / name, bare(model_of(SAVED[name][0])))
+    assert says in str(caught.value.found) and "no such" not in caught.value.what, caught.value
 
 
 # --- DoRA, dropout, noise ------------------------------------------------------------------------------------------------
@@ -212,7 +251,7 @@ def test_any_changed_byte_of_an_adapter_is_refused(tmp_path: Path) -> None:
     """F11: every byte of each of its files, two values each; a file cut, longer, or gone."""
     folder = tmp_path / "adapter"
     model = bare(small_adapter(folder))
-    assert opened_on(folder, model).base == "b" * 64
+    assert opened_on(folder, model).receipt.base == "b" * 64
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         spoiled = [content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :] for at in range(len(content)) for bit in (1, 0x80)]
@@ -225,7 +264,7 @@ def test_any_changed_byte_of_an_adapter_is_refused(tmp_path: Path) -> None:
             with pytest.raises((CheckpointError, UsageError)):
                 opened_on(folder, model)
         path.write_bytes(content)
-    assert opened_on(folder, model).base == "b" * 64
+    assert opened_on(folder, model).receipt.base == "b" * 64
 
 
 def test_a_folder_without_a_receipt_is_peft_s_own(tmp_path: Path) -> None:
@@ -233,7 +272,7 @@ def test_a_folder_without_a_receipt_is_peft_s_own(tmp_path: Path) -> None:
     model = bare(small_adapter(folder))
     (folder / RECEIPT).unlink()
     opened = opened_on(folder, model)
-    assert opened.base is None and float(opened.whole("blocks.0.attention.k.lora_a").sum()) == 0.5 * SMALL["dim"]
+    assert opened.receipt.base is None and float(opened.whole("blocks.0.attention.k.lora_a").sum()) == 0.5 * SMALL["dim"]
 
 
 def test_a_part_of_an_end_is_the_rest_s_base(tmp_path: Path) -> None:
@@ -267,8 +306,9 @@ def test_a_part_of_an_end_is_the_rest_s_base(tmp_path: Path) -> None:
 )
 def test_modules_that_cannot_be_whole_are_refused(name: str, change: dict[str, Any], says: str) -> None:
     written = {**write_adapter_config(model_of(name), base="x"), **change}
+    keys = adapter_keys(model_of(name)).values()
     with pytest.raises(UsageError) as caught:
-        read_adapter_config(written, bare(model_of(name)), where="adapter_config.json")
+        read_adapter_config(written, bare(model_of(name)), where="adapter_config.json", tensors=keys)
     assert says in f"{caught.value.expected} {caught.value.found}", caught.value
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_llm.config import yaml_file
-from dist_llm.config.load import KNOWN, OTHER_NAMES, Loaded, dump_config, flat, load_config, load_text
+from dist_llm.config.load import KNOWN, OTHER_NAMES, SAID_OTHERWISE, Loaded, dump_config, flat, load_config, load_text
 from dist_llm.config.presets import FAMILIES
 from dist_llm.config.schema import BatchConfig, Config, LayoutConfig, ModelConfig, changed
 from dist_llm.errors import UsageError, render
@@ -220,6 +220,14 @@ def test_every_error_at_once_in_the_order_of_the_file() -> None:
         ("=3", "override =3: expected a.b=value"),
         ("optimizer.lr.x=3", "override optimizer.lr.x=3: lr is not a section"),
         ("zero_stage=1", "override zero_stage=1: unknown key 'zero_stage': it is called layout.zero here"),
+        ("model.adapter.r=8", "override model.adapter.r=8: unknown key 'model.adapter.r': it is called model.adapter.rank here"),
+        ("lora_alpha=8", "override lora_alpha=8: unknown key 'lora_alpha': it is called model.adapter.alpha here"),
+        (
+            "per_device_train_batch_size=8",
+            "override per_device_train_batch_size=8: unknown key 'per_device_train_batch_size': it is called batch.micro here",
+        ),
+        ("load_in_4bit=true", "override load_in_4bit=true: unknown key 'load_in_4bit': model.adapter.quantize: nf4 says it here"),
+        ("num_train_epochs=3", "override num_train_epochs=3: unknown key 'num_train_epochs': schedule.steps says it here, in steps"),
         ("layout=tp=x", "override layout=tp=x: layout: tp=x: expected a whole number from 1"),
     ],
 )
@@ -227,9 +235,17 @@ def test_golden_override_messages(override: str, line: str) -> None:
     assert refused("optimizer: {lr: 1}", override) == [line]
 
 
+def test_all_linear_is_all_targets() -> None:
+    whole = ("q", "k", "v", "o", "gate", "up", "down")
+    for word in ("all-linear", "[all-linear]"):
+        assert read("model: {}", f"model.adapter.targets={word}").config.model.adapter.targets == whole
+    assert "model.adapter.targets" in refused("model: {}", "model.adapter.targets=all")[0]
+
+
 def test_renames_lead_to_keys_that_exist() -> None:
     assert set(OTHER_NAMES) <= set(KNOWN)
     old = [name for names in OTHER_NAMES.values() for name in names.split()]
+    old += SAID_OTHERWISE
     assert len(old) == len(set(old)) and not set(old) & {known.split(".")[-1] for known in KNOWN}
 
 

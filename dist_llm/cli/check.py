@@ -54,7 +54,8 @@ def check(
     model = explained.model_line(loaded.config, parameters, num_trained(loaded.config.model))
     for line in [model, *equations, *_predictions(loaded, concrete)]:
         typer.echo(f"  {line}")
-    for line in [*_missing_here(loaded), *notes, *explained.new_rows(loaded.config.model, added)]:
+    notes = [*notes, *explained.new_rows(loaded.config.model, added), *explained.long_sequences(loaded.config)]
+    for line in [*_missing_here(loaded), *notes]:
         typer.echo(f"  note: {plain(line)}")
     if draw or draw_to is not None:
         _draw(loaded, concrete, draw_to)

@@ -30,6 +30,8 @@ def import_(
         made = import_adapter(source.expanduser(), run.expanduser(), base_path=base.expanduser())
     else:
         made = import_folder(source.expanduser(), run.expanduser())
+    if made.note is not None:
+        typer.echo(f"note: {plain(made.note)}", err=True)
     if as_json:
         about = {"family": made.family, "parameters": made.parameters, "bytes": made.bytes}
         typer.echo(json.dumps({"version": 1, "checkpoint": str(made.path), **about}))

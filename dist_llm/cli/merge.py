@@ -39,6 +39,8 @@ def merge(
     to = None if dtype is None else getattr(torch, dtype)
     paths = [path.expanduser() for path in adapters]
     made = merge_models(base.expanduser(), paths, target.expanduser(), weights=counts, dtype=to, shard_size=limit)
+    for note in made.notes:
+        typer.echo(f"note: {plain(note)}", err=True)
     if as_json:
         typer.echo(json.dumps({**asdict(made), "folder": str(target)}))
         return

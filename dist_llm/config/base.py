@@ -55,6 +55,11 @@ def take(tree: dict[str, Any], facts: Facts) -> tuple[list[tuple[tuple[str, ...]
     return faults, filled
 
 
+def of_weights(model: dict[str, Any]) -> dict[str, Any]:
+    """The values of a model section that say what its weights compute."""
+    return {name: value for name, value in model.items() if name not in (*FREE, "family") and not _idle(name, model)}
+
+
 def _idle(name: str, model: dict[str, Any]) -> bool:
     """Whether a number means nothing to this model."""
     unused = "max_positions" if model["positions"] == "rotary" else "rope_theta"

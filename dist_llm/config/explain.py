@@ -51,6 +51,15 @@ def new_rows(model: ModelConfig, added: Sequence[str]) -> list[str]:
     return [f"the base never saw {names}, and their rows stay as they are under this adapter: model.adapter.modules_to_save=[{wanted}]"]
 
 
+def long_sequences(config: Config) -> list[str]:
+    """What is to be said where sequences are longer than the positions that a model was made for."""
+    most, sequence = config.model.max_positions, config.data.sequence
+    if sequence <= most or config.model.positions == "learned":
+        return []
+    whose = "the base was made for" if config.base is not None else "model.max_positions is"
+    return [f"sequences have {sequence} tokens, and {whose} {most}: positions from there on are new to it, and an export says {sequence}"]
+
+
 def as_data(loaded: Loaded, layout: Layout, *, parameters: int, explain: bool) -> dict[str, Any]:
     """The answer of `check --json`."""
     answer: dict[str, Any] = {"version": 1, "config": loaded.path, "world": layout.world, "layout": str(layout), "parameters": parameters}

@@ -33,13 +33,17 @@ OTHER_NAMES = {
     "model.tied": "tie_word_embeddings weight_tying",
     "model.norm_eps": "rms_norm_eps layer_norm_eps",
     "model.max_positions": "max_position_embeddings n_positions",
+    "model.adapter.rank": "r lora_r lora_rank",
+    "model.adapter.alpha": "lora_alpha",
+    "model.adapter.dropout": "lora_dropout",
+    "model.adapter.targets": "target_modules",
     "data.sequence": "seq_len sequence_length block_size max_seq_len seq_length context_length",
     "data.source": "dataset datasets",
     "preference.loss": "loss_type",
     "preference.beta": "dpo_beta",
     "preference.sft": "rpo_alpha",
     "batch.global": "batch_size global_batch_size",
-    "batch.micro": "micro_batch_size micro_batch",
+    "batch.micro": "micro_batch_size micro_batch per_device_train_batch_size",
     "optimizer.lr": "learning_rate max_lr",
     "optimizer.clip": "grad_clip max_grad_norm clip_grad_norm gradient_clipping",
     "optimizer.weight_decay": "wd",
@@ -54,6 +58,12 @@ OTHER_NAMES = {
     "runtime.timeout_seconds": "timeout",
     "save.every": "save_every save_interval",
     "save.dir": "run_dir output_dir",
+}
+SAID_OTHERWISE = {  # what is not our key by another name
+    "load_in_4bit": "model.adapter.quantize: nf4 says it here",
+    "load_in_8bit": "model.adapter.quantize: int8 says it here",
+    "gradient_accumulation_steps": "it follows from batch.global here, the sequences of a step over all ranks",
+    "num_train_epochs": "schedule.steps says it here, in steps",
 }
 RENAMED = {old: new for new, others in OTHER_NAMES.items() for old in others.split()}
 OTHER_VALUES = {"preference.loss": {"dpo": "sigmoid"}}  # the same for values
@@ -198,6 +208,8 @@ class _Walk:
 def unknown_key(name: str, known: Sequence[str], section: str) -> str:
     """The sentence for a key that `section` does not have: its new name, its true section, or the nearest known key."""
     full = f"{section}.{name}" if section else name
+    if name in SAID_OTHERWISE:
+        return f"unknown key {full!r}: {SAID_OTHERWISE[name]}"
     if name in RENAMED:
         return f"unknown key {full!r}: it is called {RENAMED[name]} here"
     if homes := [home for home in KNOWN if home.split(".")[-1] == name and home != full]:

@@ -39,6 +39,15 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ALL_LINEAR: tuple[AdapterTarget, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def _targets(value: Any) -> Any:
+    """PEFT's word for all of them is taken."""
+    return ALL_LINEAR if value in ("all-linear", ["all-linear"]) else _tuple(value)
+
+
 def _visible(value: str) -> str:
     """Names and paths only: a control character in one is a mistake, or an attempt to write over somebody's terminal.
 
@@ -70,7 +79,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
-AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 SavedModule = Literal["embedding", "head"]
 
 
@@ -91,7 +99,7 @@ class AdapterConfig(Section):
     dropout: BelowOne = 0.0  # of what goes into A, in training
     quantize: Literal["none", "nf4", "int8"] = "none"  # how the matrices under it are kept (QLoRA, arXiv:2305.14314)
     block: Annotated[Count, Field(multiple_of=8)] = 64  # neighbours along a row that share a scale there
-    targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1), BeforeValidator(_tuple)] = ("q", "k", "v", "o", "gate", "up", "down")
+    targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1), BeforeValidator(_targets)] = ALL_LINEAR
     modules_to_save: Annotated[tuple[SavedModule, ...], BeforeValidator(_tuple)] = ()
 
     @property

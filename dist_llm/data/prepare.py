@@ -55,6 +55,7 @@ class Prepared:
     this call wrote anything. notes: what a user should know. template, shapes: of conversations, and of each source's objects.
     plain, added: the hash of the tokenizer before the template made tokens special, and those of them that are new.
     base, beside: the identity of the weights that the run begins with, and the files that are carried along with them.
+    base_weights: under an adapter, what tells them from others in any form.
     """
 
     tokenizer: Tokenizer
@@ -70,6 +71,7 @@ class Prepared:
     plain: str = ""
     added: tuple[str, ...] = ()
     base: str | None = None
+    base_weights: str | None = None
     beside: dict[str, bytes] = field(default_factory=dict)
 
     @property

@@ -193,13 +193,8 @@ def load(path: Path) -> Tokenizer:
         )
     tokenizer = Tokenizer(inner, end=end, beside=_beside(file))
     if lacking := set(tokenizer.begin) - tokenizer.ids:
-        raise DataError(
-            "the tokenizer puts a token before texts that it does not have",
-            where=str(file),
-            what, found = "the tokenizer puts a token before texts that it does not have", f"id {min(lacking)}"
-            raise DataError(what, where=str(file), expected="one of its ids", found=found)
-            found=f"id {min(lacking)}",
-        )
+        what, found = "the tokenizer puts a token before texts that it does not have", f"id {min(lacking)}"
+        raise DataError(what, where=str(file), expected="one of its ids", found=found)
     return tokenizer
 
 

@@ -213,6 +213,8 @@ def _texts(opened: Subject, values: dict[str, Any], beside: Mapping[str, bytes],
         values = known
     else:
         values = {**values, "bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id}
+    if opened.model.positions == "rotary" and opened.sequence > opened.model.max_positions:
+        values = {**values, "max_position_embeddings": opened.sequence}
     values = {key: value for key, value in values.items() if key != "torch_dtype"} | {"dtype": dtype}
     texts[CONFIG] = _json(values)
     if json.loads(texts["tokenizer_config.json"]).keys() <= {"eos_token"}:  # ours, which says nothing but the end

@@ -22,11 +22,12 @@ from dist_llm.train.storage import RunFolder, storing, write_config
 
 
 def write_first(
-    held: RunFolder, config: Config, part: Part, *, tokenizer: Tokenizer, beside: Mapping[str, bytes], base: str | None = None
+    held: RunFolder, config: Config, part: Part, *, tokenizer: Tokenizer, beside: Mapping[str, bytes], base: tuple[str, str] | None = None
 ) -> Path:
     """Writes a run folder's checkpoint, which is returned, and its config; nothing of them is left when that fails.
 
-    beside: name -> content of files that are carried along. base: the identity of the weights under an adapter.
+    beside: name -> content of files that are carried along. base: the identities of the weights under an adapter, as they lie and in any
+    form.
     """
     disk, save_id, kept = Disk(), secrets.token_hex(8), tokenizer.kept | dict(beside)
     with storing(held.path):
@@ -38,7 +39,7 @@ def write_first(
             manifest: dict[str, Any] = {"version": VERSION, "save_id": save_id, "step": 0, "world": 1, "layout": asdict(Layout())}
             manifest |= {"config": config_tree(config), "seed": config.runtime.seed, "tokenizer": tokenizer.hash, "data": NO_TEXT}
             manifest |= {"rows": [[row.name, row.shape] for row in table(config.model) if row.trained]}
-            manifest |= {} if base is None else {"base": base}
+            manifest |= {} if base is None else {"base": base[0], "base_weights": base[1]}
             final = commit(disk, partial, manifest | {"files": {name: digest.about for name, digest in written.items()}})
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

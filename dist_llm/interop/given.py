@@ -5,37 +5,58 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.errors import UsageError
-from dist_llm.interop.peft_folder import PeftFolder, is_adapter, name_in
+from dist_llm.interop.peft_folder import PeftFolder, is_adapter, receipt_of
+from dist_llm.interop.slices import PIECE
+from dist_llm.model.table import table
 from dist_llm.train.base import Base
 from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
-from dist_llm.train.overlay import require_base
+from dist_llm.train.overlay import require_base, require_weights
 from dist_llm.train.parts import Parts
 
 
 @dataclass(frozen=True)
 class Given:
-    """An adapter for a base. model: the base's with the adapter; identity: what tells it from others; checkpoint: of ours."""
+    """An adapter for a base. model: the base's with the adapter; identity: what tells it from others; checkpoint: of ours.
+
+    note: what a user should know of it.
+    """
 
     model: ModelConfig
     matrices: Parts | PeftFolder
     identity: str
     close: Callable[[], object]
     checkpoint: Checkpoint | None = None
+    note: str | None = None
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of its numbers and scale, whatever form they lie in."""
+        total = hashlib.sha256(repr(self.model.adapter.scale).encode())
+        for row in table(self.model):
+            box = tuple((0, extent) for extent in row.shape)
+            for at in range(0, row.numel if row.trained else 0, PIECE):
+                values = self.matrices.read("weight", row.name, box, at, min(at + PIECE, row.numel))
+                total.update(f"{row.name} {row.shape} {at} ".encode() + values.double().numpy().tobytes())
+        return total.hexdigest()
 
 
 def open_adapter(path: Path, base: Base) -> Given:
     """An adapter for a base: a checkpoint of ours, or PEFT's folder. Raises UsageError where it was trained on another one."""
     if is_adapter(path):
         folder = PeftFolder.open(path, base.model, base.source())
-        if folder.base is not None and folder.base != base.identity:
-            expected, found = f"base {folder.base[:16]}", f"{base.identity[:16]}, of {base.path}"
-            raise UsageError("the adapter was trained on another base", where=str(path), expected=expected, found=found)
+        known, note = folder.receipt, None
+        if known.base is not None:
+            require_weights(base, known.base, known.base_weights, where=path)
+        elif Path(folder.named).expanduser().resolve() != base.path.resolve():
+            said = f"names its base {folder.named}, and no hash of it" if folder.named else "does not say what its base is"
+            note = f"{path} {said}: whether {base.path} is that one is not known"
         identity = hashlib.sha256(b"".join(file_hash(file).encode() for file in sorted(path.glob("adapter_*")))).hexdigest()
-        return Given(folder.model, folder, identity, lambda: None)
+        return Given(folder.model, folder, identity, lambda: None, note=note)
     opened = open_checkpoint(path)
     if not opened.config.model.adapter.rank:
         what = "this is a whole model and no adapter"
@@ -48,7 +69,7 @@ def open_adapter(path: Path, base: Base) -> Given:
 def name_of(path: Path) -> str:
     """What an adapter is called: as it says itself, or where it says nothing as its folder. Raises CheckpointError, UsageError."""
     folder = path.expanduser()
-    said = name_in(folder) if is_adapter(folder) else open_checkpoint(folder).config.model.adapter.name
+    said = receipt_of(folder).name if is_adapter(folder) else open_checkpoint(folder).config.model.adapter.name
     return folder.resolve().name if said in (None, AdapterConfig().name) else said
 
 

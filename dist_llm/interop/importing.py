@@ -38,12 +38,13 @@ HASH = 36
 
 @dataclass(frozen=True)
 class Imported:
-    """What was made: the step folder, the number of parameters, the bytes of the weights."""
+    """What was made: the step folder, the number of parameters, the bytes of the weights; note: what a user should know."""
 
     path: Path
     family: str
     parameters: int
     bytes: int
+    note: str | None = None
 
 
 def import_folder(source: Path, run: Path) -> Imported:

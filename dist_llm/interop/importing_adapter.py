@@ -33,8 +33,9 @@ def import_adapter(source: Path, run: Path, *, base_path: Path) -> Imported:
         data = {"sequence": max(2, min(base.sequence, LONGEST)), "tokenizer": {"kind": "file", "path": str(base.path / "tokenizer.json")}}
         tree = {"base": str(base.path), "model": given.model.model_dump(), "data": data, "save": {"dir": f"{run}-trained"}}
         config = Config.model_validate(tree)
-        path = write_first(RunFolder(run), config, part, tokenizer=tokenizer, beside=base.beside_files(), base=base.identity)
-        return Imported(path, given.model.family, num_trained(given.model), sum(tensor.nbytes for tensor in part.tensors))
+        known = (base.identity, base.weights)
+        path = write_first(RunFolder(run), config, part, tokenizer=tokenizer, beside=base.beside_files(), base=known)
+        return Imported(path, given.model.family, num_trained(given.model), sum(tensor.nbytes for tensor in part.tensors), given.note)
     finally:
         base.close()
 

@@ -7,6 +7,7 @@ dtype of the model; in a float64 comparison they keep float64, so that the diffe
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,10 +42,13 @@ class Compared:
 
 
 class Cast:
-    """The weights of a checkpoint as they were exported: rounded to `dtype` first, where it is given."""
+    """The weights of a checkpoint as they were exported: rounded to `dtype` first, where it is given. Who gave them closes them."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype | None) -> None:
         self.weights, self.dtype = weights, dtype
+
+    def close(self) -> None:
+        """Lets nothing go."""
 
     def read(self, kind: str, name: str, box: Box, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a box of a weight, on the CPU."""
@@ -52,14 +56,14 @@ class Cast:
         return values if self.dtype is None else values.to(self.dtype)
 
 
-def compare_logits(folder: Path, weights: Weights, model: ModelConfig, *, tokens: Sequence[int]) -> Compared:
-    """Compares the logits of a Hugging Face folder with ours on prompts of `tokens`, drawn by their number.
+def compare_logits(folder: Path, weights: Weights, model: ModelConfig, *, tokens: Sequence[int], adapter: Path | None = None) -> Compared:
+    """Compares the logits of a Hugging Face folder, under an adapter of PEFT's, with ours on prompts of `tokens`, drawn by their number.
 
-    Raises NumericError where they differ, UsageError where transformers is not installed or cannot read the folder.
+    Raises NumericError where they differ, UsageError where transformers or PEFT is not installed or cannot read its folder.
     """
     dtype = torch.float64 if num_parameters(model) <= LARGEST_WIDE else torch.float32
     prompts = [draw(tokens, number=at, length=length) for at, length in enumerate(LENGTHS) if length <= model.max_positions]
-    theirs = their_logits(folder, prompts, dtype)
+    theirs = their_logits(folder, prompts, dtype, adapter=adapter)
     ours = Model(weights, model, dtype=dtype, device=torch.device("cpu"))
     worst = 0.0
     for prompt, their in zip(prompts, theirs, strict=True):
@@ -72,7 +76,8 @@ def compare_logits(folder: Path, weights: Weights, model: ModelConfig, *, tokens
     found = Compared(worst, TOLERANCE[dtype], str(dtype).removeprefix("torch."), len(prompts))
     if worst > found.tolerance:
         expected, seen = f"a difference of at most {found.tolerance:.0e} in {found.dtype}", f"{worst:.2e}"
-        raise NumericError("transformers computes other logits from the export", where=str(folder), expected=expected, found=seen)
+        what = f"{'transformers computes' if adapter is None else 'PEFT computes'} other logits from the export"
+        raise NumericError(what, where=str(adapter or folder), expected=expected, found=seen)
     return found
 
 
@@ -94,22 +99,33 @@ def all_logits(model: Model, tokens: Sequence[int]) -> Tensor:
     return head.logits(x)[0]
 
 
-def their_logits(folder: Path, prompts: Sequence[list[int]], dtype: torch.dtype) -> list[Tensor]:
-    """transformers' logits (S, V) of each prompt, weights in `dtype`. Raises UsageError where it is not installed, or cannot read."""
+def their_logits(folder: Path, prompts: Sequence[list[int]], dtype: torch.dtype, *, adapter: Path | None = None) -> list[Tensor]:
+    """transformers' logits (S, V) of each prompt, weights in `dtype`, under an adapter of PEFT's.
+
+    Raises UsageError where it is not installed, or cannot read.
+    """
     try:
         import transformers
-    except ImportError:
-        way = "pip install transformers, or export without --verify"
-        raise UsageError(
-            "--verify needs transformers", where="--verify", expected="the package transformers", found="it is not installed", next=way
-        ) from None
+
+        if adapter is not None:
+            import peft
+    except ImportError as error:
+        name = "peft" if error.name == "peft" else "transformers"
+        way = f"pip install {name}, or export without --verify"
+        expected = f"the package {name}"
+        raise UsageError(f"--verify needs {name}", where="--verify", expected=expected, found="it is not installed", next=way) from None
     with _quiet():
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
         options |= {"attn_implementation": "eager", "dtype": dtype}  # eager: it knows every family's scores
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            if adapter is not None:
+                loaded = peft.PeftModel.from_pretrained(loaded, str(adapter))
+                for parameter in loaded.parameters():  # rotary frequencies, which are none, stay as they were made
+                    parameter.data = parameter.data.to(dtype)
         except Exception as error:  # whatever the library cannot read
-            raise UsageError("transformers cannot read the export", where=str(folder), found=str(error).splitlines()[0][:200]) from error
+            what = f"{'transformers' if adapter is None else 'PEFT'} cannot read the export"
+            raise UsageError(what, where=str(adapter or folder), found=str(error).splitlines()[0][:200]) from error
         loaded.eval()
         with torch.no_grad(), KeepFloat64():
             return [loaded(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
@@ -131,7 +147,7 @@ class KeepFloat64(TorchFunctionMode):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks and progress bars."""
+    """Without transformers' remarks, warnings and progress bars."""
     import transformers
 
     logger = logging.getLogger("transformers")
@@ -139,7 +155,9 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(before)
         if bars:

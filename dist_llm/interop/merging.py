@@ -24,18 +24,20 @@ from torch import Tensor
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
-from dist_llm.errors import UsageError
+from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.infer.model import Model
 from dist_llm.interop.exporting import Subject, Weights, export_model
 from dist_llm.interop.given import Given, file_hash, grown, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.model.table import num_parameters, table
 from dist_llm.sharding import Box
+from dist_llm.sidefiles import MERGED
+from dist_llm.strict import strict_json
 from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
 from dist_llm.train.overlay import Overlay, adapted, overlay
 
-RECEIPT = "merge.json"
+RECEIPT = MERGED
 
 
 class Merged:
@@ -78,8 +80,8 @@ class Merged:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was merged, and how well. adapters: path, identity and weight of each; drift: the largest difference of logits, relative to
-    the largest of them.
+    """What was merged, and how well. adapters: path, identity, hash of its numbers and weight of each; before: the same of those that were
+    in the base already; drift: the largest difference of logits, relative to the largest of them; notes: what a user should know.
     """
 
     base: str
@@ -90,7 +92,9 @@ class Receipt:
     drift_dtype: str
     dtype: str
     parameters: int
-    version: int = 2
+    before: list[dict[str, Any]]
+    notes: list[str]
+    version: int = 3
 
 
 def merge(
@@ -105,14 +109,17 @@ def merge(
     """Writes the merged model as the Hugging Face folder `target`, with its receipt merge.json.
 
     paths: adapters, run or step folders of ours, or PEFT's folders; weights: of each, else 1. Raises UsageError where an adapter was
-    trained on another base (F30), where they were trained on differently quantized weights, or where two of them have another matrix in
-    the place of the same one.
+    trained on another base or is in it already (F30), where they were trained on differently quantized weights, or where two of them
+    have another matrix in the place of the same one.
     """
     base, opened = Base(base_path), list[Given]()
     try:
         for path in paths:
             opened.append(open_adapter(path, base))
             require_alike(opened[0].model, opened[-1].model, where=str(path))
+        held = base.beside_files()
+        earlier = merged_before(held.get(MERGED, b"{}"), where=base.path / MERGED)
+        _refuse_twice(paths, opened, earlier)
         weights = list(weights) or [1.0] * len(opened)
         under: Any = base.source()
         _refuse_two_in_one_place(paths, opened)
@@ -124,8 +131,9 @@ def merge(
             raise UsageError("the adapters were trained with different new tokens", where=str(paths[-1]), next="one at a time")
         alone = opened[0].checkpoint if len(opened) == 1 else None  # its files have the template that it was trained with
         speaks = spoken[0] if spoken else alone
-        tokenizer, beside = (speaks.path, speaks.beside) if speaks else (base.path, base.beside_files())
-        subject = Subject(tokenizer, plain, merged, beside, base.sequence)
+        tokenizer, beside = (speaks.path, speaks.beside) if speaks else (base.path, held)
+        sequence = max(base.sequence, *(one.checkpoint.config.data.sequence for one in opened if one.checkpoint is not None), 0)
+        subject = Subject(tokenizer, plain, merged, {name: beside[name] for name in beside if name != MERGED}, sequence)
         found: list[Receipt] = []
 
         def check(folder: Path) -> None:
@@ -135,8 +143,13 @@ def merge(
             files = sorted(folder.glob("*.safetensors"))
             result = hashlib.sha256("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode()).hexdigest()
             stored = str(dtype or merged.dtype("weight", "embedding.weight")).removeprefix("torch.")
-            who = [{"path": str(path), "identity": one.identity, "weight": w} for path, one, w in zip(paths, opened, weights, strict=True)]
-            found.append(Receipt(str(base.path), base.identity, who, result, drift, wide, stored, num_parameters(plain)))
+            who = [
+                {"path": str(path), "identity": one.identity, "content": one.content, "weight": weight}
+                for path, one, weight in zip(paths, opened, weights, strict=True)
+            ]
+            numbers = (result, drift, wide, stored, num_parameters(plain))
+            notes = [one.note for one in opened if one.note is not None]
+            found.append(Receipt(str(base.path), base.identity, who, *numbers, earlier, notes))
             Disk().write(folder / RECEIPT, [json.dumps(asdict(found[0]), indent=2).encode() + b"\n"])
 
         export_model(subject, target, dtype=dtype, shard_size=shard_size, check=check)
@@ -145,6 +158,31 @@ def merge(
         for one in opened:
             one.close()
         base.close()
+
+
+def merged_before(content: bytes, *, where: Path) -> list[dict[str, Any]]:
+    """The adapters that a receipt says are in the weights, the oldest first. Raises CheckpointError where it is none."""
+    values = strict_json(content)
+    try:
+        lists = [values.get(key) or [] for key in ("before", "adapters")]
+        found = [
+            {key: one[key] for key in ("path", "identity", "content", "weight") if isinstance(one.get(key), str | float | int)}
+            for one in (*lists[0], *lists[1])
+        ]
+    except (AttributeError, TypeError, KeyError):
+        raise CheckpointError("the receipt of a merge is none", where=str(where), expected=f"{MERGED} as merge writes it") from None
+    return found
+
+
+def _refuse_twice(paths: Sequence[Path], opened: Sequence[Given], before: Sequence[dict[str, Any]]) -> None:
+    """Raises UsageError where an adapter is in the base already, or is named twice (F30)."""
+    known = {one.get(key): f"in the base already, as {one.get('path')}" for one in before for key in ("identity", "content")}
+    for path, one in zip(paths, opened, strict=True):
+        place = known.get(one.content) or known.get(one.identity)
+        if place is not None:
+            what, way = "the adapter would be merged twice", "a base that it is not in; --weights makes one count for more"
+            raise UsageError(what, where=str(path), expected="each adapter once", found=place, next=way)
+        known[one.content] = f"named twice, also as {path}"
 
 
 def _refuse_two_in_one_place(paths: Sequence[Path], opened: Sequence[Given]) -> None:

@@ -6,16 +6,18 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_llm.config.base import Facts
+from dist_llm.config.base import Facts, of_weights
 from dist_llm.config.schema import ModelConfig, SaveConfig
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
+from dist_llm.model.table import table
 from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES
 from dist_llm.strict import strict_json
 from dist_llm.train.folder import MANIFEST, Checkpoint, newest, open_checkpoint, step_folders
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
     from dist_llm.train.parts import Source
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+SAMPLE = 1024  # elements of every tensor that weights are known by
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -48,8 +52,11 @@ class Base:
             return
         if not path.is_dir():
             expected = "a run folder or step folder, or a Hugging Face folder"
-            way = "the same command with base=PATH"
-            raise CheckpointError("there is no base here", where=str(path), expected=expected, found="no such folder", next=way)
+            seen, way = "no such folder", "the same command with base=PATH"
+            if HUB_NAME.fullmatch(str(given)) and not path.parent.exists():
+                seen, name = f"{seen}; a name of the hub, it seems, and no model is downloaded here", path.name
+                way = f"hf download {given} --local-dir {name}, and base={name}"
+            raise CheckpointError("there is no base here", where=str(path), expected=expected, found=seen, next=way)
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
         self.checkpoint = None if self.folder else open_checkpoint(path)
         self.path = path if self.checkpoint is None else self.checkpoint.path
@@ -78,6 +85,23 @@ class Base:
         if self.gone:
             return self._opened.manifest["base"]
         return self.folder.identity() if self.folder else hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    @cached_property
+    def weights(self) -> str:
+        """What tells these weights from others in whatever form they lie: a hash of the model, and of the shape, the dtype and the first
+        elements of every tensor.
+
+        A Hugging Face folder, its import and an export of that in the same dtypes are one. Raises CheckpointError.
+        """
+        if self.gone:
+            return str(self._opened.manifest.get("base_weights"))
+        import torch
+
+        source, total = self.source(), hashlib.sha256(json.dumps(of_weights(self.model.model_dump()), sort_keys=True).encode())
+        for row in table(self.model):
+            values = source.read("weight", row.name, tuple((0, extent) for extent in row.shape), 0, min(SAMPLE, row.numel))
+            total.update(f"{row.name} {row.shape} {values.dtype} ".encode() + values.contiguous().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
 
     @cached_property
     def tokenizer(self) -> str:

@@ -190,8 +190,8 @@ class Saver:
 
     def _manifest(self, files: dict[str, Any]) -> dict[str, Any]:
         """What a reader must know beside the tensors."""
-        base = {"base": self.prepared.base} if self.prepared.base else {}
-        return base | {
+        base = {"base": self.prepared.base, "base_weights": self.prepared.base_weights}
+        return {key: identity for key, identity in base.items() if identity} | {
             "version": VERSION,
             "save_id": self._save_id,
             "step": self._step,  # the number of optimizer updates made; the sample order goes on from it

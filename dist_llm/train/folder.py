@@ -43,7 +43,7 @@ ROW_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 SHA256, XXH128 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 COMMITTED = re.compile(rb"[0-9a-f]{64}\n")
 KEYS = {"version", "save_id", "step", "world", "layout", "config", "rows", "tokenizer", "data", "seed", "files"}
-OPTIONAL = {"base"}  # the identity of the weights that the run began with
+OPTIONAL = {"base", "base_weights"}  # identities of the weights that the run began with: as they lay, and under an adapter in any form
 ANOTHER = "dist-llm train CONFIG --resume auto takes the newest one that is sound"  # to do where one is damaged
 NO_TEXT = "0" * 64  # the data of a checkpoint that no run of ours has made
 
@@ -141,12 +141,16 @@ def newest(path: Path) -> Path:
         return folders[0]
     there = sorted(p.name for p in path.glob("checkpoints/*")) if os.path.isdir(path) else []
     seen = f"{', '.join(there)}: without a COMMIT, a save that was cut" if there else "none" if os.path.exists(path) else "no such folder"
+    way, name = "dist-llm train CONFIG --save-every 100", path.resolve().name
+    for file, what, more in (("config.json", "a Hugging Face folder", ""), ("adapter_config.json", "an adapter of PEFT's", " --base BASE")):
+        if os.path.isfile(path / file):
+            seen, way = what, f"dist-llm import {path} runs/{name}{more}"
     raise CheckpointError(
         "there is no checkpoint here",
         where=str(path),
         expected="a step folder with a COMMIT, or a run folder that has one in checkpoints/",
         found=seen,
-        next="dist-llm train CONFIG --save-every 100",
+        next=way,
     )
 
 

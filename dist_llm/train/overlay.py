@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -98,11 +99,15 @@ def base_of(opened: Checkpoint) -> Base:
 
 def require_base(opened: Checkpoint, base: Base) -> None:
     """Raises UsageError where an adapter was trained on another base: on these weights it means nothing."""
-    trained_on = opened.manifest.get("base")
-    if base.identity != trained_on:
+    require_weights(base, opened.manifest.get("base"), opened.manifest.get("base_weights"), where=opened.path)
+
+
+def require_weights(base: Base, identity: str | None, weights: str | None, *, where: Path) -> None:
+    """Raises UsageError where a base is not the one of an identity, and its weights in another form are not those of the other."""
+    if base.identity != identity and (weights is None or base.weights != weights):
         what, advice = "the adapter was trained on another base", "give it the base that it was trained on"
         found = f"{base.identity[:16]}, of {base.path}"
-        raise UsageError(what, where=str(opened.path), expected=f"base {str(trained_on)[:16]}", found=found, next=advice)
+        raise UsageError(what, where=str(where), expected=f"base {str(identity)[:16]}", found=found, next=advice)
 
 
 def weights_of(opened: Checkpoint) -> Parts | Overlay:

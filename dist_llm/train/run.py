@@ -6,14 +6,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_llm import comm, flight, stop
-from dist_llm.config.explain import new_rows
+from dist_llm.config.explain import long_sequences, new_rows
 from dist_llm.config.layout import Layout
 from dist_llm.config.load import config_tree
 from dist_llm.config.schema import Config
@@ -129,6 +129,8 @@ def prepare_data(config: Config, *, kept: Checkpoint | None = None, tell: Tell) 
     went = "epochs" if len(each) == 1 else "epochs of the sources"
     said = f"{steps} steps x {order.global_batch} sequences, of {order.num_samples:,} there are: {', '.join(f'{one:.3g}' for one in each)}"
     tell({"note": f"{said} {went}"})
+    for note in long_sequences(config):
+        tell({"note": note})
     if config.base is not None:
         base = Base(config.base, kept=kept)
         base.close()
@@ -168,6 +170,8 @@ def train_rank(
     trainer = Trainer(settings, mesh, engine, order, stop_asked=stop.asked)
     start = 0
     lacking = settings.preference.loss is not None and not has_reference(trainer, prepared, Path(folder), resumed=bool(candidates))
+    if base is not None and settings.model.adapter.rank:
+        prepared = replace(prepared, base_weights=together(mesh, device, lambda: base.weights if rank == 0 else None)[0])
     if base is not None and (settings.model.adapter.rank or not candidates or lacking):
         start = begin(engine, base, tell=tell)
     if lacking:
