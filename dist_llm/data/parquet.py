@@ -7,6 +7,7 @@ lines give the same documents. Everything that the library cannot read, checksum
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,17 +147,19 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, f
 def _require_columns(schema: Any, columns: Sequence[str] | None, path: Path) -> None:
     """Raises DataError unless the file has each of the columns once, and a column alone holds text."""
     names = list(schema.names)
+    texts = [name for name in names if _is_text(schema.field(names.index(name)).type) and re.fullmatch(r"[A-Za-z_]\w*", name)]
+    another = f"the same command with data.text_key={texts[0]}" if texts else "the same command with data.source=PATH"
     for column in columns or ():
         if names.count(column) != 1:
             what = f"there is no column {column!r}" if column not in names else f"there is more than one column {column!r}"
             looks = way_of(names)
-            way = looks + ("; or " if looks else "") + OTHER
+            way = f"{looks}; or {another}" if looks else another
             if column in names:
                 way = f"rename one of the columns of {path}, then the same command again"
             found = ", ".join(map(str, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
             raise DataError(what, where=str(path), expected=f"one column {column!r}", found=found or "no columns", next=way)
     if columns is not None and len(columns) == 1 and not _is_text(schema.field(columns[0]).type):
-        kind, way = plain(schema.field(columns[0]).type)[:160], OTHER
+        kind, way = plain(schema.field(columns[0]).type)[:160], another
         what, expected = f"the column {columns[0]!r} holds no text", "string or large_string"
         raise DataError(what, where=str(path), expected=expected, found=kind, next=way)
 

@@ -164,8 +164,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         commit, text = read_bounded(folder / COMMIT, 1 << 10), read_bounded(folder / MANIFEST, LARGEST_MANIFEST)
     except OSError as error:
         what, lacks = "the checkpoint is not complete", f"{Path(error.filename or folder).name}: {error.strerror}"
-        advice = "name the run folder: its newest complete checkpoint is taken"
-        raise CheckpointError(what, where=str(folder), expected=f"{MANIFEST} and {COMMIT}", found=lacks, next=advice) from None
+        raise CheckpointError(what, where=str(folder), expected=f"{MANIFEST} and {COMMIT}", found=lacks, next=ANOTHER) from None
     found = hashlib.sha256(text).hexdigest()
     if not COMMITTED.fullmatch(commit):
         raise damaged(
