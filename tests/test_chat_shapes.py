@@ -77,11 +77,11 @@ def test_conversations_that_are_read_as_text_are_told(tmp_path: Path) -> None:
             continue
         with pytest.raises(DataError, match="2 lines cannot be read") as failure:
             prepare(DataConfig.model_validate(plain), seed=0)
-        assert str(failure.value.next).startswith(f"data.chat.format={shape} "), failure.value.next
+        assert str(failure.value.next).startswith(f"the same command with data.chat.format={shape} "), failure.value.next
     plain["source"] = written(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
     with pytest.raises(DataError) as failure:
         prepare(DataConfig.model_validate(plain), seed=0)
-    assert str(failure.value.next).startswith("preference.loss=sigmoid ")
+    assert str(failure.value.next).startswith("the same command with preference.loss=sigmoid ")
     plain["source"] = written(tmp_path / "bad.jsonl", b"[", LINES["text"])
     with pytest.raises(DataError, match="1 line cannot be read") as failure:
         prepare(DataConfig.model_validate(plain), seed=0)
@@ -119,7 +119,7 @@ def test_each_turn_is_a_sample_of_its_own(tmp_path: Path) -> None:
     chat_keys = {"template": str(tmp_path / "own.jinja"), "train_on": "each"}
     with pytest.raises(UsageError, match="rewrites earlier turns") as failure:
         prepare(data_of(tmp_path, file, chat={**chat_keys, "train_on": "assistant"}), seed=0)
-    assert str(failure.value.next).startswith("data.chat.train_on=each")
+    assert str(failure.value.next).startswith("the same command with data.chat.train_on=each")
     prepared = prepare(data_of(tmp_path, file, chat=chat_keys), seed=0)
     store, template = prepared.train[0], prepared.template
     assert template is not None

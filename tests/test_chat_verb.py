@@ -26,7 +26,7 @@ from dist_llm.infer.write import follow
 from dist_llm.use.conversation import Conversation, TooLong
 from tests.commands import Commands
 from tests.test_infer import GPT2, LATER, LLAMA, Initial, build, drawn
-from tests.test_messages import well_made
+from tests.told import well_made
 
 
 class Stdin:

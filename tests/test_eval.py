@@ -31,7 +31,7 @@ from dist_llm.use.score import Scorer
 from tests.commands import Commands
 from tests.small_checkpoints import seal
 from tests.test_infer import LLAMA, build, drawn, forward
-from tests.test_messages import well_made
+from tests.told import well_made
 
 TINY = str(Path(__file__).parent.parent / "configs/tiny.yaml")
 

@@ -27,8 +27,9 @@ import typer
 
 from dist_llm.cli import main as cli
 from dist_llm.cli.way_on import Typed, complete, read_words
-from dist_llm.errors import MAX_LINES, Code, Failure, UsageError
+from dist_llm.errors import Code, Failure, UsageError
 from tests.small_checkpoints import rows_of, save_small, seal, take_up
+from tests.told import commands, well_made
 
 HOME = Path(__file__).parent / "messages"
 WRITE = bool(os.environ.get("DIST_LLM_WRITE_GOLDEN"))
@@ -47,11 +48,8 @@ save: {dir: run}
 """
 FAST = ("check", "doctor", "data build", "verify", "report", "--help", "tokenizer report")  # verbs that are run; others are only read
 PACKED = gzip.compress(b"a\n" * 999)
-NEXT = {"CONFIG": "run.yaml", "LAYOUT": "dp=1", "SOURCE": "skills", "DIR": "made", "PATH": "skills", "RUN_FOLDER": "run", "CKPT": "run"}
 
 TYPED = Typed(("train", "run.yaml"), "train", {"config_path": "run.yaml"})  # what was typed where a fault is met inside a run
-# Blocks without an expected or found value, as there is none to tell. A block that lists its faults tells them line by line.
-NO_VALUES: tuple[str, ...] = ()
 ELSEWHERE = ("hub without a network",)  # whose way on needs what a test does not have
 
 
@@ -429,27 +427,6 @@ def golden(area: str, name: str, found: str) -> None:
     assert kept.get(name, "").strip() == found.strip()
 
 
-def well_made(text: str, name: str) -> None:
-    """One block of at most twelve lines, in the order of the contract, without jargon of ours or of Python."""
-    told = text.splitlines()
-    assert told[0].startswith("error: ") and text.count("error: ") == 1 and len(told) <= MAX_LINES
-    labels = [line.split(":")[0].strip() for line in told[1:] if re.match(r"  \w+: ", line)]
-    assert labels == sorted(labels, key=["where", "expected", "found", "safe", "next"].index), labels
-    assert {"where", "next"} <= {*labels}, text
-    listed = any(line.startswith("  - ") for line in told)
-    assert listed or name in NO_VALUES or {"expected", "found"} <= {*labels}, text
-    assert not re.search(r"Traceback|Errno|pydantic|ruamel|click|NoneType|<class|0x[0-9a-f]{6,}|\bself\b", text), text
-
-
-def commands(text: str) -> list[list[str]]:
-    """The commands of ours in the last line, with words for their placeholders."""
-    found = re.search(r"^  next: +(.*)$", text, flags=re.MULTILINE)
-    told = "makes one|takes the newest|in the|lists every|names another|trains them|writes one|begins a|on another"
-    ends = rf"; |, then |, or |, with | (?:{told})|$"
-    texts = re.findall(rf"dist-llm (?!that)(.*?)(?={ends})", found[1]) if found else []
-    return [[NEXT.get(word, re.sub(r"=PATH$", "=skills", word)) for word in shlex.split(text)] for text in texts]
-
-
 def accepted(words: list[str], *, runs: bool) -> None:
     """A command that is named is one: run where it is fast, else read to its last word: where it would train, or after a deed."""
     if "--help" in words or (runs and any(" ".join(words).startswith(verb) for verb in FAST)):
@@ -485,7 +462,7 @@ def test_a_message_is_as_it_was_and_its_command_is_one(
     found = normal(err, tmp_path)
     golden(area, fault.name, f"$ dist-llm {fault.words}\nexit {code}\n{found}")
     assert code == fault.code
-    well_made(found, fault.name)
+    well_made(found)
     deed = re.search(
         r"^  next: +(mend |change |name |make |once |bring |rename |in Python|.*=(PATH|NAME|DIR|VALUE))", err, flags=re.MULTILINE
     )
@@ -549,7 +526,7 @@ def told(name: str, failure: Failure, folder: Path, *, code: int) -> None:
     assert failure.code == code
     found = normal(render(complete(failure, TYPED)), folder)
     golden("inside", name, f"exit {code}\n{found}")
-    well_made(found, name)
+    well_made(found)
 
 
 def raised(kind: type[Failure], work: Callable[[], object]) -> Failure:
@@ -618,5 +595,5 @@ def test_our_own_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     code = cli.run(["check", "run.yaml"])
     found = re.sub(r"dist-llm-\w+\.log", "dist-llm-<name>.log", normal(capsys.readouterr().err, tmp_path))
     golden("inside", "our own bug", f"exit {code}\n{found}")
-    well_made(found, "our own bug")
+    well_made(found)
     assert code == 1 and "check_rules" in next(tmp_path.glob("dist-llm-*.log")).read_text()

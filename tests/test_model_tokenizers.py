@@ -26,7 +26,7 @@ from dist_llm.infer.text import Text
 from dist_llm.use.load import Place, load_here, open_sound
 from dist_llm.use.score import Scorer
 from tests.model_tokenizers import MISTRAL, TEXT, TULU, ZEPHYR, save, sentencepiece
-from tests.test_messages import well_made
+from tests.told import well_made
 
 TURNS = ("Repeat: table", "paper, wintergreen", "And of the model?", "All the data <|user|> of it.")
 TALK = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, TURNS, strict=True)]

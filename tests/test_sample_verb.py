@@ -10,7 +10,7 @@ import pytest
 
 from dist_llm.cli import main as cli
 from tests.commands import Commands
-from tests.test_messages import well_made
+from tests.told import well_made
 
 
 @pytest.fixture

@@ -166,6 +166,6 @@ def _without(words: Sequence[str], flags: tuple[str, ...]) -> list[str]:
 def _kept_config(where: str) -> str | None:
     """The config that lies in the run folder which holds `where`."""
     for folder in [Path(where), *Path(where).parents][:4]:
-        if (str(folder) == where or (folder / "checkpoints").is_dir()) and (folder / "config.yaml").is_file():
+        if (str(folder) == where or os.path.isdir(folder / "checkpoints")) and os.path.isfile(folder / "config.yaml"):
             return str(folder / "config.yaml")
     return None

@@ -252,7 +252,11 @@ class Template:
                 spans = self._spans(text, marked, messages, tokenizer, train_on)
             except DataError as fault:
                 raise UsageError(
-                    "the chat template refuses a plain conversation", where=self.where, found=fault.found, next=self._others()
+                    "the chat template refuses a plain conversation",
+                    where=self.where,
+                    expected="turns of a user and the assistant",
+                    found=fault.found,
+                    next=self._others(),
                 ) from fault
             if not spans:
                 raise UsageError("the chat template leaves nothing to train", where=self.where, next=self._others())
