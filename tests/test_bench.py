@@ -279,6 +279,7 @@ def test_a_quick_run_of_a_row_that_trains() -> None:
     assert rival["time"]["coverage"] == 0.5 and all(len(one["peak_bytes"]) == 2 for one in (pipeline["ours"], rival))
 
 
+@pytest.mark.long
 def test_a_quick_run_of_the_verb() -> None:
     """A row that does not train, measured and told as JSON alone."""
     found = run_python("-m", "dist_llm", "bench", "data:read", "--quick", "--rounds", "2", "--json")
