@@ -173,6 +173,16 @@ def test_a_signal_while_something_is_imported(module: str, number: int, code: in
     assert (ended.returncode, err) == (code, f"{said}: nothing was saved after the last checkpoint\n"), (out, err)
 
 
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """As of a job in a shell's background, which Ctrl-C in that terminal does not mean."""
+    lines = "import signal; from dist_llm.cli.signals import end_on_signals; end_on_signals(); print(signal.getsignal(signal.SIGINT).name)"
+    ignored = (
+        f"import signal, sys, os; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, [sys.executable, '-c', {lines!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", ignored], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.strip() == "SIG_IGN", done.stderr
+
+
 # --- train -----------------------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,8 @@ def end_on_signals() -> None:
         tell_end(interrupted=False)
         raise SystemExit(Code.TERMINATED)
 
-    signal.signal(signal.SIGINT, end)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts what runs in its background
+        signal.signal(signal.SIGINT, end)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         for number in stop.SIGNALS:
             signal.signal(number, end)
