@@ -51,7 +51,7 @@ class Trained:
 
     def saver(self, *, background: bool) -> Saver:
         """Our saver, that keeps one checkpoint."""
-        prepared: Any = SimpleNamespace(tokenizer=bytes_tokenizer(), fingerprint="0" * 64, base=None, beside={})
+        prepared: Any = SimpleNamespace(tokenizer=bytes_tokenizer(), fingerprint="0" * 64, base=None, base_weights=None, beside={})
         config = changed(self.config, {"save.async": background, "save.keep": 1})
         return Saver(self.folder, self.engine, config=config, prepared=prepared)
 
