@@ -358,3 +358,20 @@ def test_a_base_that_is_not_finite_or_damaged_is_refused(home: Path, ranks: Rank
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
         begin(ranks, tmp_path / "ours", "tp=2", tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+def test_a_damaged_base_is_named(name: str, commands: Commands, tmp_path: Path) -> None:
+    """Before a step, with what can be done: no checkpoint of the run itself is meant."""
+    text = "model: {layers: 1, dim: 16, heads: 2}\n" + DATA % (tmp_path / "data") + "schedule: {steps: 1}\n"
+    (tmp_path / "base.yaml").write_text(text.replace("sequence", "tokenizer: {kind: bytes}, sequence"))
+    (tmp_path / "run.yaml").write_text(f"base: {tmp_path / 'base'}\n" + text.replace("model: {layers: 1, dim: 16, heads: 2}\n", ""))
+    done = commands.run("train", str(tmp_path / "base.yaml"), "--run-dir", str(tmp_path / "base"))
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "base/checkpoints/step-00000001" / name
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    refused = commands.run("train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"))
+    assert refused.returncode == 4 and f"where:    {file}" in refused.stderr, refused.stderr
+    assert "base=PATH" in refused.stderr.splitlines()[-1] and "--resume" not in refused.stderr, refused.stderr

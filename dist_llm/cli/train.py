@@ -27,7 +27,7 @@ from dist_llm.errors import MAX_COMMAND, CheckpointError, Code, DataError, Failu
 from dist_llm.meeting import Meeting, MeetingError
 from dist_llm.model.table import num_parameters, num_trained
 from dist_llm.report.units import show_bytes
-from dist_llm.train.base import read_base
+from dist_llm.train.base import OTHER_BASE, read_base
 from dist_llm.train.console import Console
 from dist_llm.train.folder import ANOTHER, newest, open_checkpoint, step_folders, step_of
 from dist_llm.watch import HangError, Watchdog
@@ -158,7 +158,9 @@ def with_last_good(failure: Failure, path: Path, words: list[str]) -> Failure:
 
 
 def _another(run: Run) -> str:
-    """What to do where none of the checkpoints that were tried is sound."""
+    """What to do where none of the checkpoints that were tried is sound, or the base is not."""
+    if run.resume is None:
+        return OTHER_BASE
     tried = saved_steps(run.path) if run.resume == "auto" else [newest(Path(str(run.resume)))]
     if any(_opens(step) for step in saved_steps(run.path) if step.resolve() not in [one.resolve() for one in tried]):
         return go_on(sys.argv[1:])

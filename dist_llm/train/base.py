@@ -20,12 +20,13 @@ from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
 from dist_llm.model.table import table
 from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES
 from dist_llm.strict import strict_json
-from dist_llm.train.folder import MANIFEST, Checkpoint, newest, open_checkpoint, step_folders
+from dist_llm.train.folder import ANOTHER, MANIFEST, Checkpoint, newest, open_checkpoint, step_folders
 
 if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
     from dist_llm.train.parts import Source
 
+OTHER_BASE = "a sound copy in its place, or the same command with base=PATH"  # to do where a base is damaged
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SAMPLE = 1024  # elements of every tensor that weights are known by
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -58,7 +59,11 @@ class Base:
                 way = f"hf download {given} --local-dir {name}, and base={name}"
             raise CheckpointError("there is no base here", where=str(path), expected=expected, found=seen, next=way)
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
-        self.checkpoint = None if self.folder else open_checkpoint(path)
+        try:
+            self.checkpoint = None if self.folder else open_checkpoint(path)
+        except CheckpointError as error:
+            error.next = OTHER_BASE if error.next == ANOTHER else error.next
+            raise
         self.path = path if self.checkpoint is None else self.checkpoint.path
         if self.model.adapter.rank:
             what, advice = "the base is an adapter and not a model", "dist-llm merge BASE ADAPTER DIR, and DIR as the base"
