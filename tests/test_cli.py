@@ -16,7 +16,9 @@ import pytest
 import typer
 
 from dist_llm.cli import main as cli
-from dist_llm.cli.train import Place, short_overrides, told_by, torchrun_place
+from dist_llm.cli.place import Place, torchrun_place
+from dist_llm.cli.torchrun import told_by
+from dist_llm.cli.train import short_overrides
 from dist_llm.errors import CheckpointError, DataError, Failure, MemoryFailure, NumericError, PeerError, UsageError
 from dist_llm.meeting import Meeting
 from tests.commands import Commands
@@ -402,7 +404,7 @@ def in_the_place_of(log: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["link", "dangling link", "link to a device", "pipe", "folder"])
 def test_a_log_is_a_file(tmp_path: Path, kind: str) -> None:
     from dist_llm import flight
-    from dist_llm.cli.train import keep_traceback
+    from dist_llm.cli.torchrun import keep_traceback
     from dist_llm.errors import SpaceError
     from dist_llm.ranks import open_log
 

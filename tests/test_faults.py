@@ -26,7 +26,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_llm.cli.train import Run, _run_local
+from dist_llm.cli.job import Run
+from dist_llm.cli.train import _run_local
 from dist_llm.config.layout import Layout
 from dist_llm.config.load import load_config
 from dist_llm.errors import PeerError, UsageError
