@@ -134,6 +134,10 @@ def test_all_bad_layouts_are_refused_at_once() -> None:
         assert word in done.stderr
     with pytest.raises(UsageError, match="cannot run"):
         read_layouts(load_config(ROOT / "configs/tiny.yaml").config, ["dp=4"], nproc=2)
+    with pytest.raises(UsageError) as refused:
+        read_layouts(load_config(ROOT / "configs/tiny.yaml").config, ["tp=x", "dp=2,zero=7"], nproc=None)
+    whole = "expected a whole number from"
+    assert refused.value.details == [f"tp=x: {whole} 1", f"dp=2,zero=7: zero=7: {whole} 0 to 3"], "each layout once"
 
 
 def test_a_difference_ends_in_exit_6(finished) -> None:

@@ -55,7 +55,8 @@ def read_layouts(config: Config, texts: Sequence[str], *, nproc: int | None) -> 
             entries.append(Entry(text, layout))
         except UsageError as fault:
             way = fault.next or way
-            faults += [f"{text}: {line}" for line in (fault.details or [f"{fault.what} ({fault.found})" if fault.found else fault.what])]
+            lines = fault.details or [f"{fault.what} ({fault.found})" if fault.found else fault.what]
+            faults += [line if line.startswith(f"{text}: ") else f"{text}: {line}" for line in lines]
     if faults:
         way = f"dist-llm compare CONFIG {' '.join(dict.fromkeys(map(str, works)))}" if works else way
         raise UsageError("these layouts cannot run", where=" ".join(texts), details=faults, next=way)
