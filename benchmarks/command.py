@@ -24,6 +24,7 @@ QUESTIONS = {  # name -> module
     "data": "data",
     "start-up": "start_up",
     "checkpoint": "checkpoint",
+    "generate": "generate",
 }
 QUICK_ROUNDS = 3
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.page import made, write
 from benchmarks.plain import plain_model
 from benchmarks.rivals import bring, transformers_name
 from benchmarks.setting import Setting, Tokens, initial_weights
+from benchmarks.writing import Ours, Transformers, WritingSetting
 from dist_llm.cli import bench as bench_verb
 from dist_llm.errors import Code, NumericError, UsageError
 from dist_llm.model.table import num_parameters
@@ -288,6 +290,15 @@ def test_a_quick_run_of_the_verb() -> None:
     assert simple["losses"] == data["ours"]["losses"] and simple["losses"][0] > 0
     for one in datasets:
         assert one["losses"] == simple["losses"] if one["error"] is None else one["error"]["next"] == "pip install 'dist-llm[hf]'"
+
+
+@pytest.mark.parametrize("adapter", [0, 4])
+def test_contestants_write_the_same_text(adapter: int) -> None:
+    """Greedy, ours and transformers', with PEFT's modules where there is an adapter; it changes the text."""
+    pytest.importorskip("peft")
+    setting = WritingSetting(lines=2, adapter=adapter).quick()
+    ours, theirs = Ours(setting).step(0), Transformers(setting).step(0)
+    assert ours == theirs and ours != Ours(replace(setting, adapter=4 - adapter)).step(0)
 
 
 STAGE_3 = """
