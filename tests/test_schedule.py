@@ -6,6 +6,7 @@ import ast
 import csv
 import itertools
 import json
+import os
 import operator
 import random
 import re
@@ -437,6 +438,16 @@ def test_the_user_page_shows_what_is_built() -> None:
     page = (HERE.parent / "docs" / "schedules.md").read_text()
     shown = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
     assert shown == [grid(drawn(*size).spans, ranks=size[1]) for size in (("gpipe", 4, 4, 1), ("1f1b", 4, 4, 1), ("interleaved", 2, 4, 2))]
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+def test_the_pictures_of_the_user_page(name: str, chunks: int) -> None:
+    """They are what `svg` draws; DIST_LLM_WRITE_GOLDEN=1 draws them anew."""
+    path = HERE.parent / "docs/images" / f"{name}.svg"
+    made = svg(drawn(name, 4, 8, chunks, transfer=0.1, reduce=1.0).spans, ranks=4, title=f"{name}, 4 ranks, 8 micro-batches")
+    if os.environ.get("DIST_LLM_WRITE_GOLDEN"):
+        path.write_text(made)
+    assert path.read_text() == made
 
 
 def test_grid() -> None:
