@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from dist_llm.data.rendered import Span, end_of_turn, guarded, last_special, restored, tokens, unmarked
 from dist_llm.data.renderer import Apart, Here, Renderer
 from dist_llm.data.sandbox import TemplateFault, has_generation
 from dist_llm.data.tokenizer import Tokenizer
@@ -26,19 +26,8 @@ from dist_llm.errors import DataError, Failure, UsageError, plain
 Message = Mapping[str, Any]
 TrainOn = Literal["assistant", "all", "last"]
 
-MARK = re.compile("\x00([<>])")
-LITERAL = re.compile("\x00([0-9]+);")  # the place of a special token's name in a message
 NAMES = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")  # what looks like a special token in a template
 PROBE = "What is it?", "It is this.", "And that?", "That too."
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, stop) of a text, and the weight of the tokens in it."""
-
-    start: int
-    stop: int
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ class Template:
         Raises UsageError where the template cannot be rendered, DataError where it refuses the conversation.
         """
         (text,) = self._render([(messages, add_generation_prompt)], None)
-        return _restored(_unmarked(self._sound(text))[0], ())
+        return restored(unmarked(self._sound(text))[0], ())
 
     def encode(
         self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant"
@@ -110,13 +99,13 @@ class Template:
     def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """The ids after which the assistant's next turn is to be generated. Raises UsageError or DataError."""
         (marked,) = self._render([(messages, True)], tokenizer)
-        text, spans = _unmarked(self._sound(marked))
+        text, spans = unmarked(self._sound(marked))
         if not self.marked:
             try:
                 spans = self._differences(text, messages, tokenizer, _assistants(messages, "assistant"))
             except UsageError:
                 spans = []  # a template that rewrites earlier turns: they are read as they stand
-        return _tokens(text, spans, tokenizer)[0]
+        return tokens(text, spans, tokenizer)[0]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The tokens that end what the assistant says: of the turn, and of a document. Raises UsageError where the template trains none."""
@@ -138,7 +127,7 @@ class Template:
         """Texts with marks, special tokens in messages put out of the way when there is a tokenizer to know them by."""
         requests = []
         for messages, generation in wanted:
-            said = [{"role": str(message["role"]), "content": _guarded(str(message["content"]), tokenizer)} for message in messages]
+            said = [{"role": str(message["role"]), "content": guarded(str(message["content"]), tokenizer)} for message in messages]
             requests.append({"messages": said, "add_generation_prompt": generation, "bos_token": self.bos, "eos_token": self.eos})
         return self._renderer.render(requests)
 
@@ -155,13 +144,13 @@ class Template:
     def _encoded(self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Encoded | DataError:
         try:
             (whole,) = self._render([(messages, False)], tokenizer)
-            text, marked = _unmarked(self._sound(whole))
+            text, marked = unmarked(self._sound(whole))
             spans = self._spans(text, marked, messages, tokenizer, train_on)
             if train_on != "all":
                 self._require_ends(text, spans, tokenizer)
         except DataError as fault:
             return fault
-        ids, places = _tokens(text, spans, tokenizer)
+        ids, places = tokens(text, spans, tokenizer)
         weights = [0.0] * len(ids)
         for (start, stop), span in zip(places, spans, strict=True):
             weights[start:stop] = [span.weight] * (stop - start)
@@ -196,7 +185,7 @@ class Template:
     def _differences(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
         """What each chosen turn adds to the text that asks for it. Raises UsageError where earlier text changes with it."""
         wanted = [pair for at in chosen for pair in ((messages[:at], True), (messages[: at + 1], False))]
-        rendered = [_unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
+        rendered = [unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
         spans = []
         for (at, weight), before, after in zip(chosen.items(), rendered[::2], rendered[1::2], strict=True):
             if not after.startswith(before):
@@ -208,14 +197,14 @@ class Template:
                 expected = "{% generation %} marks in the template, or a text that only grows with each turn"
                 found = f"what comes after turn {at + 1} changes the text up to it"
                 raise UsageError(what, where=self.where, expected=expected, found=found, next=f"{EACH}; or {self._others()}")
-            stop = len(before) + _end_of_turn(after[len(before) :], tokenizer)
+            stop = len(before) + end_of_turn(after[len(before) :], tokenizer)
             spans.append(Span(len(before), stop, weight))
         return spans
 
     def _turns(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer) -> list[Span]:
         """What each message adds to the text, with its weight."""
         wanted = [(messages[: at + 1], False) for at in range(len(messages))]
-        rendered = [_unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
+        rendered = [unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
         spans, before = [], ""
         for message, after in zip(messages, rendered, strict=True):
             if not after.startswith(before) or not text.startswith(after):
@@ -229,7 +218,7 @@ class Template:
         """Raises DataError where a trained turn does not end as the assistant's turns do."""
         ends = self._end_names(tokenizer)
         for number, span in enumerate(spans):
-            if _last_special(text[span.start : span.stop], tokenizer) not in ends:
+            if last_special(text[span.start : span.stop], tokenizer) not in ends:
                 found = f"trained part {number + 1} ends before it"
                 raise DataError("the end of an assistant's turn is not trained", where=self.where, found=found, next=self._others())
 
@@ -248,7 +237,7 @@ class Template:
             train_on: TrainOn = "assistant" if self.marked or rounds == 1 else "last"  # one that rewrites is told where it matters
             try:
                 (whole,) = self._render([(messages, False)], tokenizer)
-                text, marked = _unmarked(self._sound(whole))
+                text, marked = unmarked(self._sound(whole))
                 spans = self._spans(text, marked, messages, tokenizer, train_on)
             except DataError as fault:
                 raise UsageError(
@@ -261,11 +250,11 @@ class Template:
             if not spans:
                 raise UsageError("the chat template leaves nothing to train", where=self.where, next=self._others())
             for span in spans:
-                name = _last_special(text[span.start : span.stop], tokenizer)
+                name = last_special(text[span.start : span.stop], tokenizer)
                 if name is None:
                     what = "the chat template never trains the token that ends a turn, so that the model would not stop"
                     expected = "a special token at the end of what the assistant says, inside {% generation %} where that is there"
-                    found = repr(_restored(text[span.start : span.stop], ())[-40:])
+                    found = repr(restored(text[span.start : span.stop], ())[-40:])
                     raise UsageError(what, where=self.where, expected=expected, found=found, next=self._others())
                 ends.add(name)
         return frozenset(ends)
@@ -294,102 +283,3 @@ def _weighted(marked: Sequence[Span], messages: Sequence[Message], chosen: Mappi
     if len(turns) == len(marked):
         return [replace(span, weight=chosen[at]) for at, span in zip(turns, marked, strict=True) if at in chosen]
     return list(marked) if len(marked) > len(turns) == len(chosen) and set(chosen.values()) <= {1.0} else None
-
-
-def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """The text without marks, and where they were, empty parts left out. Raises DataError where they do not fit together."""
-    parts, spans, at, size = [], [], 0, 0
-    opened: int | None = None
-    for match in MARK.finditer(text):
-        parts.append(text[at : match.start()])
-        size, at = size + match.start() - at, match.end()
-        if (match[1] == "<") == (opened is not None):
-            raise DataError("the marks of the chat template do not fit together", found="{% generation %} inside another, or cut apart")
-        if opened is None:
-            opened = size
-        else:
-            if size > opened:
-                spans.append(Span(opened, size))
-            opened = None
-    if opened is not None:
-        raise DataError("the marks of the chat template do not fit together", found="{% generation %} without its end")
-    return "".join((*parts, text[at:])), spans
-
-
-def _guarded(content: str, tokenizer: Tokenizer | None) -> str:
-    """A message with a mark in the place of each special token's name. Raises DataError for a NUL."""
-    if "\x00" in content:
-        raise DataError("a message holds a NUL character")
-    if tokenizer is None or not tokenizer.special_pattern.search(content):
-        return content
-    numbers = {name: number for number, name in enumerate(tokenizer.special_names)}
-    return tokenizer.special_pattern.sub(lambda match: f"\x00{numbers[match[0]]};", content)
-
-
-def _restored(text: str, names: Sequence[str]) -> str:
-    """The text with the names of special tokens where their marks are."""
-    return LITERAL.sub(lambda match: names[int(match[1])] if int(match[1]) < len(names) else "", text)
-
-
-def _last_special(text: str, tokenizer: Tokenizer) -> str | None:
-    """The special token with which a text ends, spaces aside."""
-    text = text.rstrip()
-    return next((name for name in tokenizer.special_names if text.endswith(name)), None)
-
-
-def _end_of_turn(text: str, tokenizer: Tokenizer) -> int:
-    """The length of a turn up to its last special token, when only spaces come after; else all of it."""
-    return len(text.rstrip()) if _last_special(text, tokenizer) else len(text)
-
-
-def _tokens(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a rendered text, and the first id and the one after the last of each span; no token reaches over an edge."""
-    if "\x00" not in text and (found := _whole(text, spans, tokenizer)) is not None:
-        return found
-    edges = sorted({0, len(text), *(span.start for span in spans), *(span.stop for span in spans)})
-    ids: list[int] = []
-    starts = {0: 0}
-    for start, stop in zip(edges, edges[1:], strict=False):
-        for part in _pieces(text[start:stop], tokenizer):
-            ids += part
-        starts[stop] = len(ids)
-    return ids, [(starts[span.start], starts[span.stop]) for span in spans]
-
-
-def _whole(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]] | None:
-    """The ids of a text encoded in one piece; None where a token reaches over an edge, or is another one without what follows."""
-    encoder = tokenizer.commanding
-    encoding = encoder.encode(text, add_special_tokens=False)
-    ids, offsets = encoding.ids, encoding.offsets
-    starts, stops, places = [start for start, _ in offsets], [stop for _, stop in offsets], []
-    for span in spans:
-        first, last = bisect_right(stops, span.start), bisect_left(starts, span.stop)
-        if first >= last or starts[first] < span.start or stops[last - 1] > span.stop:
-            return None
-        if not _stands_alone(text[: span.start], ids[:first], stops, tokenizer):
-            return None
-        places.append((first, last))
-    return ids, places
-
-
-def _stands_alone(text: str, ids: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a beginning of a text gives these ids without what follows. What stands before a special token is tried last."""
-    known = tokenizer.special.values()
-    at = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in known), -1)
-    encoder = tokenizer.commanding
-    if at >= 0 and encoder.encode(text[stops[at] :], add_special_tokens=False).ids == ids[at + 1 :]:
-        return True
-    return encoder.encode(text, add_special_tokens=False).ids == ids
-
-
-def _pieces(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of a part of a text: special tokens by their id, names of them in messages as letters."""
-    if "\x00" not in text:
-        yield tokenizer.commanding.encode(text, add_special_tokens=False).ids
-        return
-    names, at = tokenizer.special_names, 0
-    for match in tokenizer.special_pattern.finditer(text):
-        yield tokenizer.encode(_restored(text[at : match.start()], names))
-        yield [tokenizer.special[match[0]]]
-        at = match.end()
-    yield tokenizer.encode(_restored(text[at:], names))
