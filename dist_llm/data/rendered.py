@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError
@@ -55,6 +56,15 @@ def guarded(content: str, tokenizer: Tokenizer | None) -> str:
         return content
     numbers = {name: number for number, name in enumerate(tokenizer.special_names)}
     return tokenizer.special_pattern.sub(lambda match: f"\x00{numbers[match[0]]};", content)
+
+
+def guarded_all(value: Any, tokenizer: Tokenizer | None) -> Any:
+    """A value of JSON with every text in it guarded, names of keys too. Raises DataError for a NUL."""
+    if isinstance(value, str):
+        return guarded(value, tokenizer)
+    if isinstance(value, dict):
+        return {guarded(key, tokenizer): guarded_all(one, tokenizer) for key, one in value.items()}
+    return [guarded_all(one, tokenizer) for one in value] if isinstance(value, list) else value
 
 
 def restored(text: str, names: Sequence[str]) -> str:

@@ -1,10 +1,12 @@
 """Chat templates: how a conversation becomes tokens, which of them are trained, and where generation begins and ends.
 
-A conversation is a list of messages, `{"role": "system" | "user" | "assistant", "content": text}`, with an optional `weight` of
-a turn's tokens (1 when left out). A template is Jinja, in transformers' dialect; it is rendered in a sandbox (sandbox.py). What
-the assistant says is found by `{% generation %}` marks, or else as the difference between the text up to a turn and with it.
+A conversation is a list of messages, `{"role": "system" | "user" | "assistant" | "tool", "content": text}`, with an optional
+`weight` of a turn's tokens (1 when left out), and what data/turns.py lets stand beside a content; tools may be at hand. A template
+is Jinja, in transformers' dialect; it is rendered in a sandbox (sandbox.py). What the assistant says is found by `{% generation %}`
+marks, or else as the difference between the text up to a turn and with it.
 
-Special tokens belong to the template alone: `<|im_end|>` inside a message is encoded as the letters it is made of. Where a token
+Special tokens belong to the template alone: `<|im_end|>` inside a message, a call or a tool's definition is encoded as the letters
+it is made of. What is said and a template does not show is refused (shown.py), never left out. Where a token
 would reach over the edge of a trained turn the text is cut there, so that training sees the tokens that generation gives.
 """
 
@@ -12,14 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from dist_llm.data.rendered import Span, end_of_turn, guarded, last_special, restored, tokens, unmarked
+from dist_llm.data.rendered import Span, end_of_turn, last_special, restored, tokens, unmarked
 from dist_llm.data.renderer import Apart, Here, Renderer
 from dist_llm.data.sandbox import TemplateFault, has_generation
+from dist_llm.data.shown import Talk, Witness, read_by_template
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError, Failure, UsageError, plain
 
@@ -28,6 +31,25 @@ TrainOn = Literal["assistant", "all", "last"]
 
 NAMES = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")  # what looks like a special token in a template
 PROBE = "What is it?", "It is this.", "And that?", "That too."
+CALLED = "look_it_up"
+CALLING: list[dict[str, Any]] = [
+    {"role": "user", "content": PROBE[0]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "lookitup1", "type": "function", "function": {"name": CALLED, "arguments": {"what": "it"}}}],
+    },
+]
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": CALLED,
+            "description": "Looks it up.",
+            "parameters": {"type": "object", "properties": {"what": {"type": "string", "description": "What."}}, "required": ["what"]},
+        },
+    }
+]
 
 
 @dataclass(frozen=True)
@@ -69,40 +91,46 @@ class Template:
         """The tokenizer with the special tokens that this template writes; new ones come after those it has."""
         return tokenizer.extended(self.commands(tokenizer))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Sequence[Message] = ()) -> str:
         """The text of a conversation; add_generation_prompt: and the beginning of the assistant's next turn.
 
         Raises UsageError where the template cannot be rendered, DataError where it refuses the conversation.
         """
-        (text,) = self._render([(messages, add_generation_prompt)], None)
+        (text,) = self._render(self._talk(messages, tools, None), [(len(messages), add_generation_prompt)])
         return restored(unmarked(self._sound(text))[0], ())
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant"
+        self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant", tools: Sequence[Message] = ()
     ) -> tuple[list[int], list[float]]:
         """(ids, weights) of a conversation: the weight of a token is that of the loss of predicting it, 0 where it is only read.
 
         train_on: what the assistant says and the tokens that end it, in every turn or the last; or all tokens. Raises
         UsageError where the template is at fault, DataError where the conversation is.
         """
-        (found,) = self.encode_batch([messages], tokenizer, train_on=train_on)
+        (found,) = self.encode_batch([messages], tokenizer, train_on=train_on, tools=tools)
         if isinstance(found, Failure):
             raise found
         return found.ids, found.weights
 
     def encode_batch(
-        self, conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant"
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tokenizer: Tokenizer,
+        *,
+        train_on: TrainOn = "assistant",
+        tools: Sequence[Message] = (),
     ) -> list[Encoded | DataError]:
-        """Each conversation encoded, or what is wrong with it. Raises UsageError where the template is at fault."""
-        return [self._encoded(messages, tokenizer, train_on) for messages in conversations]
+        """Each conversation encoded, or what is wrong with it; tools: of all. Raises UsageError where the template is at fault."""
+        return [self._encoded(messages, tools, tokenizer, train_on) for messages in conversations]
 
-    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Message] = ()) -> list[int]:
         """The ids after which the assistant's next turn is to be generated. Raises UsageError or DataError."""
-        (marked,) = self._render([(messages, True)], tokenizer)
+        talk = self._talk(messages, tools, tokenizer)
+        (marked,) = self._render(talk, [(len(messages), True)])
         text, spans = unmarked(self._sound(marked))
         if not self.marked:
             try:
-                spans = self._differences(text, messages, tokenizer, _assistants(messages, "assistant"))
+                spans = self._differences(text, talk, tokenizer, _assistants(talk, "assistant"))
             except UsageError:
                 spans = []  # a template that rewrites earlier turns: they are read as they stand
         return tokens(text, spans, tokenizer)[0]
@@ -123,13 +151,24 @@ class Template:
 
     # --- rendering ---------------------------------------------------------------------------------------------------------
 
-    def _render(self, wanted: Sequence[tuple[Sequence[Message], bool]], tokenizer: Tokenizer | None) -> list[str | TemplateFault]:
-        """Texts with marks, special tokens in messages put out of the way when there is a tokenizer to know them by."""
-        requests = []
-        for messages, generation in wanted:
-            said = [{"role": str(message["role"]), "content": guarded(str(message["content"]), tokenizer)} for message in messages]
-            requests.append({"messages": said, "add_generation_prompt": generation, "bos_token": self.bos, "eos_token": self.eos})
-        return self._renderer.render(requests)
+    def _talk(self, messages: Sequence[Message], tools: Sequence[Message], tokenizer: Tokenizer | None) -> Talk:
+        """A conversation as this template reads it. Raises DataError for a NUL."""
+        silent = any("tool_calls" in message and not message["content"] for message in messages)
+        return read_by_template(messages, tools, tokenizer, nothing=self._nothing if silent else None)
+
+    @cached_property
+    def _nothing(self) -> str | None:
+        """What a turn that calls and says nothing has as its content: null, or an empty text where it cannot be null, or is written out."""
+        null, empty = (self._render(read_by_template(CALLING, TOOLS, None, nothing=one), [(2, False)])[0] for one in (None, ""))
+        if isinstance(null, TemplateFault) or isinstance(empty, TemplateFault):
+            return "" if isinstance(null, TemplateFault) else None
+        return "" if null.count("None") > empty.count("None") else None
+
+    def _render(self, talk: Talk, wanted: Sequence[tuple[int, bool]]) -> list[str | TemplateFault]:
+        """Texts of the first messages of a conversation, so many each, and whether they ask for the next turn; with marks."""
+        rest = {"bos_token": self.bos, "eos_token": self.eos, **({"tools": talk.tools} if talk.tools else {})}
+        asked = [{"messages": talk.messages[:count], "add_generation_prompt": generation, **rest} for count, generation in wanted]
+        return self._renderer.render(asked)
 
     def _sound(self, text: str | TemplateFault) -> str:
         """The text. Raises what a fault means."""
@@ -141,11 +180,17 @@ class Template:
             "the chat template cannot be rendered", where=self.where, expected="a Jinja template", found=plain(text), next=self._others()
         )
 
-    def _encoded(self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Encoded | DataError:
+    def _encoded(
+        self, messages: Sequence[Message], tools: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn
+    ) -> Encoded | DataError:
         try:
-            (whole,) = self._render([(messages, False)], tokenizer)
+            talk = self._talk(messages, tools, tokenizer)
+            shown = None if talk.plain else self._shown(talk)
+            (whole,) = self._render(talk, [(len(messages), False)])
             text, marked = unmarked(self._sound(whole))
-            spans = self._spans(text, marked, messages, tokenizer, train_on)
+            spans = self._spans(text, marked, talk, tokenizer, train_on)
+            if shown is not None:
+                self._require_shown(shown, text, talk, tokenizer, train_on)
             if train_on != "all":
                 self._require_ends(text, spans, tokenizer)
         except DataError as fault:
@@ -161,18 +206,18 @@ class Template:
 
     # --- what is trained ---------------------------------------------------------------------------------------------------
 
-    def _spans(self, text: str, marked: list[Span], messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
+    def _spans(self, text: str, marked: list[Span], talk: Talk, tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
         """The parts of the text that are trained, those of weight 0 left out."""
         if train_on == "all":
-            if all(message.get("weight", 1.0) == 1.0 for message in messages):
+            if set(talk.weights) == {1.0}:
                 return [Span(0, len(text))]
-            return [span for span in self._turns(text, messages, tokenizer) if span.weight]
-        chosen = _assistants(messages, train_on)
+            return [span for span in self._turns(text, talk) if span.weight]
+        chosen = _assistants(talk, train_on)
         if self.marked and marked:
-            spans = _weighted(marked, messages, chosen)
+            spans = _weighted(marked, talk, chosen)
             if spans is not None:
                 return spans
-            found = f"{len(marked)} marked parts for {len(_assistants(messages, 'assistant'))} turns of the assistant"
+            found = f"{len(marked)} marked parts for {len(_assistants(talk, 'assistant'))} turns of the assistant"
             raise UsageError(
                 "the template marks more or fewer parts than there are turns",
                 where=self.where,
@@ -180,12 +225,12 @@ class Template:
                 found=found,
                 next=self._others(),
             )
-        return self._differences(text, messages, tokenizer, chosen)
+        return self._differences(text, talk, tokenizer, chosen)
 
-    def _differences(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
+    def _differences(self, text: str, talk: Talk, tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
         """What each chosen turn adds to the text that asks for it. Raises UsageError where earlier text changes with it."""
-        wanted = [pair for at in chosen for pair in ((messages[:at], True), (messages[: at + 1], False))]
-        rendered = [unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
+        wanted = [pair for at in chosen for pair in ((at, True), (at + 1, False))]
+        rendered = [unmarked(self._sound(one))[0] for one in self._render(talk, wanted)]
         spans = []
         for (at, weight), before, after in zip(chosen.items(), rendered[::2], rendered[1::2], strict=True):
             if not after.startswith(before):
@@ -201,18 +246,63 @@ class Template:
             spans.append(Span(len(before), stop, weight))
         return spans
 
-    def _turns(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer) -> list[Span]:
-        """What each message adds to the text, with its weight."""
-        wanted = [(messages[: at + 1], False) for at in range(len(messages))]
-        rendered = [unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
-        spans, before = [], ""
-        for message, after in zip(messages, rendered, strict=True):
+    def _turns(self, text: str, talk: Talk) -> list[Span]:
+        """What each message adds to the text, with its weight; what tools say in a row is one, as templates put it in one turn."""
+        roles = [message["role"] for message in talk.messages]
+        ends = [at for at, role in enumerate(roles) if role != "tool" or roles[at + 1 : at + 2] != ["tool"]]
+        rendered = [unmarked(self._sound(one))[0] for one in self._render(talk, [(at + 1, False) for at in ends])]
+        spans, before, first = [], "", 0
+        for at, after in zip(ends, rendered, strict=True):
             if not after.startswith(before) or not text.startswith(after):
                 what = "the chat template rewrites earlier turns, so that a weight of a turn has no place"
                 raise UsageError(what, where=self.where, next=f"{EACH}; or {self._others()}")
-            spans.append(Span(len(before), len(after), float(message.get("weight", 1.0))))
-            before = after
+            if len(set(talk.weights[first : at + 1])) > 1:
+                raise DataError("what tools say in a row has different weights", found=f"turns {first + 1} to {at + 1}")
+            spans.append(Span(len(before), len(after), talk.weights[at]))
+            before, first = after, at + 1
         return spans
+
+    # --- what is shown -----------------------------------------------------------------------------------------------------
+
+    def _shown(self, talk: Talk) -> tuple[Witness, str, list[Span]]:
+        """A conversation with marks at what it says beside plain contents, and its text. Raises DataError where that is not shown."""
+        witness = Witness(talk)
+        (text,) = self._render(witness.marked, [(len(talk.messages), False)])
+        if isinstance(text, TemplateFault) and text.kind == "broken":
+            raise DataError(f"the template {self.name} cannot show tools, calls or reasoning; {self._shows()}", found=plain(text))
+        found, spans = unmarked(self._sound(text))
+        if hidden := [part for part in witness.hidden(found) if not part.reasoning]:
+            raise DataError(f"the template {self.name} does not show {hidden[0].what}; {self._shows()}")
+        return witness, found, spans
+
+    def _require_shown(
+        self, shown: tuple[Witness, str, list[Span]], text: str, talk: Talk, tokenizer: Tokenizer, train_on: TrainOn
+    ) -> None:
+        """Raises DataError where reasoning that is to be trained is not shown, or something outside of the marks of what is trained,
+        or where what is said becomes a special token by what stands beside it."""
+        witness, found, marked = shown
+        trained = _assistants(talk, "last" if train_on == "last" else "assistant")
+        if hidden := [part for part in witness.hidden(found) if part.at in trained]:
+            earlier = all(part.at < max(trained) for part in hidden)
+            way = "data.chat.train_on=each trains every turn in a sample of its own" if earlier else self._shows(reasoning=True)
+            raise DataError(f"the template {self.name} does not show {hidden[0].what}; {way}")
+        if train_on != "all" and marked:
+            outside = [part for part in witness.hidden(found, marked) if part.spoken and part.at in trained]
+            if outside:
+                raise DataError(f"the template {self.name} shows {outside[0].what} outside of what it marks as trained; {self._shows()}")
+        names, parted = (tokenizer.special_pattern.findall(one) for one in (text, found))
+        if names != parted:
+            name = next((one for one, other in zip(names, [*parted, ""], strict=False) if one != other), names[-1] if names else "")
+            raise DataError(f"what is said and what the template writes beside it make the token {name} together")
+
+    def _shows(self, *, reasoning: bool = False) -> str:
+        """Which templates show more than plain contents."""
+        if self.models or reasoning:
+            own = "a template in a .jinja file may" if self.models else "a model's own may, data.chat.template=model"
+            return own if not reasoning else f"{own}; or write it into the content, as the model spells it"
+        return ("" if self.name == "qwen" else "data.chat.template=qwen shows tools, and ") + "a model's own may, data.chat.template=model"
+
+    # --- how a turn ends ---------------------------------------------------------------------------------------------------
 
     def _require_ends(self, text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> None:
         """Raises DataError where a trained turn does not end as the assistant's turns do."""
@@ -235,10 +325,11 @@ class Template:
             roles = ("user", "assistant") * rounds
             messages = [{"role": role, "content": content} for role, content in zip(roles, PROBE, strict=False)]
             train_on: TrainOn = "assistant" if self.marked or rounds == 1 else "last"  # one that rewrites is told where it matters
+            talk = self._talk(messages, (), tokenizer)
             try:
-                (whole,) = self._render([(messages, False)], tokenizer)
+                (whole,) = self._render(talk, [(len(messages), False)])
                 text, marked = unmarked(self._sound(whole))
-                spans = self._spans(text, marked, messages, tokenizer, train_on)
+                spans = self._spans(text, marked, talk, tokenizer, train_on)
             except DataError as fault:
                 raise UsageError(
                     "the chat template refuses a plain conversation",
@@ -257,7 +348,24 @@ class Template:
                     found = repr(restored(text[span.start : span.stop], ())[-40:])
                     raise UsageError(what, where=self.where, expected=expected, found=found, next=self._others())
                 ends.add(name)
-        return frozenset(ends)
+        return frozenset(ends | self._ends_of_calls(tokenizer, ends))
+
+    def _ends_of_calls(self, tokenizer: Tokenizer, ends: Collection[str]) -> set[str]:
+        """The special tokens with which turns end that call a tool; none where the template shows no calls, or trains their end never.
+
+        ends: those of other turns.
+        """
+        talk, found = self._talk(CALLING, TOOLS, tokenizer), set()
+        try:
+            text, marked = unmarked(self._sound(self._render(talk, [(2, False)])[0]))
+            spans = self._spans(text, marked, talk, tokenizer, "assistant")
+        except Failure:
+            return set()
+        for span in spans:
+            name, after = last_special(text[span.start : span.stop], tokenizer), tokenizer.special_pattern.match(text[span.stop :].lstrip())
+            if name is not None and CALLED in text[span.start : span.stop] and not (after and after[0] in ends):
+                found.add(name)
+        return found
 
 
 NAMED = ("chatml", "llama3", "qwen", "plain", "model")
@@ -269,17 +377,17 @@ NEEDS = {
 }
 
 
-def _assistants(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float]:
+def _assistants(talk: Talk, train_on: TrainOn) -> dict[int, float]:
     """Places of the assistant's turns that are trained, and their weights; those of weight 0 are left out."""
-    found = {at: float(message.get("weight", 1.0)) for at, message in enumerate(messages) if message["role"] == "assistant"}
+    found = {at: talk.weights[at] for at, message in enumerate(talk.messages) if message["role"] == "assistant"}
     if train_on == "last":
         found = dict(list(found.items())[-1:])
     return {at: weight for at, weight in found.items() if weight}
 
 
-def _weighted(marked: Sequence[Span], messages: Sequence[Message], chosen: Mapping[int, float]) -> list[Span] | None:
+def _weighted(marked: Sequence[Span], talk: Talk, chosen: Mapping[int, float]) -> list[Span] | None:
     """The marked parts of the chosen turns with their weights; None where parts and turns cannot be told to belong together."""
-    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [at for at, message in enumerate(talk.messages) if message["role"] == "assistant"]
     if len(turns) == len(marked):
         return [replace(span, weight=chosen[at]) for at, span in zip(turns, marked, strict=True) if at in chosen]
     return list(marked) if len(marked) > len(turns) == len(chosen) and set(chosen.values()) <= {1.0} else None
