@@ -139,7 +139,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"messages": [ROUND[0], {**ROUND[1], "tools": [{"name": "f"}]}]}, "turn 2 has 'tools': tools belong to the whole conversation"),
     (
         {"messages": [ROUND[0], {**ROUND[1], "reasoning_content": "Hm"}]},
-        "the template chatml does not show the reasoning of turn 2; a model's own may",
+        "the template chatml does not show the reasoning of turn 2; data.chat.template=model does",
     ),
     ({"messages": ROUND, "images": ["a.png"]}, "the object has 'images': only text is trained"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ROUND[1]]}, "turn 1 has a part of the type 'image'"),

@@ -385,6 +385,13 @@ CASES: dict[str, tuple[Case, ...]] = {
             '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
             '{"messages": [{"role": "user", "content": "a"}]}', '{"conversations": [{"from": "human", "value": "a"}]}')),
+        Case("tools that a template does not show", "data build run.yaml", 3, make=chats(
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"name": "f"}]}',
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "tool_calls": '
+            '[{"function": {"name": "f", "arguments": "{}"}}]}]}',
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]}')),
+        Case("reasoning that qwen does not show", "data build run.yaml data.chat.template=qwen", 3, make=chats(
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]}')),
         Case("nothing is trained", "data build run.yaml", 3, make=chats(
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": false}]}')),
         Case("shape is not known", "data build run.yaml", 3, make=chats('{"question": "a", "answer": "b"}', first=False)),

@@ -123,9 +123,9 @@ def test_shapes_that_carry_no_tools() -> None:
         assert why == "the object has 'tools': conversations of the formats messages, sharegpt and prompt_completion alone carry tools"
     pair = {"chosen": [user("a"), says("b", reasoning_content="c")], "rejected": [user("a"), says("d")]}
     why = preferences.taker(train_on="assistant")(pair)[1]
-    assert why == "turn 2 of 'chosen' has 'reasoning_content': pairs of answers are trained by their contents alone"
+    assert why == "turn 2 has 'reasoning_content': pairs of answers are trained by their contents alone"
     asked = {"prompt": [*ONE[:1], result("3")], "chosen": [says("b")], "rejected": [says("d")]}
-    assert "turn 2 of 'prompt' has what a tool says" in preferences.taker(train_on="assistant")(asked)[1]
+    assert "turn 2 has the role 'tool'" in preferences.taker(train_on="assistant")(asked)[1]
 
 
 def test_names_of_reasoning() -> None:

@@ -36,7 +36,10 @@ from dist_llm.data.chat import (
 from dist_llm.data.encoding import ChatEncoder, Ids, place_of
 from dist_llm.data.readers import Document, Take, type_name
 from dist_llm.data.templates import Encoded
+from dist_llm.data.turns import REASONING, says
 from dist_llm.errors import DataError
+
+BESIDE = ("tool_calls", *REASONING)  # what a turn may say beside its content, and a pair may not
 
 
 def taker(*, train_on: TrainOn) -> Take:
@@ -99,14 +102,15 @@ def _side(record: dict[str, Any], name: str) -> list[Turn]:
     return _listed(value, name)
 
 
-def _listed(value: Any, name: str) -> list[Turn]:
-    """The turns of a list. Raises WrongError where one has more than a content."""
-    turns = listed(value, name)
-    for number, turn in enumerate(turns, start=1):
-        if turn.more or turn.role == "tool":
-            what = "what a tool says" if turn.role == "tool" else f"{next(iter(turn.more))!r}"
-            raise WrongError(f"turn {number} of {name!r} has {what}: pairs of answers are trained by their contents alone")
-    return turns
+def _listed(values: Any, name: str) -> list[Turn]:
+    """The turns of a list. Raises WrongError where one says more than a content."""
+    for number, one in enumerate(values if isinstance(values, list) else (), start=1):
+        more = [repr(key) for key in BESIDE if says(one.get(key))] if isinstance(one, dict) else []
+        if isinstance(one, dict) and one.get("role") == "tool":
+            more = ["the role 'tool'"]
+        if more:
+            raise WrongError(f"turn {number} has {more[0]}: pairs of answers are trained by their contents alone")
+    return listed(values, name)
 
 
 def _shared(sides: Sequence[list[Turn]], prompt: Any) -> tuple[list[Turn], list[Turn], int]:

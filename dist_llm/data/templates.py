@@ -297,10 +297,10 @@ class Template:
 
     def _shows(self, *, reasoning: bool = False) -> str:
         """Which templates show more than plain contents."""
-        if self.models or reasoning:
-            own = "a template in a .jinja file may" if self.models else "a model's own may, data.chat.template=model"
-            return own if not reasoning else f"{own}; or write it into the content, as the model spells it"
-        return ("" if self.name == "qwen" else "data.chat.template=qwen shows tools, and ") + "a model's own may, data.chat.template=model"
+        own = "a template in a .jinja file may" if self.models else "data.chat.template=model does where the model's own template knows it"
+        if reasoning:
+            return f"{own}; or write it into the content, as the model spells it"
+        return own if self.models or self.name == "qwen" else f"data.chat.template=qwen shows tools; {own}"
 
     # --- how a turn ends ---------------------------------------------------------------------------------------------------
 
