@@ -54,6 +54,14 @@ def test_ways_to_write_a_call(number: int) -> None:
     assert chat.key_of(text) == chat.key_of(read(SAME[0][1])[0])
 
 
+def test_arguments_that_are_none() -> None:
+    """Null and an empty text as well as an object without keys; tools that are none are none."""
+    for none in ({}, None, "", " ", "{}", "null"):
+        text, why = read({"messages": [user("x"), calls({"name": "f", "arguments": none})], "tools": none if none != {} else []})
+        assert why == ("" if none != "{}" else "'tools' must be an array, found an object")
+        assert why or as_judged(text)[1:] == [["assistant", "", None, {"tool_calls": [call("f")]}]]
+
+
 def test_a_prompt_may_end_with_what_a_tool_says() -> None:
     text, why = read({"prompt": ONE[:3], "completion": "3 °C.", "tools": [WEATHER]}, "prompt_completion")
     assert not why and [message.get("weight") for message in chat.messages_of(text)] == [None, 0.0, None, None]
@@ -228,6 +236,8 @@ def test_each_turn_with_its_reasoning(tmp_path: Path) -> None:
     said = [trained_text(prepared, number) for number in range(prepared.train[0].manifest.documents)]
     assert len(said) == 4 and said[0].startswith("<think>\nI need the weather.\n</think>") and "It is three." in said[1]
     assert said[2].startswith("<think>\nAgain.\n</think>\n\n<tool_call>") and said[3].startswith("<think>\n\n</think>")
+    store = prepared.train[0]
+    assert all("0 to 23" in prepared.tokenizer.decode(store.document(number).tolist()) for number in range(4)), "each has the tools"
     with pytest.raises(DataError, match="1 line cannot be read") as failure:
         prepare(data_of(tmp_path, file, chat={**keys, "train_on": "assistant"}, sequence=4096), seed=0)
     told = failure.value.details[0]

@@ -255,7 +255,8 @@ def test_each_thing_that_a_template_leaves_out_is_named() -> None:
     result, first = "m.content + '\\n</tool_response>'", "{% generation %}{{ m.content or '' }}"
     for form, messages, words in (
         (changed(QWEN, "tool | tojson", "'a tool'"), ONE, "does not show tool 1"),
-        (changed(QWEN, "tool | tojson", "tool.function.name"), ONE, "does not show tool 1"),
+        (changed(QWEN, "tool | tojson", "tool.function.name"), ONE, "does not show a description of tool 1"),
+        (changed(QWEN, "tool | tojson", "tool.function.name + tool.function.description"), ONE, "does not show 'place' of tool 1"),
         (changed(QWEN, "(call.arguments | tojson)", "'{}'"), ONE, "does not show call 1 of turn 2"),
         (changed(QWEN, "call.name", "'f'"), ONE, "does not show call 1 of turn 2"),
         (changed(QWEN, "for call in m.tool_calls", "for call in (m.tool_calls or [])[:1]"), both, "does not show call 2 of turn 2"),

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dist_llm.data.readers import printable
 from dist_llm.data.rendered import Span, guarded_all
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.data.turns import REASONING, reasoning_of
@@ -120,23 +121,23 @@ class Witness:
 
     def _tool(self, tool: dict[str, Any], number: int) -> dict[str, Any]:
         """A definition with marks at its name, its description, and what its parameters are called and described as."""
-        part, function = Part(-1, f"tool {number}"), tool.get("function", tool)
-        made = dict(function)
-        made["name"] = self._around(function["name"], part)
-        for key in ("description", "parameters"):
-            if key in function:
-                made[key] = self._schema({key: function[key]}, part)[key]
+        name, function = f"tool {number}", tool.get("function", tool)
+        made = {**function, "name": self._around(function["name"], Part(-1, name))}
+        made |= self._schema({key: function[key] for key in ("description", "parameters") if key in function}, name)
         return {**tool, "function": made} if "function" in tool else made
 
-    def _schema(self, value: Any, part: Part) -> Any:
+    def _schema(self, value: Any, name: str) -> Any:
         if isinstance(value, list):
-            return [self._schema(one, part) for one in value]
+            return [self._schema(one, name) for one in value]
         if not isinstance(value, dict):
             return value
         found: dict[str, Any] = {}
         for key, one in value.items():
             if key in NAMES_OF and isinstance(one, dict):
-                found[key] = {self._around(name, part): self._schema(each, part) for name, each in one.items()}
+                parts = {own: Part(-1, f"{printable(own, 30)!r} of {name}") for own in one}
+                found[key] = {self._around(own, parts[own]): self._schema(each, name) for own, each in one.items()}
+            elif key == "description" and isinstance(one, str):
+                found[key] = self._around(one, Part(-1, f"a description of {name}"))
             else:
-                found[key] = self._around(one, part) if key == "description" and isinstance(one, str) else self._schema(one, part)
+                found[key] = self._schema(one, name)
         return found
