@@ -218,6 +218,36 @@ def test_a_token_that_two_make_together_is_refused(made: dict[str, Any]) -> None
     assert trained(ids, weights, tokenizer).endswith("<parameter=b>[1]</parameter></function><|im_end|>")
 
 
+@pytest.mark.parametrize("key", ["id", "name", "tool_call_id", "type", "other"])
+def test_nor_by_what_need_not_be_shown(key: str) -> None:
+    """Ids, names of results, types: a template may write them between brackets of its own."""
+    text = (
+        "{% for m in messages %}{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}<{{ m.tool_calls[0].id }}>"
+        "{% endif %}<{{ m.name }}><{{ m.tool_call_id }}><|im_end|>{% endfor %}"
+        "{% for t in tools %}{{ t | tojson }}<{{ t.function.parameters.type }}><{{ t.other }}>{% endfor %}"
+    )
+    form = Template("brackets", text, eos="", trusted=True)
+    tokenizer = form.fit(BYTES)
+
+    def encode(said: str) -> list[int]:
+        messages, tools = [user("x"), calls(call("f")), result("3"), says("y")], [copied(CLOCK)]
+        if key == "id":
+            messages[1]["tool_calls"][0]["id"] = said
+        elif key in ("name", "tool_call_id"):
+            messages[2][key] = said
+        elif key == "type":
+            tools[0]["function"]["parameters"]["type"] = said
+        else:
+            tools[0]["other"] = said
+        return form.encode(messages, tokenizer, tools=tools, train_on="all")[0]
+
+    for said in ("|im_end|", "<|im_end|", "a <|im_end|", "|im_end|> b"):
+        with pytest.raises(DataError, match=r"make the token <\|im_end\|> together"):
+            encode(said)
+    for said in (" |im_end|", "object", "im_end", "a|b", "<b>", "a <|im_end|> b", ATTACK):
+        assert sum(token == tokenizer.special["<|im_end|>"] for token in encode(said)) == 4
+
+
 # --- what is not shown ---------------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,13 @@ THOUGHT = [
 ]  # fmt: skip
 
 
+NOT_SHOWN = (  # by a template that knows none of it, one line of JSON each
+    json.dumps({"messages": [user("a"), says("b")], "tools": [{"name": "f"}]}),
+    json.dumps({"messages": [user("a"), {**calls({"function": {"name": "f", "arguments": "{}"}}), "content": None}]}),
+    json.dumps({"messages": [user("a"), says("b", reasoning_content="c")]}),
+)
+
+
 def talks(kind: str) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
     """The conversations that a kind of template shows whole, each with its tools."""
     thoughts = {"thought": (THOUGHT, [WEATHER])} if kind == "qwen3" else {}

@@ -19,7 +19,9 @@ from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.data.turns import REASONING, reasoning_of
 
 SEEN = re.compile("\x00!([0-9]+);")
-BESIDE = (*REASONING, "tool_calls", "name", "tool_call_id")  # what templates read of a message, its role and content aside
+PARTING = "\x00!;"  # beside what need not be shown and is a part of a special token's name
+BESIDE_TEXTS = ("tool_calls", "name", "tool_call_id")
+BESIDE = (*REASONING, *BESIDE_TEXTS)  # what templates read of a message, its role and content aside
 NAMES_OF = ("properties", "$defs", "definitions", "patternProperties")  # where the keys of a JSON schema are names
 
 
@@ -66,16 +68,17 @@ def read_by_template(
 
 @dataclass
 class Witness:
-    """A conversation whose texts have marks. parts: what each mark stands for."""
+    """A conversation whose texts have marks. tokenizer: knows the special tokens. parts: what each mark stands for."""
 
     talk: Talk
+    tokenizer: Tokenizer
     parts: list[Part] = field(default_factory=list)
     marked: Talk = field(init=False)
 
     def __post_init__(self) -> None:
         tools = [self._tool(tool, number) for number, tool in enumerate(self.talk.tools, start=1)]
         messages = [self._message(message, at) for at, message in enumerate(self.talk.messages)]
-        self.marked = Talk(messages, tools, self.talk.weights)
+        self.marked = Talk(messages, self._parted(tools), self.talk.weights)
 
     def hidden(self, text: str, spans: Sequence[Span] = ()) -> list[Part]:
         """What did not come out in the text of the marked conversation, each thing once; with spans, in none of them."""
@@ -104,7 +107,16 @@ class Witness:
         if thought := reasoning_of(message):
             thought += self._mark(Part(at, f"the reasoning of {turn}", spoken=True, reasoning=True))
             found |= {key: thought for key in REASONING if key in message}
-        return found
+        return found | {key: self._parted(found[key]) for key in BESIDE_TEXTS if key in found}
+
+    def _parted(self, value: Any) -> Any:
+        """A value with marks at what has none yet and is a part of a special token's name: types, ids and the like."""
+        if isinstance(value, dict):
+            return {self._parted(key): self._parted(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [self._parted(one) for one in value]
+        parts = isinstance(value, str) and not SEEN.search(value) and self.tokenizer.part_of_special(value)
+        return PARTING + value + PARTING if parts else value
 
     def _call(self, call: dict[str, Any], part: Part) -> dict[str, Any]:
         function = call["function"]

@@ -185,7 +185,7 @@ class Template:
     ) -> Encoded | DataError:
         try:
             talk = self._talk(messages, tools, tokenizer)
-            shown = None if talk.plain else self._shown(talk)
+            shown = None if talk.plain else self._shown(talk, tokenizer)
             (whole,) = self._render(talk, [(len(messages), False)])
             text, marked = unmarked(self._sound(whole))
             spans = self._spans(text, marked, talk, tokenizer, train_on)
@@ -264,9 +264,9 @@ class Template:
 
     # --- what is shown -----------------------------------------------------------------------------------------------------
 
-    def _shown(self, talk: Talk) -> tuple[Witness, str, list[Span]]:
+    def _shown(self, talk: Talk, tokenizer: Tokenizer) -> tuple[Witness, str, list[Span]]:
         """A conversation with marks at what it says beside plain contents, and its text. Raises DataError where that is not shown."""
-        witness = Witness(talk)
+        witness = Witness(talk, tokenizer)
         (text,) = self._render(witness.marked, [(len(talk.messages), False)])
         if isinstance(text, TemplateFault) and text.kind == "broken":
             raise DataError(f"the template {self.name} cannot show tools, calls or reasoning; {self._shows()}", found=plain(text))
