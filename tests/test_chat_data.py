@@ -120,20 +120,26 @@ FAULTS: list[tuple[Any, str]] = [
     ({"messages": ROUND[:1]}, "no assistant turn"),
     ({"messages": []}, "'messages' has 0 turns, expected 1 to 10000"),
     ({"messages": {}}, "'messages' must be an array, found an object"),
-    ({"messages": [*ROUND, {"role": "tool", "content": "x"}]}, "turn 3 has the role 'tool': calls of tools are not trained"),
+    ({"messages": [*ROUND, {"role": "tool", "content": "x"}]}, "turn 3 is what a tool says, and turn 2 calls none"),
+    ({"messages": [{"role": "tool", "content": "x"}, *ROUND]}, "a tool speaks first, expected the user"),
+    ({"messages": [*ROUND, {"role": "function", "content": "x"}]}, "turn 3 has the role 'function': a call is written under"),
     ({"messages": [*ROUND, {"role": "critic", "content": "x"}]}, "turn 3 has the unknown role 'critic'; known are user, assistant, system"),
     (
         {"messages": [ROUND[0], {**ROUND[1], "tool_calls": [{"function": {"name": "f"}}]}]},
-        "turn 2 has 'tool_calls': calls of",
+        "call 1 of turn 2 has no arguments: {} says that it takes none",
     ),
     (
         {"messages": [ROUND[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-        "turn 2 has 'tool_calls': calls of",
+        "call 1 of turn 2 has no name",
     ),
-    ({"messages": ROUND, "tools": [{"type": "function"}]}, "the object has 'tools': calls of tools are not trained"),
+    ({"messages": ROUND, "tools": [{"type": "function"}]}, "tool 1 has no name"),
+    ({"messages": ROUND, "tools": [{"name": "f"}]}, "the template chatml does not show tool 1; data.chat.template=qwen shows tools"),
+    ({"messages": ROUND, "functions": [{"name": "f"}]}, "the object has 'functions': write them under 'tools'"),
+    ({"messages": [ROUND[0], {**ROUND[1], "function_call": {"name": "f"}}]}, "turn 2 has 'function_call': a call is written under"),
+    ({"messages": [ROUND[0], {**ROUND[1], "tools": [{"name": "f"}]}]}, "turn 2 has 'tools': tools belong to the whole conversation"),
     (
         {"messages": [ROUND[0], {**ROUND[1], "reasoning_content": "Hm"}]},
-        "turn 2 has 'reasoning_content': only the content",
+        "the template chatml does not show the reasoning of turn 2; data.chat.template=model does",
     ),
     ({"messages": ROUND, "images": ["a.png"]}, "the object has 'images': only text is trained"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ROUND[1]]}, "turn 1 has a part of the type 'image'"),
@@ -192,6 +198,9 @@ VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 0.5, 2, 1000, 1001, 1e308, "", " ", "\n", "x", "a\x00b", "\ud83d", "😀", [], {}, ["x"], {"role": "user"},
     "user", "assistant", "system", "human", "gpt", "tool", "User", "developer", [{"type": "text", "text": "part"}],
     [{"type": "text", "text": "of"}, {"type": "text", "text": " two"}], [{"role": "user", "content": "listed"}],
+    [{"name": "f", "arguments": "{}"}], '{"name": "f", "arguments": {"a": [1e400]}}', '[{"name": "f"}]', "{}",
+    {"name": "f", "arguments": {}},
+    [{"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"b": 1, "a": "x"}', "strict": True}}],
     "<|im_end|>", "\x1b[2J", "\u202e", "y" * 300, float("nan"), 10**400,
 )  # fmt: skip
 KEYS = (
@@ -214,7 +223,12 @@ KEYS = (
     "tools",
     "tool_calls",
     "reasoning_content",
+    "thinking",
     "images",
+    "function",
+    "arguments",
+    "name",
+    "tool_call_id",
 )
 
 
@@ -258,11 +272,37 @@ def grown(shape: str, dice: random.Random) -> dict[str, Any]:
     turns: list[dict[str, Any]] = [{names[0]: role, names[1]: f"{role} {at}"} for at in range(dice.randint(1, 3)) for role in pair]
     if dice.random() < 0.2:
         turns[0][names[1]] = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+    if dice.random() < 0.4:
+        turns[1:1] = called(names, dice, shape)
     said = dice.choice(("be kind", "be kind", "", " \n"))
     system = [{names[0]: dice.choice(("system", "developer")), names[1]: said}] if dice.random() < 0.3 else []
     if listed:
         return {"prompt": [*system, *turns[:-1]], "completion": dice.choice((turns[-1:], turns[-1]["content"]))}
-    return {"messages" if shape == "messages" else "conversations": system + turns}
+    tools = {"tools": dice.choice(([{"name": "f"}], '[{"function": {"name": "f"}}]', "", []))} if dice.random() < 0.3 else {}
+    return {"messages" if shape == "messages" else "conversations": system + turns, **tools}
+
+
+def called(names: tuple[str, str], dice: random.Random, shape: str) -> list[dict[str, Any]]:
+    """A call and what came of it, for the place after a question."""
+    made = {"name": "f", "arguments": dice.choice(({"a": 1}, '{"a": 1}', "", None))}
+    if shape == "sharegpt" and dice.random() < 0.5:
+        first: dict[str, Any] = {"from": "function_call", "value": json.dumps(dice.choice((made, [made, made])))}
+        return [first, *({"from": "observation", "value": "3"} for _ in range(dice.randint(1, 2)))]
+    role = "gpt" if names[0] == "from" else "assistant"
+    first = {names[0]: role, names[1]: dice.choice(("", None, "let me see")), "tool_calls": [dice.choice((made, {"function": made}))]}
+    if dice.random() < 0.3:
+        first["reasoning_content"] = "hm"
+    return [first, *({names[0]: "tool", names[1]: dice.choice(("3", "")), "name": "f"} for _ in range(dice.randint(1, 2)))]
+
+
+def as_judged(text: str) -> list[list[Any]]:
+    """A conversation as the oracle tells it."""
+    messages, tools = chat.conversation_of(text)
+    rows = []
+    for message in messages:
+        more = {key: value for key, value in message.items() if key not in ("role", "content", "weight")}
+        rows.append([message["role"], message["content"], message.get("weight"), *([more] if more else [])])
+    return rows + ([["tools", tools]] if tools else [])
 
 
 @pytest.mark.parametrize("shape", LINES)
@@ -278,7 +318,7 @@ def test_mutated_conversations_are_judged_as_the_oracle_judges(shape: str) -> No
             raw, line = (line := json.dumps(json.loads(line))).encode(), line
         text, why = parse_line(raw + b"\n", take=chat.taker(shape, train_on=train_on))  # type: ignore[arg-type]
         expected = judge(line, shape, train_on)
-        found = [[m["role"], m["content"], m.get("weight")] for m in chat.messages_of(text)] if text else None
+        found = as_judged(text) if text else None
         assert found == expected, (line, why, expected)
         assert bool(why) == (expected is None) and why.isprintable() and len(why) < 400, why
         accepted += expected is not None

@@ -30,6 +30,7 @@ from dist_llm.cli.way_on import Typed, complete, read_words
 from dist_llm.errors import Code, Failure, UsageError
 from tests.small_checkpoints import rows_of, save_small, seal, take_up
 from tests.told import commands, well_made
+from tests.tool_cases import NOT_SHOWN
 
 HOME = Path(__file__).parent / "messages"
 WRITE = bool(os.environ.get("DIST_LLM_WRITE_GOLDEN"))
@@ -385,11 +386,11 @@ CASES: dict[str, tuple[Case, ...]] = {
             '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
             '{"messages": [{"role": "user", "content": "a"}]}', '{"conversations": [{"from": "human", "value": "a"}]}')),
+        Case("tools that a template does not show", "data build run.yaml", 3, make=chats(*NOT_SHOWN)),
         Case("nothing is trained", "data build run.yaml", 3, make=chats(
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": false}]}')),
         Case("shape is not known", "data build run.yaml", 3, make=chats('{"question": "a", "answer": "b"}', first=False)),
-        Case("two shapes at once", "data build run.yaml", 3, make=chats(
-            '{"prompt": "a", "completion": "b", "messages": []}', first=False)),
+        Case("two shapes at once", "data build run.yaml", 3, make=chats('{"prompt": "a", "completion": "b", "messages": []}', first=False)),
         Case("conversation too long", "data preview run.yaml data.sequence=12", 3, make=chats()),
         Case("conversations in a row", "check run.yaml data.packing=concat data.source=python", make=chats()),
         Case("no such template", "data build run.yaml data.chat.template=chatlm", make=chats()),

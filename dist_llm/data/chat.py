@@ -2,14 +2,14 @@
 
     alpaca             {"instruction": text, "input": text, "output": text}             input and system may be left out
     sharegpt           {"conversations": [{"from": "human" | "gpt" | "system", "value": text}, ...]}     or turns as messages has them
-    messages           {"messages": [{"role": "user" | "assistant" | "system", "content": text}, ...]}
+    messages           {"messages": [{"role": "user" | "assistant" | "system" | "tool", "content": text}, ...]}       perhaps with `tools`
     prompt_completion  {"prompt": text or messages, "completion": text or messages}
     text               {"text": text}                                                   trained whole, without a template
 
 A turn, or an object of the shapes without turns, may carry `weight`, from 0 to 1000, or `train`, true or false. All objects of a
 source have one shape. A conversation is a first system turn, if any, then turns of the user and the assistant in alternation,
-the user first; it becomes a document whose text is one spelling of its messages. What would have to be left out for that, calls of
-tools or reasoning beside the content, is refused (LOST).
+the user first; what the tools say that the assistant calls stands between two turns of the assistant. It becomes a document whose
+text is one spelling of its messages and tools (turns.py). What would have to be left out for that is refused (LOST).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 import zstandard
 
-from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack, wrong_text
+from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack
 from dist_llm.data.templates import TrainOn as Trained
-from dist_llm.data.weights import LARGEST
+from dist_llm.data.turns import Turn, WrongError, beside, joined, reasoning_of, says, spelled_calls, tools_of, wanted_text, weight_of
 from dist_llm.errors import DataError, Failure, UsageError
 
 TrainOn = Trained | Literal["each"]  # each: every turn of the assistant in a sample of its own, which ends with it
@@ -41,22 +41,22 @@ KEYS: dict[str, tuple[str, ...]] = {  # what an object of a shape has at least; 
     "text": ("text",),
 }
 ROLES = {
-    "messages": ("user", "assistant", "system", "developer"),
-    "sharegpt": ("human", "user", "gpt", "assistant", "system", "developer"),
+    "messages": ("user", "assistant", "system", "developer", "tool"),
+    "sharegpt": ("human", "user", "gpt", "assistant", "system", "developer", "tool", "function_call", "observation"),
 }
-MEANS = {"human": "user", "gpt": "assistant", "developer": "system"}
-_CALLS = "calls of tools are not trained; write them into the content as the template spells them, or leave the conversation out"
-_THOUGHTS = "only the content of a turn is trained; write it into the content as the template spells it, or take the key away"
+MEANS = {"human": "user", "gpt": "assistant", "developer": "system", "function_call": "assistant", "observation": "tool"}
+WITH_TOOLS: tuple[Format, ...] = ("messages", "sharegpt", "prompt_completion")
+_CALLS = "a call is written under 'tool_calls' of the assistant's turn, and what comes of it is a turn of the role 'tool'"
+_TOOLS = "conversations of the formats messages, sharegpt and prompt_completion alone carry tools"
 _OTHERS = "only text is trained; leave the conversation out, or take the key away"
-TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython", "tool_call", "tool_response")
-LOST = {  # keys of an object with something in them that would be gone without a word
-    **dict.fromkeys(("tools", "functions"), _CALLS),
-    **dict.fromkeys(("images", "audios", "videos"), _OTHERS),
-}
+TOOL_ROLES = ("function", "function_call", "function_response", "observation", "ipython", "tool_call", "tool_response")
+_MEDIA = dict.fromkeys(("images", "audios", "videos"), _OTHERS)
+LOST = {**dict.fromkeys(("tools", "functions"), _TOOLS), **_MEDIA}  # keys of an object with something in them that would be gone
+LOST_BESIDE_TOOLS = {"functions": "write them under 'tools', each as the JSON schema of a function", **_MEDIA}
 LOST_OF_TURN = {  # and of a turn
-    **dict.fromkeys(("tool_calls", "function_call"), _CALLS),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHTS),
-    **LOST,
+    **dict.fromkeys(("tools", "functions"), "tools belong to the whole conversation: write them as 'tools' beside its turns"),
+    "function_call": _CALLS,
+    **_MEDIA,
 }
 LOOKED_AT = 1000  # lines among which the first object is looked for
 MOST_TURNS = 10_000
@@ -69,19 +69,6 @@ class Reading:
 
     shape: Literal["auto"] | Format = "auto"
     train_on: TrainOn = "assistant"
-
-
-class WrongError(ValueError):
-    """What is wrong with an object."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message. weight: None where nothing was said about it."""
-
-    role: str
-    content: str
-    weight: float | None = None
 
 
 def shapes_of(record: dict[str, Any]) -> list[Format]:
@@ -176,26 +163,28 @@ def taker(shape: Format, *, train_on: TrainOn) -> Take:
             turns = _turns(record, shape, train_on=train_on)
             if shape != "text":
                 check_order(turns, train_on=train_on)
+            tools = tools_of(record) if shape in WITH_TOOLS else []
         except WrongError as error:
             return "", str(error)
-        return spell(turns), ""
+        return spell(turns, tools), ""
 
     return take
 
 
-def spell(turns: Sequence[Turn]) -> str:
-    """The one text of a conversation's messages."""
-    return _spelled(as_messages(turns))
+def spell(turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> str:
+    """The one text of a conversation's messages, and of its tools where it has any."""
+    return _spelled(as_messages(turns), tools)
 
 
-def _spelled(messages: Sequence[dict[str, Any]]) -> str:
-    return json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _spelled(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+    return json.dumps({"messages": messages, "tools": tools} if tools else messages, ensure_ascii=False, separators=(",", ":"))
 
 
 def as_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Turns as a template reads them, without a system turn that says nothing."""
-    said = [turn for turn in turns if turn.content]
-    return [{"content": turn.content, "role": turn.role, **({} if turn.weight is None else {"weight": turn.weight})} for turn in said]
+    said = [turn for turn in turns if turn.content or turn.role != "system"]
+    weights = [{} if turn.weight is None else {"weight": turn.weight} for turn in said]
+    return [{"content": turn.content, "role": turn.role, **turn.more, **weight} for turn, weight in zip(said, weights, strict=True)]
 
 
 def each_turn(text: str) -> list[tuple[str, str]]:
@@ -204,13 +193,13 @@ def each_turn(text: str) -> list[tuple[str, str]]:
     So a template shows earlier turns as it does when the turn is generated. What is held out goes by the first answer and what it
     answers, which conversations that begin alike share. Where nothing is trained it is the conversation as it is.
     """
-    messages = messages_of(text)
+    messages, tools = conversation_of(text)
     ends = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     if not ends:
         return [(text, key_of(text))]
-    key = _key(messages[: ends[0] + 1])
+    key = _key(messages[: ends[0] + 1], tools)
     taken = [at for at in ends if messages[at].get("weight", 1.0)] or ends[-1:]
-    return [(_spelled(messages[: at + 1]), key) for at in taken]
+    return [(_spelled(messages[: at + 1], tools), key) for at in taken]
 
 
 def of_pair(question: str, answer: str) -> str:
@@ -218,25 +207,48 @@ def of_pair(question: str, answer: str) -> str:
     return spell([Turn("user", question), Turn("assistant", answer)])
 
 
+def conversation_of(text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The messages and the tools that `spell` has spelled."""
+    found = json.loads(text)
+    return (found["messages"], found["tools"]) if isinstance(found, dict) else (found, [])
+
+
 def messages_of(text: str) -> list[dict[str, Any]]:
     """The messages that `spell` has spelled."""
-    return json.loads(text)
+    return conversation_of(text)[0]
 
 
 def key_of(text: str) -> str:
-    """What decides between training and validation: what was said, whatever weights it has."""
-    return _key(messages_of(text))
+    """What decides between training and validation: what was said and called, and the tools at hand, whatever weights it has."""
+    return _key(*conversation_of(text))
 
 
-def _key(messages: Sequence[dict[str, Any]]) -> str:
-    return json.dumps([[message["role"], message["content"]] for message in messages])
+def _key(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+    rows = [[message["role"], message["content"], *_beside(message)] for message in messages]
+    return json.dumps([*rows, *([{"tools": tools}] if tools else [])], sort_keys=True)
+
+
+def _beside(message: dict[str, Any]) -> list[Any]:
+    """What a message says beside its content, whatever ids its calls have."""
+    calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", ())]
+    return [part for part in (calls, reasoning_of(message)) if part]
+
+
+def said(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """All texts that a conversation is made of; calls and tools as JSON."""
+    found = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+    for message in messages:
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        found += [text for text in (reasoning_of(message), message["content"], *calls) if text]
+    return found
 
 
 def spoken(text: str) -> str:
     """What was said alone, one turn a line: for the training of a tokenizer. Of a pair both sides."""
     found: Any = json.loads(text)
-    messages = [*found["chosen"], *found["rejected"][found["asked"] :]] if isinstance(found, dict) else found
-    return "\n".join(message["content"] for message in messages)
+    if isinstance(found, dict) and "chosen" in found:
+        return "\n".join(said([*found["chosen"], *found["rejected"][found["asked"] :]]))
+    return "\n".join(said(*conversation_of(text)))
 
 
 def _turns(record: dict[str, Any], shape: Format, *, train_on: TrainOn) -> list[Turn]:
@@ -244,10 +256,10 @@ def _turns(record: dict[str, Any], shape: Format, *, train_on: TrainOn) -> list[
     if why := missing_key(record, shape):
         raise WrongError(why)
     if shape != "text":
-        require_nothing_lost(record, "the object", LOST)
+        require_nothing_lost(record, "the object", LOST_BESIDE_TOOLS if shape in WITH_TOOLS else LOST)
     if shape in ("messages", "sharegpt"):
         return [*(system_of(record) if shape == "sharegpt" else []), *listed(record[KEYS[shape][0]], KEYS[shape][0], shape)]
-    weight = _weight(record, "the object")
+    weight = weight_of(record, "the object")
     if shape == "text":
         return [Turn("text", wanted_text(record["text"], "'text'"), weight)]
     if shape == "prompt_completion":
@@ -264,7 +276,7 @@ def _prompt(value: Any, *, train_on: TrainOn) -> list[Turn]:
     if not isinstance(value, list):
         return [Turn("user", wanted_text(value, "'prompt'"))]
     turns = listed(value, "prompt")
-    if turns[-1].role != "user":
+    if turns[-1].role not in ("user", "tool"):
         raise WrongError("'prompt' must end with a user's turn, which 'completion' answers")
     if train_on == "all":
         return turns
@@ -285,7 +297,7 @@ def _completion(value: Any, weight: float | None) -> list[Turn]:
 def require_nothing_lost(one: dict[str, Any], name: str, lost: Mapping[str, str]) -> None:
     """Raises WrongError where an object or a turn says something under a key that would be gone without a word; a flag says nothing."""
     for key, way in lost.items():
-        if isinstance(one.get(key), str | list | dict) and one[key]:
+        if says(one.get(key)):
             raise WrongError(f"{name} has {key!r}: {way}")
 
 
@@ -313,30 +325,23 @@ def _listed_turn(one: Any, number: int, shape: Format) -> Turn:
         raise WrongError(f"{name} must be an object, found {type_name(one)}")
     role_key, text_key = ("from", "value") if shape == "sharegpt" and ("from" in one or "role" not in one) else ("role", "content")
     require_nothing_lost(one, name, LOST_OF_TURN)
-    for key in (role_key, text_key):
+    calls = says(one.get("tool_calls"))
+    for key in (role_key,) if calls else (role_key, text_key):
         if key not in one:
             raise WrongError(f"{name} has no key {key!r} (it has {', '.join(printable(k, 20) for k in list(one)[:4])})")
-    role = one[role_key]
-    if isinstance(role, str) and role in TOOL_ROLES:
-        raise WrongError(f"{name} has the role {role!r}: {_CALLS}")
-    if not isinstance(role, str) or role not in ROLES[shape]:
-        shown = repr(printable(role, 20)) if isinstance(role, str) else type_name(role)
+    given = one[role_key]
+    if isinstance(given, str) and given in TOOL_ROLES and given not in ROLES[shape]:
+        raise WrongError(f"{name} has the role {given!r}: {_CALLS}")
+    if not isinstance(given, str) or given not in ROLES[shape]:
+        shown = repr(printable(given, 20)) if isinstance(given, str) else type_name(given)
         raise WrongError(f"{name} has the unknown role {shown}; known are {', '.join(ROLES[shape])}")
-    role, weight = MEANS.get(role, role), _weight(one, name)
-    text = wanted_text(_joined(one[text_key], name), name, empty=role == "system")
-    return Turn(role, text if text.strip() else "", weight)
-
-
-def _joined(value: Any, name: str) -> Any:
-    """A content that comes in parts, each `{"type": "text", "text": text}`, as one text; anything else as it is. Raises WrongError."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            shown = f"of the type {printable(kind, 20)!r}" if isinstance(kind, str) else "without a type"
-            raise WrongError(f"{name} has a part {shown}: only parts of the type 'text' are trained")
-    return "".join(wanted_text(part.get("text"), f"a part of {name}", empty=True) for part in value)
+    role, weight = MEANS.get(given, given), weight_of(one, name)
+    more = beside(one, role, name)
+    value = "" if calls and one.get(text_key) is None else joined(one[text_key], name)
+    text = wanted_text(value, name, empty=calls or role in ("system", "tool"))
+    if given == "function_call" and not calls:
+        return Turn(role, "", weight, {**more, "tool_calls": spelled_calls(text, name)})
+    return Turn(role, text if text.strip() or role == "tool" else "", weight, more)
 
 
 def system_of(record: dict[str, Any]) -> list[Turn]:
@@ -345,45 +350,24 @@ def system_of(record: dict[str, Any]) -> list[Turn]:
     return [Turn("system", text)] if text.strip() else []
 
 
-def wanted_text(value: Any, name: str, *, empty: bool = False) -> str:
-    """A text with something in it. Raises WrongError for anything else; `empty`: it may be without."""
-    if why := wrong_text(value, name):
-        raise WrongError(why)
-    if not empty and not value.strip():
-        raise WrongError(f"{name} is empty")
-    return value
-
-
-def _weight(one: dict[str, Any], name: str) -> float | None:
-    """The weight that a turn carries, or None."""
-    weight, train = one.get("weight"), one.get("train")
-    if weight is not None and train is not None:
-        raise WrongError(f"{name} has both weight and train")
-    if train is not None:
-        if not isinstance(train, bool):
-            raise WrongError(f"{name}: train must be true or false, found {type_name(train)}")
-        return None if train else 0.0
-    if weight is None:
-        return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise WrongError(f"{name}: weight must be a number, found {type_name(weight)}")
-    if not 0 <= weight <= LARGEST:
-        raise WrongError(f"{name}: weight must be from 0 to {LARGEST:g}, found {printable(str(weight), 20)}")
-    return float(weight)
-
-
 def check_order(turns: Sequence[Turn], *, train_on: TrainOn) -> None:
     """Raises WrongError where turns do not alternate, nobody answers, or something that is never trained has a weight."""
-    before = "system"
+    before = Turn("system", "")
     for number, turn in enumerate(turns, start=1):
         if turn.role == "system" and number > 1:
             raise WrongError(f"turn {number} is a system turn, expected at the beginning alone")
-        if turn.role == before != "system":
+        if turn.role == "tool" and number == 1:
+            raise WrongError("a tool speaks first, expected the user")
+        if turn.role == "tool" and before.role != "tool" and "tool_calls" not in before.more:
+            raise WrongError(f"turn {number} is what a tool says, and turn {number - 1} calls none; {_CALLS}")
+        if turn.role == "user" and before.role == "tool":
+            raise WrongError(f"turn {number} of the user comes after what a tool says, expected the assistant")
+        if turn.role == before.role not in ("system", "tool"):
             raise WrongError(f"two {turn.role} turns in a row, {number - 1} and {number}")
-        if turn.role == "assistant" and before == "system":
+        if turn.role == "assistant" and before.role == "system":
             raise WrongError("the assistant speaks first, expected the user")
         if turn.role != "assistant" and turn.weight and train_on != "all":
             raise WrongError(f"turn {number} of the {turn.role} has a weight, and train_on={train_on} never trains it")
-        before = turn.role
+        before = turn
     if not any(turn.role == "assistant" for turn in turns):
         raise WrongError("no assistant turn")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from dist_llm.data.chat import TrainOn, key_of, messages_of
+from dist_llm.data.chat import TrainOn, conversation_of, key_of, said
 from dist_llm.data.readers import BadLines, Document
 from dist_llm.data.templates import Template
 from dist_llm.data.templates import TrainOn as Trained
@@ -105,15 +105,15 @@ class ChatEncoder:
         return found
 
     def _encoded(self, document: Document) -> Ids | None:
-        messages = messages_of(document.text)
+        messages, tools = conversation_of(document.text)
         if messages[0]["role"] == "text":
             weight = messages[0].get("weight", 1.0)
-            said = self.tokenizer.encode(messages[0]["content"])
-            ids = [*self.tokenizer.before_documents, *said, self.tokenizer.end_id]
+            text = self.tokenizer.encode(messages[0]["content"])
+            ids = [*self.tokenizer.before_documents, *text, self.tokenizer.end_id]
             weights = [0.0] + [weight] * (len(ids) - 1)
             fault = None if any(weights) else "no token of the text is trained"
         else:
-            encoded = self.template.encode_batch([messages], self.tokenizer, train_on=self.train_on)[0]
+            encoded = self.template.encode_batch([messages], self.tokenizer, train_on=self.train_on, tools=tools)[0]
             if isinstance(encoded, DataError):
                 ids, weights, fault = [], [], encoded.what + (f" ({encoded.found})" if encoded.found else "")
             else:
@@ -122,12 +122,12 @@ class ChatEncoder:
             self.note_bad(document, fault, messages)
             return None
         digest = hashlib.blake2b(np.array(ids, "<i8").tobytes() + np.array(weights, "<f8").tobytes(), digest_size=16).digest()
-        text_bytes = sum(len(message["content"].encode()) for message in messages)
+        text_bytes = sum(len(text.encode()) for text in said(messages, tools))
         return Ids(ids, digest, place_of(document.key or key_of(document.text)), text_bytes, weights)
 
-    def note_bad(self, document: Document, fault: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    def note_bad(self, document: Document, fault: str, messages: Sequence[dict[str, Any]]) -> None:
         """Notes what cannot be encoded. Raises DataError when it is too much."""
-        excerpt = messages[-1]["content"][:200]
+        excerpt = "\n".join(said(messages[-1:]))[:200]
         self.faulty.append([document.name, fault, excerpt])
         self.bad.add(document.name, fault, excerpt.encode())
 

@@ -29,13 +29,17 @@ from dist_llm.data.chat import (
     listed,
     missing_key,
     require_nothing_lost,
+    said,
     system_of,
     wanted_text,
 )
 from dist_llm.data.encoding import ChatEncoder, Ids, place_of
 from dist_llm.data.readers import Document, Take, type_name
 from dist_llm.data.templates import Encoded
+from dist_llm.data.turns import REASONING, says
 from dist_llm.errors import DataError
+
+BESIDE = ("tool_calls", *REASONING)  # what a turn may say beside its content, and a pair may not
 
 
 def taker(*, train_on: TrainOn) -> Take:
@@ -76,7 +80,7 @@ def _conversations(record: dict[str, Any]) -> tuple[list[Turn], list[Turn], int]
         raise WrongError(f"'chosen' and 'rejected' must be of one kind, found {found}")
     sides = [_side(record, name) for name in SIDES]
     if isinstance(prompt, list):
-        before = listed(prompt, "prompt")
+        before = _listed(prompt, "prompt")
     elif prompt is None and kinds == {str}:
         raise WrongError("expected preference, found no key 'prompt'; texts need one, messages may begin with theirs")
     elif prompt is None or (kinds == {list} and all(side[0].role != "assistant" for side in sides)):
@@ -95,7 +99,18 @@ def _side(record: dict[str, Any], name: str) -> list[Turn]:
         return [Turn("assistant", wanted_text(value, repr(name)))]
     if not isinstance(value, list):
         raise WrongError(f"{name!r} must be a string or an array of messages, found {type_name(value)}")
-    return listed(value, name)
+    return _listed(value, name)
+
+
+def _listed(values: Any, name: str) -> list[Turn]:
+    """The turns of a list. Raises WrongError where one says more than a content."""
+    for number, one in enumerate(values if isinstance(values, list) else (), start=1):
+        more = [repr(key) for key in BESIDE if says(one.get(key))] if isinstance(one, dict) else []
+        if isinstance(one, dict) and one.get("role") == "tool":
+            more = ["the role 'tool'"]
+        if more:
+            raise WrongError(f"turn {number} has {more[0]}: pairs of answers are trained by their contents alone")
+    return listed(values, name)
 
 
 def _shared(sides: Sequence[list[Turn]], prompt: Any) -> tuple[list[Turn], list[Turn], int]:
@@ -147,6 +162,6 @@ class PairEncoder(ChatEncoder):
         ids, weights = chosen.ids + rejected.ids, chosen.weights + rejected.weights
         digest = hashlib.blake2b(np.array(ids, "<i8").tobytes() + np.array(weights, "<f8").tobytes(), digest_size=16)
         digest.update(len(chosen.ids).to_bytes(8, "little"))
-        text_bytes = sum(len(message["content"].encode()) for name in SIDES for message in pair[name])
+        text_bytes = sum(len(text.encode()) for name in SIDES for text in said(pair[name]))
         place = place_of(key_of(pair["chosen"][: pair["asked"]]))
         return Ids(ids, digest.digest(), place, text_bytes, weights, second=len(chosen.ids))

@@ -289,8 +289,22 @@ def parse_object(line: bytes) -> tuple[dict[str, Any] | None, str]:
         return None, why
     if not line.strip(BLANK):
         return None, ""
+    record, why = _loaded(line)
+    if why:
+        return None, why
+    return (record, "") if isinstance(record, dict) else (None, f"expected an object, found {type_name(record)}")
+
+
+def parse_text(text: str) -> tuple[Any, str]:
+    """The value of JSON that stands in a text, and what is wrong with it; as strict as a line is read."""
+    content = text.encode() + b"\n"
+    return (None, f"nested deeper than {MAX_DEPTH}") if _depth(content) > MAX_DEPTH else _loaded(content)
+
+
+def _loaded(line: bytes) -> tuple[Any, str]:
+    """The value of a line of JSON, and what is wrong with it."""
     try:
-        record = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        return json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object), ""
     except json.JSONDecodeError as error:
         if not line.endswith(b"\n"):
             return None, "the last line is cut off"
@@ -299,7 +313,6 @@ def parse_object(line: bytes) -> tuple[dict[str, Any] | None, str]:
         return None, f"holds the key {printable(str(error), 20)} twice"
     except (ValueError, RecursionError) as error:
         return None, f"not JSON ({printable(str(error), 60)})"
-    return (record, "") if isinstance(record, dict) else (None, f"expected an object, found {type_name(record)}")
 
 
 def text_of(record: dict[str, Any], *, text_key: str) -> tuple[str, str]:

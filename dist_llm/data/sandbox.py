@@ -5,14 +5,15 @@ a line, and answers each with `{"text": ...}` or `{"error": ..., "kind": ...}`. 
 output are bounded; it can write no file and start no process, and ends when its input does or a rendering takes too long.
 It imports nothing of ours, so that it starts in a tenth of a second.
 
-What a template is given is what transformers gives: `messages`, `add_generation_prompt`, `bos_token`, `eos_token`, `tools` and
-`documents` (both none), `raise_exception`, `tojson` without HTML escapes, `break` and `continue`, `{% generation %}`. No clock:
-the same conversation gives the same tokens on every day.
+What a template is given is what transformers gives: `messages`, `add_generation_prompt`, `bos_token`, `eos_token`, `tools` (none where
+there are none), `documents` (none), `raise_exception`, `tojson` without HTML escapes, `break` and `continue`, `{% generation %}`. No
+clock: the same conversation gives the same tokens on every day.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import sys
@@ -26,6 +27,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 OPEN, CLOSE = "\x00<", "\x00>"  # around what `{% generation %}` marks; no content holds a NUL
+# A NUL as JSON and Python write it, which is one of ours: not the letters of it, before which another backslash stands.
+ESCAPED, ESCAPED_IN_PYTHON = (re.compile(rf"(?<!\\)((?:\\\\)*)\\{spelled}") for spelled in ("u0000", "x00"))
 LARGEST_TEMPLATE = 1 << 20  # characters
 LARGEST_OUTPUT = 32 << 20  # characters of one conversation
 SECONDS = 5.0  # of processor time for one conversation
@@ -80,7 +83,23 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return text.replace("\\u0000", "\x00")  # our own marks
+    return ESCAPED.sub("\\1\x00", text) if "\\u0000" in text else text
+
+
+class _Text(str):
+    """A text with marks of ours, which stay marks where a template writes it as Python does, inside a list or an object."""
+
+    def __repr__(self) -> str:
+        return ESCAPED_IN_PYTHON.sub("\\1\x00", super().__repr__())
+
+
+def _kept(value: Any) -> Any:
+    """A value whose texts with marks keep them, however a template writes it."""
+    if isinstance(value, str):
+        return _Text(value) if "\x00" in value else value
+    if isinstance(value, dict):
+        return {_kept(key): _kept(one) for key, one in value.items()}
+    return [_kept(one) for one in value] if isinstance(value, list) else value
 
 
 def _refuse(message: object = "") -> None:
@@ -115,7 +134,7 @@ def render_one(template: jinja2.Template, variables: dict[str, Any]) -> str:
     parts: list[str] = []
     size = 0
     try:
-        for part in template.generate(**{"tools": None, "documents": None, **variables}):
+        for part in template.generate(**{"tools": None, "documents": None, **_kept(variables)}):
             parts.append(part)
             size += len(part)
             if size > LARGEST_OUTPUT:

@@ -25,14 +25,42 @@ CHATML = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-QWEN = (
-    """\
-{%- if messages[0].role != 'system' -%}
-  {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' -}}
+QWEN = """\
+{%- set default = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' -%}
+{%- set first = messages[0].content if messages[0].role == 'system' else default -%}
+{{- '<|im_start|>system\\n' + first -}}
+{%- if tools -%}
+  {{- '\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' -}}
+  {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' -}}
+  {%- for tool in tools -%}{{- '\\n' -}}{{- tool | tojson -}}{%- endfor -%}
+  {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within ' -}}
+  {{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>' -}}
 {%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- for message in messages -%}
+  {%- if message.role == 'assistant' -%}
+    {{- '<|im_start|>assistant\\n' -}}
+    {%- generation -%}
+      {{- message.content or '' -}}
+      {%- for tool_call in message.tool_calls -%}
+        {{- '\\n' if message.content or not loop.first -}}
+        {{- '<tool_call>\\n{"name": "' + tool_call.function.name + '", "arguments": ' -}}
+        {{- tool_call.function.arguments | tojson -}}
+        {{- '}\\n</tool_call>' -}}
+      {%- endfor -%}
+      {{- '<|im_end|>' -}}
+    {%- endgeneration -%}
+    {{- '\\n' -}}
+  {%- elif message.role == 'tool' -%}
+    {{- '<|im_start|>user' if loop.previtem is not defined or loop.previtem.role != 'tool' -}}
+    {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' -}}
+    {{- '<|im_end|>\\n' if loop.nextitem is not defined or loop.nextitem.role != 'tool' -}}
+  {%- elif not (loop.first and message.role == 'system') -%}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-    + CHATML
-)
 
 LLAMA3 = """\
 {{- bos_token -}}

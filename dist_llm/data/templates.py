@@ -1,10 +1,12 @@
 """Chat templates: how a conversation becomes tokens, which of them are trained, and where generation begins and ends.
 
-A conversation is a list of messages, `{"role": "system" | "user" | "assistant", "content": text}`, with an optional `weight` of
-a turn's tokens (1 when left out). A template is Jinja, in transformers' dialect; it is rendered in a sandbox (sandbox.py). What
-the assistant says is found by `{% generation %}` marks, or else as the difference between the text up to a turn and with it.
+A conversation is a list of messages, `{"role": "system" | "user" | "assistant" | "tool", "content": text}`, with an optional
+`weight` of a turn's tokens (1 when left out), and what data/turns.py lets stand beside a content; tools may be at hand. A template
+is Jinja, in transformers' dialect; it is rendered in a sandbox (sandbox.py). What the assistant says is found by `{% generation %}`
+marks, or else as the difference between the text up to a turn and with it.
 
-Special tokens belong to the template alone: `<|im_end|>` inside a message is encoded as the letters it is made of. Where a token
+Special tokens belong to the template alone: `<|im_end|>` inside a message, a call or a tool's definition is encoded as the letters
+it is made of. What is said and a template does not show is refused (shown.py), never left out. Where a token
 would reach over the edge of a trained turn the text is cut there, so that training sees the tokens that generation gives.
 """
 
@@ -12,33 +14,42 @@ from __future__ import annotations
 
 import hashlib
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from dist_llm.data.rendered import Span, end_of_turn, last_special, restored, tokens, unmarked
 from dist_llm.data.renderer import Apart, Here, Renderer
 from dist_llm.data.sandbox import TemplateFault, has_generation
+from dist_llm.data.shown import Talk, Witness, read_by_template
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError, Failure, UsageError, plain
 
 Message = Mapping[str, Any]
 TrainOn = Literal["assistant", "all", "last"]
 
-MARK = re.compile("\x00([<>])")
-LITERAL = re.compile("\x00([0-9]+);")  # the place of a special token's name in a message
 NAMES = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")  # what looks like a special token in a template
 PROBE = "What is it?", "It is this.", "And that?", "That too."
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, stop) of a text, and the weight of the tokens in it."""
-
-    start: int
-    stop: int
-    weight: float = 1.0
+CALLED = "look_it_up"
+CALLING: list[dict[str, Any]] = [
+    {"role": "user", "content": PROBE[0]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "lookitup1", "type": "function", "function": {"name": CALLED, "arguments": {"what": "it"}}}],
+    },
+]
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": CALLED,
+            "description": "Looks it up.",
+            "parameters": {"type": "object", "properties": {"what": {"type": "string", "description": "What."}}, "required": ["what"]},
+        },
+    }
+]
 
 
 @dataclass(frozen=True)
@@ -80,43 +91,49 @@ class Template:
         """The tokenizer with the special tokens that this template writes; new ones come after those it has."""
         return tokenizer.extended(self.commands(tokenizer))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Sequence[Message] = ()) -> str:
         """The text of a conversation; add_generation_prompt: and the beginning of the assistant's next turn.
 
         Raises UsageError where the template cannot be rendered, DataError where it refuses the conversation.
         """
-        (text,) = self._render([(messages, add_generation_prompt)], None)
-        return _restored(_unmarked(self._sound(text))[0], ())
+        (text,) = self._render(self._talk(messages, tools, None), [(len(messages), add_generation_prompt)])
+        return restored(unmarked(self._sound(text))[0], ())
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant"
+        self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant", tools: Sequence[Message] = ()
     ) -> tuple[list[int], list[float]]:
         """(ids, weights) of a conversation: the weight of a token is that of the loss of predicting it, 0 where it is only read.
 
         train_on: what the assistant says and the tokens that end it, in every turn or the last; or all tokens. Raises
         UsageError where the template is at fault, DataError where the conversation is.
         """
-        (found,) = self.encode_batch([messages], tokenizer, train_on=train_on)
+        (found,) = self.encode_batch([messages], tokenizer, train_on=train_on, tools=tools)
         if isinstance(found, Failure):
             raise found
         return found.ids, found.weights
 
     def encode_batch(
-        self, conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant"
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tokenizer: Tokenizer,
+        *,
+        train_on: TrainOn = "assistant",
+        tools: Sequence[Message] = (),
     ) -> list[Encoded | DataError]:
-        """Each conversation encoded, or what is wrong with it. Raises UsageError where the template is at fault."""
-        return [self._encoded(messages, tokenizer, train_on) for messages in conversations]
+        """Each conversation encoded, or what is wrong with it; tools: of all. Raises UsageError where the template is at fault."""
+        return [self._encoded(messages, tools, tokenizer, train_on) for messages in conversations]
 
-    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Message] = ()) -> list[int]:
         """The ids after which the assistant's next turn is to be generated. Raises UsageError or DataError."""
-        (marked,) = self._render([(messages, True)], tokenizer)
-        text, spans = _unmarked(self._sound(marked))
+        talk = self._talk(messages, tools, tokenizer)
+        (marked,) = self._render(talk, [(len(messages), True)])
+        text, spans = unmarked(self._sound(marked))
         if not self.marked:
             try:
-                spans = self._differences(text, messages, tokenizer, _assistants(messages, "assistant"))
+                spans = self._differences(text, talk, tokenizer, _assistants(talk, "assistant"))
             except UsageError:
                 spans = []  # a template that rewrites earlier turns: they are read as they stand
-        return _tokens(text, spans, tokenizer)[0]
+        return tokens(text, spans, tokenizer)[0]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The tokens that end what the assistant says: of the turn, and of a document. Raises UsageError where the template trains none."""
@@ -134,13 +151,24 @@ class Template:
 
     # --- rendering ---------------------------------------------------------------------------------------------------------
 
-    def _render(self, wanted: Sequence[tuple[Sequence[Message], bool]], tokenizer: Tokenizer | None) -> list[str | TemplateFault]:
-        """Texts with marks, special tokens in messages put out of the way when there is a tokenizer to know them by."""
-        requests = []
-        for messages, generation in wanted:
-            said = [{"role": str(message["role"]), "content": _guarded(str(message["content"]), tokenizer)} for message in messages]
-            requests.append({"messages": said, "add_generation_prompt": generation, "bos_token": self.bos, "eos_token": self.eos})
-        return self._renderer.render(requests)
+    def _talk(self, messages: Sequence[Message], tools: Sequence[Message], tokenizer: Tokenizer | None) -> Talk:
+        """A conversation as this template reads it. Raises DataError for a NUL."""
+        silent = any("tool_calls" in message and not message["content"] for message in messages)
+        return read_by_template(messages, tools, tokenizer, nothing=self._nothing if silent else None)
+
+    @cached_property
+    def _nothing(self) -> str | None:
+        """What a turn that calls and says nothing has as its content: null, or an empty text where it cannot be null, or is written out."""
+        null, empty = (self._render(read_by_template(CALLING, TOOLS, None, nothing=one), [(2, False)])[0] for one in (None, ""))
+        if isinstance(null, TemplateFault) or isinstance(empty, TemplateFault):
+            return "" if isinstance(null, TemplateFault) else None
+        return "" if null.count("None") > empty.count("None") else None
+
+    def _render(self, talk: Talk, wanted: Sequence[tuple[int, bool]]) -> list[str | TemplateFault]:
+        """Texts of the first messages of a conversation, so many each, and whether they ask for the next turn; with marks."""
+        rest = {"bos_token": self.bos, "eos_token": self.eos, **({"tools": talk.tools} if talk.tools else {})}
+        asked = [{"messages": talk.messages[:count], "add_generation_prompt": generation, **rest} for count, generation in wanted]
+        return self._renderer.render(asked)
 
     def _sound(self, text: str | TemplateFault) -> str:
         """The text. Raises what a fault means."""
@@ -152,16 +180,22 @@ class Template:
             "the chat template cannot be rendered", where=self.where, expected="a Jinja template", found=plain(text), next=self._others()
         )
 
-    def _encoded(self, messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> Encoded | DataError:
+    def _encoded(
+        self, messages: Sequence[Message], tools: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn
+    ) -> Encoded | DataError:
         try:
-            (whole,) = self._render([(messages, False)], tokenizer)
-            text, marked = _unmarked(self._sound(whole))
-            spans = self._spans(text, marked, messages, tokenizer, train_on)
+            talk = self._talk(messages, tools, tokenizer)
+            shown = None if talk.plain else self._shown(talk, tokenizer)
+            (whole,) = self._render(talk, [(len(messages), False)])
+            text, marked = unmarked(self._sound(whole))
+            spans = self._spans(text, marked, talk, tokenizer, train_on)
+            if shown is not None:
+                self._require_shown(shown, text, talk, tokenizer, train_on)
             if train_on != "all":
                 self._require_ends(text, spans, tokenizer)
         except DataError as fault:
             return fault
-        ids, places = _tokens(text, spans, tokenizer)
+        ids, places = tokens(text, spans, tokenizer)
         weights = [0.0] * len(ids)
         for (start, stop), span in zip(places, spans, strict=True):
             weights[start:stop] = [span.weight] * (stop - start)
@@ -172,18 +206,18 @@ class Template:
 
     # --- what is trained ---------------------------------------------------------------------------------------------------
 
-    def _spans(self, text: str, marked: list[Span], messages: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
+    def _spans(self, text: str, marked: list[Span], talk: Talk, tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
         """The parts of the text that are trained, those of weight 0 left out."""
         if train_on == "all":
-            if all(message.get("weight", 1.0) == 1.0 for message in messages):
+            if set(talk.weights) == {1.0}:
                 return [Span(0, len(text))]
-            return [span for span in self._turns(text, messages, tokenizer) if span.weight]
-        chosen = _assistants(messages, train_on)
+            return [span for span in self._turns(text, talk) if span.weight]
+        chosen = _assistants(talk, train_on)
         if self.marked and marked:
-            spans = _weighted(marked, messages, chosen)
+            spans = _weighted(marked, talk, chosen)
             if spans is not None:
                 return spans
-            found = f"{len(marked)} marked parts for {len(_assistants(messages, 'assistant'))} turns of the assistant"
+            found = f"{len(marked)} marked parts for {len(_assistants(talk, 'assistant'))} turns of the assistant"
             raise UsageError(
                 "the template marks more or fewer parts than there are turns",
                 where=self.where,
@@ -191,12 +225,12 @@ class Template:
                 found=found,
                 next=self._others(),
             )
-        return self._differences(text, messages, tokenizer, chosen)
+        return self._differences(text, talk, tokenizer, chosen)
 
-    def _differences(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
+    def _differences(self, text: str, talk: Talk, tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
         """What each chosen turn adds to the text that asks for it. Raises UsageError where earlier text changes with it."""
-        wanted = [pair for at in chosen for pair in ((messages[:at], True), (messages[: at + 1], False))]
-        rendered = [_unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
+        wanted = [pair for at in chosen for pair in ((at, True), (at + 1, False))]
+        rendered = [unmarked(self._sound(one))[0] for one in self._render(talk, wanted)]
         spans = []
         for (at, weight), before, after in zip(chosen.items(), rendered[::2], rendered[1::2], strict=True):
             if not after.startswith(before):
@@ -208,28 +242,73 @@ class Template:
                 expected = "{% generation %} marks in the template, or a text that only grows with each turn"
                 found = f"what comes after turn {at + 1} changes the text up to it"
                 raise UsageError(what, where=self.where, expected=expected, found=found, next=f"{EACH}; or {self._others()}")
-            stop = len(before) + _end_of_turn(after[len(before) :], tokenizer)
+            stop = len(before) + end_of_turn(after[len(before) :], tokenizer)
             spans.append(Span(len(before), stop, weight))
         return spans
 
-    def _turns(self, text: str, messages: Sequence[Message], tokenizer: Tokenizer) -> list[Span]:
-        """What each message adds to the text, with its weight."""
-        wanted = [(messages[: at + 1], False) for at in range(len(messages))]
-        rendered = [_unmarked(self._sound(one))[0] for one in self._render(wanted, tokenizer)]
-        spans, before = [], ""
-        for message, after in zip(messages, rendered, strict=True):
+    def _turns(self, text: str, talk: Talk) -> list[Span]:
+        """What each message adds to the text, with its weight; what tools say in a row is one, as templates put it in one turn."""
+        roles = [message["role"] for message in talk.messages]
+        ends = [at for at, role in enumerate(roles) if role != "tool" or roles[at + 1 : at + 2] != ["tool"]]
+        rendered = [unmarked(self._sound(one))[0] for one in self._render(talk, [(at + 1, False) for at in ends])]
+        spans, before, first = [], "", 0
+        for at, after in zip(ends, rendered, strict=True):
             if not after.startswith(before) or not text.startswith(after):
                 what = "the chat template rewrites earlier turns, so that a weight of a turn has no place"
                 raise UsageError(what, where=self.where, next=f"{EACH}; or {self._others()}")
-            spans.append(Span(len(before), len(after), float(message.get("weight", 1.0))))
-            before = after
+            if len(set(talk.weights[first : at + 1])) > 1:
+                raise DataError("what tools say in a row has different weights", found=f"turns {first + 1} to {at + 1}")
+            spans.append(Span(len(before), len(after), talk.weights[at]))
+            before, first = after, at + 1
         return spans
+
+    # --- what is shown -----------------------------------------------------------------------------------------------------
+
+    def _shown(self, talk: Talk, tokenizer: Tokenizer) -> tuple[Witness, str, list[Span]]:
+        """A conversation with marks at what it says beside plain contents, and its text. Raises DataError where that is not shown."""
+        witness = Witness(talk, tokenizer)
+        (text,) = self._render(witness.marked, [(len(talk.messages), False)])
+        if isinstance(text, TemplateFault) and text.kind == "broken":
+            raise DataError(f"the template {self.name} cannot show tools, calls or reasoning; {self._shows()}", found=plain(text))
+        found, spans = unmarked(self._sound(text))
+        if hidden := [part for part in witness.hidden(found) if not part.reasoning]:
+            raise DataError(f"the template {self.name} does not show {hidden[0].what}; {self._shows()}")
+        return witness, found, spans
+
+    def _require_shown(
+        self, shown: tuple[Witness, str, list[Span]], text: str, talk: Talk, tokenizer: Tokenizer, train_on: TrainOn
+    ) -> None:
+        """Raises DataError where reasoning that is to be trained is not shown, or something outside of the marks of what is trained,
+        or where what is said becomes a special token by what stands beside it."""
+        witness, found, marked = shown
+        trained = _assistants(talk, "last" if train_on == "last" else "assistant")
+        if hidden := [part for part in witness.hidden(found) if part.at in trained]:
+            earlier = all(part.at < max(trained) for part in hidden)
+            way = "data.chat.train_on=each trains every turn in a sample of its own" if earlier else self._shows(reasoning=True)
+            raise DataError(f"the template {self.name} does not show {hidden[0].what}; {way}")
+        if train_on != "all" and marked:
+            outside = [part for part in witness.hidden(found, marked) if part.spoken and part.at in trained]
+            if outside:
+                raise DataError(f"the template {self.name} shows {outside[0].what} outside of what it marks as trained; {self._shows()}")
+        names, parted = (tokenizer.special_pattern.findall(one) for one in (text, found))
+        if names != parted:
+            name = next((one for one, other in zip(names, [*parted, ""], strict=False) if one != other), names[-1] if names else "")
+            raise DataError(f"what is said and what the template writes beside it make the token {name} together")
+
+    def _shows(self, *, reasoning: bool = False) -> str:
+        """Which templates show more than plain contents."""
+        own = "a template in a .jinja file may" if self.models else "data.chat.template=model does where the model's own template knows it"
+        if reasoning:
+            return f"{own}; or write it into the content, as the model spells it"
+        return own if self.models or self.name == "qwen" else f"data.chat.template=qwen shows tools; {own}"
+
+    # --- how a turn ends ---------------------------------------------------------------------------------------------------
 
     def _require_ends(self, text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> None:
         """Raises DataError where a trained turn does not end as the assistant's turns do."""
         ends = self._end_names(tokenizer)
         for number, span in enumerate(spans):
-            if _last_special(text[span.start : span.stop], tokenizer) not in ends:
+            if last_special(text[span.start : span.stop], tokenizer) not in ends:
                 found = f"trained part {number + 1} ends before it"
                 raise DataError("the end of an assistant's turn is not trained", where=self.where, found=found, next=self._others())
 
@@ -246,10 +325,11 @@ class Template:
             roles = ("user", "assistant") * rounds
             messages = [{"role": role, "content": content} for role, content in zip(roles, PROBE, strict=False)]
             train_on: TrainOn = "assistant" if self.marked or rounds == 1 else "last"  # one that rewrites is told where it matters
+            talk = self._talk(messages, (), tokenizer)
             try:
-                (whole,) = self._render([(messages, False)], tokenizer)
-                text, marked = _unmarked(self._sound(whole))
-                spans = self._spans(text, marked, messages, tokenizer, train_on)
+                (whole,) = self._render(talk, [(len(messages), False)])
+                text, marked = unmarked(self._sound(whole))
+                spans = self._spans(text, marked, talk, tokenizer, train_on)
             except DataError as fault:
                 raise UsageError(
                     "the chat template refuses a plain conversation",
@@ -261,14 +341,31 @@ class Template:
             if not spans:
                 raise UsageError("the chat template leaves nothing to train", where=self.where, next=self._others())
             for span in spans:
-                name = _last_special(text[span.start : span.stop], tokenizer)
+                name = last_special(text[span.start : span.stop], tokenizer)
                 if name is None:
                     what = "the chat template never trains the token that ends a turn, so that the model would not stop"
                     expected = "a special token at the end of what the assistant says, inside {% generation %} where that is there"
-                    found = repr(_restored(text[span.start : span.stop], ())[-40:])
+                    found = repr(restored(text[span.start : span.stop], ())[-40:])
                     raise UsageError(what, where=self.where, expected=expected, found=found, next=self._others())
                 ends.add(name)
-        return frozenset(ends)
+        return frozenset(ends | self._ends_of_calls(tokenizer, ends))
+
+    def _ends_of_calls(self, tokenizer: Tokenizer, ends: Collection[str]) -> set[str]:
+        """The special tokens with which turns end that call a tool; none where the template shows no calls, or trains their end never.
+
+        ends: those of other turns.
+        """
+        talk, found = self._talk(CALLING, TOOLS, tokenizer), set()
+        try:
+            text, marked = unmarked(self._sound(self._render(talk, [(2, False)])[0]))
+            spans = self._spans(text, marked, talk, tokenizer, "assistant")
+        except Failure:
+            return set()
+        for span in spans:
+            name, after = last_special(text[span.start : span.stop], tokenizer), tokenizer.special_pattern.match(text[span.stop :].lstrip())
+            if name is not None and CALLED in text[span.start : span.stop] and not (after and after[0] in ends):
+                found.add(name)
+        return found
 
 
 NAMED = ("chatml", "llama3", "qwen", "plain", "model")
@@ -280,116 +377,17 @@ NEEDS = {
 }
 
 
-def _assistants(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float]:
+def _assistants(talk: Talk, train_on: TrainOn) -> dict[int, float]:
     """Places of the assistant's turns that are trained, and their weights; those of weight 0 are left out."""
-    found = {at: float(message.get("weight", 1.0)) for at, message in enumerate(messages) if message["role"] == "assistant"}
+    found = {at: talk.weights[at] for at, message in enumerate(talk.messages) if message["role"] == "assistant"}
     if train_on == "last":
         found = dict(list(found.items())[-1:])
     return {at: weight for at, weight in found.items() if weight}
 
 
-def _weighted(marked: Sequence[Span], messages: Sequence[Message], chosen: Mapping[int, float]) -> list[Span] | None:
+def _weighted(marked: Sequence[Span], talk: Talk, chosen: Mapping[int, float]) -> list[Span] | None:
     """The marked parts of the chosen turns with their weights; None where parts and turns cannot be told to belong together."""
-    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [at for at, message in enumerate(talk.messages) if message["role"] == "assistant"]
     if len(turns) == len(marked):
         return [replace(span, weight=chosen[at]) for at, span in zip(turns, marked, strict=True) if at in chosen]
     return list(marked) if len(marked) > len(turns) == len(chosen) and set(chosen.values()) <= {1.0} else None
-
-
-def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """The text without marks, and where they were, empty parts left out. Raises DataError where they do not fit together."""
-    parts, spans, at, size = [], [], 0, 0
-    opened: int | None = None
-    for match in MARK.finditer(text):
-        parts.append(text[at : match.start()])
-        size, at = size + match.start() - at, match.end()
-        if (match[1] == "<") == (opened is not None):
-            raise DataError("the marks of the chat template do not fit together", found="{% generation %} inside another, or cut apart")
-        if opened is None:
-            opened = size
-        else:
-            if size > opened:
-                spans.append(Span(opened, size))
-            opened = None
-    if opened is not None:
-        raise DataError("the marks of the chat template do not fit together", found="{% generation %} without its end")
-    return "".join((*parts, text[at:])), spans
-
-
-def _guarded(content: str, tokenizer: Tokenizer | None) -> str:
-    """A message with a mark in the place of each special token's name. Raises DataError for a NUL."""
-    if "\x00" in content:
-        raise DataError("a message holds a NUL character")
-    if tokenizer is None or not tokenizer.special_pattern.search(content):
-        return content
-    numbers = {name: number for number, name in enumerate(tokenizer.special_names)}
-    return tokenizer.special_pattern.sub(lambda match: f"\x00{numbers[match[0]]};", content)
-
-
-def _restored(text: str, names: Sequence[str]) -> str:
-    """The text with the names of special tokens where their marks are."""
-    return LITERAL.sub(lambda match: names[int(match[1])] if int(match[1]) < len(names) else "", text)
-
-
-def _last_special(text: str, tokenizer: Tokenizer) -> str | None:
-    """The special token with which a text ends, spaces aside."""
-    text = text.rstrip()
-    return next((name for name in tokenizer.special_names if text.endswith(name)), None)
-
-
-def _end_of_turn(text: str, tokenizer: Tokenizer) -> int:
-    """The length of a turn up to its last special token, when only spaces come after; else all of it."""
-    return len(text.rstrip()) if _last_special(text, tokenizer) else len(text)
-
-
-def _tokens(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a rendered text, and the first id and the one after the last of each span; no token reaches over an edge."""
-    if "\x00" not in text and (found := _whole(text, spans, tokenizer)) is not None:
-        return found
-    edges = sorted({0, len(text), *(span.start for span in spans), *(span.stop for span in spans)})
-    ids: list[int] = []
-    starts = {0: 0}
-    for start, stop in zip(edges, edges[1:], strict=False):
-        for part in _pieces(text[start:stop], tokenizer):
-            ids += part
-        starts[stop] = len(ids)
-    return ids, [(starts[span.start], starts[span.stop]) for span in spans]
-
-
-def _whole(text: str, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]] | None:
-    """The ids of a text encoded in one piece; None where a token reaches over an edge, or is another one without what follows."""
-    encoder = tokenizer.commanding
-    encoding = encoder.encode(text, add_special_tokens=False)
-    ids, offsets = encoding.ids, encoding.offsets
-    starts, stops, places = [start for start, _ in offsets], [stop for _, stop in offsets], []
-    for span in spans:
-        first, last = bisect_right(stops, span.start), bisect_left(starts, span.stop)
-        if first >= last or starts[first] < span.start or stops[last - 1] > span.stop:
-            return None
-        if not _stands_alone(text[: span.start], ids[:first], stops, tokenizer):
-            return None
-        places.append((first, last))
-    return ids, places
-
-
-def _stands_alone(text: str, ids: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a beginning of a text gives these ids without what follows. What stands before a special token is tried last."""
-    known = tokenizer.special.values()
-    at = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in known), -1)
-    encoder = tokenizer.commanding
-    if at >= 0 and encoder.encode(text[stops[at] :], add_special_tokens=False).ids == ids[at + 1 :]:
-        return True
-    return encoder.encode(text, add_special_tokens=False).ids == ids
-
-
-def _pieces(text: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of a part of a text: special tokens by their id, names of them in messages as letters."""
-    if "\x00" not in text:
-        yield tokenizer.commanding.encode(text, add_special_tokens=False).ids
-        return
-    names, at = tokenizer.special_names, 0
-    for match in tokenizer.special_pattern.finditer(text):
-        yield tokenizer.encode(_restored(text[at : match.start()], names))
-        yield [tokenizer.special[match[0]]]
-        at = match.end()
-    yield tokenizer.encode(_restored(text[at:], names))

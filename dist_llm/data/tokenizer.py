@@ -24,6 +24,7 @@ from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES, read_besid
 END = "<|endoftext|>"
 KNOWN_ENDS = (END, "<|end_of_text|>", "</s>", "<|eot_id|>", "<eos>", "<|im_end|>", "[SEP]", "<|end|>")
 LARGEST_FILE = 256 << 20  # bytes of a tokenizer.json
+NO_WORD = re.compile(r"[<>|｜/\[\]]")  # what names of special tokens are set off with
 SMALLEST_BPE = 257  # every byte, and the end
 
 
@@ -99,6 +100,20 @@ class Tokenizer:
     def special_pattern(self) -> re.Pattern[str]:
         """Finds the name of any special token."""
         return re.compile("|".join(map(re.escape, self.special_names)))
+
+    @cached_property
+    def special_ends(self) -> frozenset[str]:
+        """What names of special tokens begin and end with, two letters at least and never the whole name."""
+        inner = [(name, cut) for name in self.special for cut in range(2, len(name))]
+        return frozenset(part for name, cut in inner for part in (name[:cut], name[-cut:]))
+
+    def part_of_special(self, text: str) -> bool:
+        """Whether a text is a part of a special token's name that is no word, or has one at its beginning or end."""
+        text, longest = text.strip(), len(self.special_names[0])
+        if not NO_WORD.search(text):
+            return False
+        at_an_end = any(part in self.special_ends for cut in range(2, longest) for part in (text[:cut], text[-cut:]))
+        return at_an_end or (len(text) < longest and any(text in name for name in self.special_names))
 
     def extended(self, names: Sequence[str]) -> Tokenizer:
         """This tokenizer with further special tokens; those that it has keep their ids, new ones follow the largest."""
