@@ -32,7 +32,7 @@ class Subject:
     """What is proved: a config of its own, and how it relates to the user's."""
 
     config: Config
-    model: str  # "itself" or the twin in words
+    model: str  # "the model itself" or the twin in words
     steps: int
 
 
@@ -50,7 +50,7 @@ def subject(config: Config, layouts: Sequence[Layout], *, steps: int) -> Subject
         "data.document_mask": True,
     }
     if num_parameters(config.model) <= LARGEST:
-        return Subject(changed(config, small), "itself", steps)
+        return Subject(changed(config, small), "the model itself", steps)
     twin = _twin(config, layouts)
     words = f"twin: {twin['family']} with {twin['layers']} layers, dim {twin['dim']}, vocabulary {twin['vocab']}"
     return Subject(changed(config, {**small, "model": twin, "base": None}), words, steps)

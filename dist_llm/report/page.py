@@ -113,7 +113,7 @@ def comparison_facts(comparison: dict[str, Any]) -> list[tuple[str, str]]:
     proofs = [mapping(row.get("proof")) for row in rows]
     when = comparison.get("when") or mapping(comparison.get("environment")).get("when")
     found = [
-        ("model", _distinct(proof.get("model") for proof in proofs)),
+        ("proved on", _distinct(proof.get("model") for proof in proofs)),
         ("proved in", _distinct(proof.get("dtype") for proof in proofs)),
         ("proof steps", _distinct(proof.get("steps") for proof in proofs)),
         ("ranks", _distinct(sorted(world for row in rows if (world := finite(row.get("world"))) is not None))),
