@@ -6,8 +6,8 @@ import ast
 import csv
 import itertools
 import json
-import os
 import operator
+import os
 import random
 import re
 from collections import Counter, defaultdict, deque
