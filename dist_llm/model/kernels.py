@@ -44,8 +44,8 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, eps: floa
 
 
 def _inverse_root(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps): (..., D) -> (..., 1)."""
-    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+    """1 / sqrt(mean(x^2) + eps): (..., D) -> (..., 1). One pass: `vecdot` would write x^2 out, which takes three times as long."""
+    return torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
 
 
 def norm_backward(slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, eps: float) -> list[Tensor]:
@@ -111,26 +111,18 @@ def activate(parts: Sequence[Tensor], *, kind: str) -> Tensor:
 
 
 def activate_backward(slope: Tensor, parts: Sequence[Tensor], *, kind: str) -> Tensor:
-    """Slope (T, F), parts (T, F) -> the activation again, (T, F); the slopes by each part take its place. Uses up `slope`."""
-    if kind == "swiglu":
-        gate, up = parts
-        by_up = F.silu(gate)
-        y = by_up * up
-        by_up.mul_(slope)
-        torch.ops.aten.silu_backward.grad_input(slope.mul_(up), gate, grad_input=gate)
-        up.copy_(by_up)
-        return y
-    rule = {"approximate": _APPROXIMATE[kind]}
-    y = F.gelu(parts[0], **rule)
+    """Slope (T, F), parts (T, F) -> the activation again, (T, F); the slopes by each part take its place."""
+    rule = {} if kind == "swiglu" else {"approximate": _APPROXIMATE[kind]}
+    inner_backward = (torch.ops.aten.silu_backward if kind == "swiglu" else torch.ops.aten.gelu_backward).grad_input
+    y = F.silu(parts[0]) if kind == "swiglu" else F.gelu(parts[0], **rule)
     if len(parts) == 1:
-        torch.ops.aten.gelu_backward.grad_input(slope, parts[0], **rule, grad_input=parts[0])
+        inner_backward(slope, parts[0], **rule, grad_input=parts[0])
         return y
     gate, up = parts
-    by_up = y * slope
-    torch.ops.aten.gelu_backward.grad_input(slope.mul_(up), gate, **rule, grad_input=gate)
-    y.mul_(up)
-    up.copy_(by_up)
-    return y
+    gated = y * up
+    inner_backward(up.mul_(slope), gate, **rule, grad_input=gate)
+    torch.mul(y, slope, out=up)
+    return gated
 
 
 # --- rotary positions ------------------------------------------------------------------------------------------------------
