@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from dist_llm.config.load import load_config
+from dist_llm.data.tokenizer import load
 from dist_llm.errors import CheckpointError, Failure, NumericError, UsageError, render
 from dist_llm.infer.model import Model
 from dist_llm.interop.hugging_face import HuggingFaceFolder
@@ -98,6 +99,36 @@ def test_prefixes_and_buffers_that_mean_nothing(home: Path, tmp_path: Path) -> N
     one, other = (Slices(HuggingFaceFolder(folder)) for folder in (bare, home / "gpt2"))
     for row in table(one.folder.model):
         assert torch.equal(one.whole(row.name), other.whole(row.name))
+
+
+def test_a_special_token_may_have_no_row_while_nothing_says_it(home: Path, commands: Commands, tmp_path: Path) -> None:
+    """As in Gemma 3's models of text, whose tokenizer has one for images behind the last row: text is trained and made as ever."""
+    folder = copied(home / "tied", tmp_path / "in")
+    add_tokens(folder, 7, special=True)  # 6 rows to spare
+    run, image, said = str(tmp_path / "run"), "<|word6|>", tmp_path / "said.jsonl"
+    assert load(folder).vocab_size == 264 and import_folder(folder, tmp_path / "run").family == "llama"
+    (tmp_path / "text.txt").write_text(f"some words and {image}\n" * 40)
+    talks = [[{"role": "user", "content": word}, {"role": "assistant", "content": word}] for word in "abcd"]
+    said.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    options = [f"data.source={tmp_path}/text.txt", f"data.dir={tmp_path}/data", "data.sequence=16", "data.validation=0"]
+    options += ["schedule.steps=1", "batch.global=2", "batch.micro=2"]
+    assert commands.run("check", f"{run}/config.yaml", *options).returncode == 0
+    done = commands.run("train", f"{run}/config.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    trained = f"{run}-trained"
+    assert commands.run("sample", trained, "--prompt", image, "--tokens", "2").returncode == 0
+    assert commands.run("export", trained, str(tmp_path / "out"), "--verify").returncode == 0
+    import_folder(tmp_path / "out", tmp_path / "again")
+
+    for name, number in (("word5", 0), ("word6", 2)):
+        template = tmp_path / f"{name}.jinja"
+        template.write_text("{% for m in messages %}<|" + name + "|>{{ m.content }}<|endoftext|>{% endfor %}")
+        chat = [*options, f"data.source={said}", "data.chat.format=messages", f"data.chat.template={template}", "data.packing=none"]
+        for verb in ("check", "train"):
+            done = commands.run(verb, f"{run}/config.yaml", *chat, f"save.dir={tmp_path}/chat-{name}", "data.sequence=8")
+            assert done.returncode == number and ("264" in done.stderr) == bool(number), done.stderr
+    done = commands.run("chat", trained, "--template", str(template))
+    assert done.returncode == 2 and "no row for a token" in done.stderr, done.stderr
 
 
 def test_a_tied_weight_may_be_given_twice_if_it_is_the_same(home: Path, tmp_path: Path) -> None:
@@ -186,11 +217,14 @@ BAD: dict[str, tuple[str, Callable[[Path], None], type[Failure], str]] = {
 }  # fmt: skip
 
 
-def add_tokens(folder: Path, count: int) -> None:
+def add_tokens(folder: Path, count: int, *, special: bool = False) -> None:
     import tokenizers
 
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    inner.add_tokens([f"word{number}" for number in range(count)])
+    if special:
+        inner.add_special_tokens([f"<|word{number}|>" for number in range(count)])
+    else:
+        inner.add_tokens([f"word{number}" for number in range(count)])
     inner.save(str(folder / "tokenizer.json"))
 
 

@@ -76,9 +76,9 @@ def _tokenizer(folder: HuggingFaceFolder) -> Tokenizer:
         advice = f"in Python, AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r}), then the same command again"
         raise UsageError("the folder has no tokenizer.json", where=name, expected="a fast tokenizer", found="no such file", next=advice)
     tokenizer = load(folder.path)
-    if tokenizer.vocab_size > folder.model.vocab:
+    if tokenizer.rows() > folder.model.vocab:
         what, expected = "the tokenizer has more tokens than the model", f"at most {folder.model.vocab}, the vocab_size of config.json"
-        raise UsageError(what, where=str(folder.path), expected=expected, found=f"{tokenizer.vocab_size} tokens")
+        raise UsageError(what, where=str(folder.path), expected=expected, found=f"{tokenizer.rows()} tokens")
     return tokenizer
 
 
