@@ -140,8 +140,30 @@ def test_a_tied_weight_may_be_given_twice_if_it_is_the_same(home: Path, tmp_path
     other = table_of.clone()
     other[3, 4] += 1
     save_file({**tensors, "lm_head.weight": other}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="given twice"):
+    with pytest.raises(CheckpointError, match="given twice") as caught:
         HuggingFaceFolder(folder)
+    assert caught.value.found == "other numbers" and "tie_word_embeddings: false" in str(caught.value.next)
+    save_file({**tensors, "lm_head.weight": table_of.double()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="given twice") as caught:
+        HuggingFaceFolder(folder)
+    assert caught.value.found == "F64 [263, 24] beside BF16 [263, 24]"
+
+
+def test_a_name_of_the_hub_says_what_makes_a_folder(home: Path, commands: Commands, tmp_path: Path) -> None:
+    done = commands.run("import", "Owner/Model-1B", str(tmp_path / "a run"))
+    assert done.returncode == 4 and "hf download Owner/Model-1B --local-dir Model-1B, then: dist-llm import Model-1B" in done.stderr
+    for path, seen in ((home / "tied/config.json", "a file"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(CheckpointError) as caught:
+            import_folder(path, tmp_path / "run")
+        assert caught.value.found == seen
+
+
+def test_what_is_not_carried_along_is_said(home: Path, tmp_path: Path) -> None:
+    """Further chat templates lie in a folder of their own."""
+    folder = copied(home / "tied", tmp_path / "in")
+    assert import_folder(folder, tmp_path / "run").note is None
+    (folder / "additional_chat_templates").mkdir()
+    assert "additional_chat_templates" in str(import_folder(folder, tmp_path / "again").note)
 
 
 # --- bad folders -------------------------------------------------------------------------------------------------------------
