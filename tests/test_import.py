@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from dist_llm.config.load import load_config
+from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
+from dist_llm.config.load import load_config, load_text
+from dist_llm.config.schema import Config
 from dist_llm.data.tokenizer import load
 from dist_llm.errors import CheckpointError, Failure, NumericError, UsageError, render
 from dist_llm.infer.model import Model
@@ -29,10 +34,12 @@ from dist_llm.interop.slices import Slices
 from dist_llm.model.table import table
 from dist_llm.parallel.flat import pack
 from dist_llm.train.base import Base, read_base
-from dist_llm.train.begin import ByUnit
+from dist_llm.train.begin import ByUnit, take_base
 from dist_llm.train.folder import open_checkpoint
+from dist_llm.train.setup import make_engine, make_mesh
 from tests.commands import Commands
 from tests.hugging_face_cases import SHAPES, save_theirs, tensors_of, their_model
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
@@ -419,7 +426,9 @@ import torch
 from dist_llm.interop.importing import import_folder
 from dist_llm.interop.exporting import export_checkpoint
 from dist_llm.train.folder import open_checkpoint
+from dist_llm.train.setup import make_engine, make_mesh
 def peak(work):
+    ctypes.CDLL(None).mallopt(-3, 131072)  # M_MMAP_THRESHOLD: large blocks are given back at once
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")
     work()
@@ -452,6 +461,32 @@ def large(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
         save_file({key: value for key, value in tensors.items() if names[key] == name}, target / name)
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
+
+
+def taken(rank: int, world: int, say: Callable[..., None], config: dict[str, Any], layout: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of a rank's weights and moments, and by how much it grows at most while it takes its base."""
+    settings = Config.model_validate(config)
+    engine = make_engine(settings, make_mesh(settings, Layout(**layout), rank), device=torch.device("cpu"), dtype=torch.float32, base=False)
+    held = sum(item.values.nbytes for item in engine.state())
+    base = Base(str(settings.base))
+    ctypes.CDLL(None).mallopt(-3, 131072)  # M_MMAP_THRESHOLD: large blocks are given back at once
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")
+    take_base(engine, base)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return held, int(line.split()[1]) * 1024 - before
+
+
+@pytest.mark.parametrize("text", ["tp=2", "dp=2,zero=3"])
+def test_a_rank_needs_little_more_than_its_slices(text: str, large: Path, ranks: Ranks) -> None:
+    """Of 210 MB each rank holds half, and the moments; while they come in it grows by less than two blocks beside them."""
+    wanted = parse_layout(text)
+    config = load_text(f"base: {large / 'large'}\ndata: {{source: skills, sequence: 32}}\n", [], name="run.yaml", base=read_base).config
+    shape = resolve(wanted, world_of(wanted))
+    block = sum(row.numel for row in table(config.model) if row.unit == "blocks.0") * 4
+    whole = sum(row.numel for row in table(config.model)) * 4
+    for held, grown in ranks.run(2, "tests.test_import:taken", config.model_dump(by_alias=True), asdict(shape)):
+        assert held == pytest.approx(3 * whole / 2, rel=0.01) and grown < 2 * block < 0.3 * whole, (held, grown, block)
 
 
 def test_memory_is_bounded_by_a_tensor_and_ranks_read_their_part(large: Path) -> None:

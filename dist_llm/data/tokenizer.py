@@ -89,7 +89,7 @@ class Tokenizer:
     def rows(self, commands: Iterable[str] = ()) -> int:
         """Rows that a model needs to read texts: one more than the largest id of a text, of its beginning and end, and of `commands`.
 
-        A special token that is none of them never comes out of a text, and may have no row: Gemma 3's for images has none in models of text.
+        A special token that is none of them never comes out of a text, and may have no row, as Gemma 3's for images in models of text.
         """
         said = [self.special[name] for name in commands if name in self.special]
         return 1 + max((self.ids - set(self.special.values())) | {self.end_id, *self.begin, *said})
