@@ -428,7 +428,6 @@ from dist_llm.interop.exporting import export_checkpoint
 from dist_llm.train.folder import open_checkpoint
 from dist_llm.train.setup import make_engine, make_mesh
 def peak(work):
-    ctypes.CDLL(None).mallopt(-3, 131072)  # M_MMAP_THRESHOLD: large blocks are given back at once
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")
     work()

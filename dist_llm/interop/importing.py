@@ -21,9 +21,10 @@ from torch import Tensor
 
 from dist_llm.config.schema import Config
 from dist_llm.data.tokenizer import Tokenizer, load
-from dist_llm.errors import CheckpointError, NumericError, SpaceError, UsageError
+from dist_llm.errors import NumericError, SpaceError, UsageError
 from dist_llm.interop.first import write_first
 from dist_llm.interop.hugging_face import HuggingFaceFolder, no_folder
+from dist_llm.interop.safe_file import unsound
 from dist_llm.interop.slices import TORCH, Slices
 from dist_llm.model.table import table
 from dist_llm.train.durable import BLOCK, Bytes
@@ -57,7 +58,7 @@ def import_folder(source: Path, run: Path) -> Imported:
     if not source.is_dir():
         (found, hub), expected = no_folder(source), "a folder as Hugging Face lays it out"
         way = hub and f"{hub}, then: dist-llm import {source.name} {shlex.quote(str(run))}"
-        raise CheckpointError("there is no model here", where=str(source), expected=expected, found=found, next=way)
+        raise unsound("there is no model here", source, expected=expected, found=found, next=way)
     folder = HuggingFaceFolder(source)
     try:
         tokenizer = _tokenizer(folder)
