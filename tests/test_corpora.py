@@ -195,6 +195,16 @@ def test_a_source_that_is_not_there_is_a_usage_error(tmp_path: Path, monkeypatch
         open_corpus(source, seed=0)
 
 
+def test_names_of_other_programs_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of the hub without `hub:`, and Megatron's, which are named without the end of a file's name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words_document.idx").touch()
+    for source, way in (("owner/words", "data.source=hub:owner/words,"), ("words_document", "data.source=words_document.idx")):
+        with pytest.raises(UsageError, match="does not exist") as caught:
+            open_corpus(source, seed=0)
+        assert way in str(caught.value.next)
+
+
 def test_long_texts_are_cut_into_passages_and_separators_end_documents(tmp_path: Path) -> None:
     lines = [f"line {number} of the story\n" if number % 20 else "\n" for number in range(20_000)]
     (tmp_path / "story.txt").write_text("".join(lines))

@@ -125,12 +125,14 @@ def test_what_was_exported_comes_in_again(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_there_and_words_that_make_no_sense(runs: Path, commands: Commands, tmp_path: Path) -> None:
-    cases = [((str(tmp_path),), "there already"), ((str(tmp_path / "a"), "--dtype", "int4"), "dtype")]
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    cases = [((str(tmp_path),), "there already"), ((str(link),), "there already"), ((str(tmp_path / "a"), "--dtype", "int4"), "dtype")]
     cases += [((str(tmp_path / "a"), "--shard-size", size), "size of a shard") for size in ("5XB", "0", "-1GB", "9" * 40, "1.5.5GB")]
     for words, said in cases:
         done = commands.run("export", str(runs / "whole"), *words)
         assert done.returncode == 2 and said in done.stderr, done.stderr
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [link]
 
 
 def test_a_model_that_transformers_does_not_have_is_refused_with_the_field(runs: Path, tmp_path: Path) -> None:
@@ -168,6 +170,21 @@ def test_other_logits_and_damage_leave_nothing(runs: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="damaged"):
         export_checkpoint(open_checkpoint(broken), tmp_path / "out", shard_size=BIG)
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_weight_becomes_infinite(kind: str, tmp_path: Path) -> None:
+    """One that float16 cannot hold is told by name, exit 6; nothing is left."""
+    model = their_model(kind)
+    name, weight = next((name, weight) for name, weight in model.named_parameters() if weight.dim() == 2 and "0." in name)
+    with torch.no_grad():
+        weight[1, 2] = -70000.0
+    save_theirs(model, tmp_path / "in")
+    opened = open_checkpoint(import_folder(tmp_path / "in", tmp_path / "run").path)
+    with pytest.raises(NumericError, match="too large for float16") as caught:
+        export_checkpoint(opened, tmp_path / "out", dtype=torch.float16, shard_size=BIG)
+    assert caught.value.where == name and not (tmp_path / "out").exists()
+    export_checkpoint(opened, tmp_path / "out", dtype=torch.bfloat16, shard_size=BIG)
 
 
 def test_an_export_says_the_least_that_is_true(tmp_path: Path) -> None:

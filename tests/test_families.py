@@ -77,6 +77,19 @@ def test_files_of_earlier_versions_are_read() -> None:
     assert (read["rope_theta"], read["kv_heads"], read["head_dim"]) == (5000.0, 6, 4)
 
 
+def test_a_window_has_a_switch_in_qwen_alone() -> None:
+    """Mistral's code takes the window whatever `use_sliding_window` says."""
+    windowed = {**LLAMA, "sliding_window": 8, "use_sliding_window": False}
+    assert read_config({**windowed, "model_type": "mistral"}, where="config.json")["sliding_window"] == 8
+    assert read_config({**windowed, "model_type": "qwen2", "head_dim": None}, where="config.json")["sliding_window"] == 0
+
+
+def test_scaling_may_be_said_twice_if_it_is_the_same() -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    read = read_config({**LLAMA, "rope_scaling": scaling, "rope_parameters": {**scaling, "rope_theta": 300.0}}, where="config.json")
+    assert (read["rope_scaling"], read["rope_factor"], read["rope_theta"]) == ("linear", 2.0, 300.0)
+
+
 def test_a_gemma3_file_of_earlier_versions_is_read() -> None:
     """rope_local_base_freq, sliding_window_pattern; and what its class takes where a file says nothing."""
     kept = (
@@ -116,6 +129,11 @@ def test_a_gemma3_file_of_earlier_versions_is_read() -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 3.0}}, "attention_factor: 3.0"),
         ({"model_type": "gemma3", "text_config": {}}, "model_type: 'gemma3'"),
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias: True"),
+        ({"is_causal": False}, "is_causal: False"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act: 'gelu_pytorch_tanh'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: {'type': 'yarn', 'factor': 4.0}"),
+        ({"model_type": "gemma3_text", "hidden_act": None, "rope_parameters": {"rope_theta": 5.0}}, "rope_parameters: {'rope_theta': 5.0}"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters: {'full_attention': {'rope_theta': 1000000.0}}"),
     ],
     ids=str,
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from dist_llm.config.load import load_config
+from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
+from dist_llm.config.load import load_config, load_text
+from dist_llm.config.schema import Config
+from dist_llm.data.tokenizer import load
 from dist_llm.errors import CheckpointError, Failure, NumericError, UsageError, render
 from dist_llm.infer.model import Model
 from dist_llm.interop.hugging_face import HuggingFaceFolder
@@ -28,10 +34,12 @@ from dist_llm.interop.slices import Slices
 from dist_llm.model.table import table
 from dist_llm.parallel.flat import pack
 from dist_llm.train.base import Base, read_base
-from dist_llm.train.begin import ByUnit
+from dist_llm.train.begin import ByUnit, take_base
 from dist_llm.train.folder import open_checkpoint
+from dist_llm.train.setup import make_engine, make_mesh
 from tests.commands import Commands
 from tests.hugging_face_cases import SHAPES, save_theirs, tensors_of, their_model
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 INDEX = "model.safetensors.index.json"
@@ -100,6 +108,36 @@ def test_prefixes_and_buffers_that_mean_nothing(home: Path, tmp_path: Path) -> N
         assert torch.equal(one.whole(row.name), other.whole(row.name))
 
 
+def test_a_special_token_may_have_no_row_while_nothing_says_it(home: Path, commands: Commands, tmp_path: Path) -> None:
+    """As in Gemma 3's models of text, whose tokenizer has one for images behind the last row: text is trained and made as ever."""
+    folder = copied(home / "tied", tmp_path / "in")
+    add_tokens(folder, 7, special=True)  # 6 rows to spare
+    run, image, said = str(tmp_path / "run"), "<|word6|>", tmp_path / "said.jsonl"
+    assert load(folder).vocab_size == 264 and import_folder(folder, tmp_path / "run").family == "llama"
+    (tmp_path / "text.txt").write_text(f"some words and {image}\n" * 40)
+    talks = [[{"role": "user", "content": word}, {"role": "assistant", "content": word}] for word in "abcd"]
+    said.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    options = [f"data.source={tmp_path}/text.txt", f"data.dir={tmp_path}/data", "data.sequence=16", "data.validation=0"]
+    options += ["schedule.steps=1", "batch.global=2", "batch.micro=2"]
+    assert commands.run("check", f"{run}/config.yaml", *options).returncode == 0
+    done = commands.run("train", f"{run}/config.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    trained = f"{run}-trained"
+    assert commands.run("sample", trained, "--prompt", image, "--tokens", "2").returncode == 0
+    assert commands.run("export", trained, str(tmp_path / "out"), "--verify").returncode == 0
+    import_folder(tmp_path / "out", tmp_path / "again")
+
+    for name, number in (("word5", 0), ("word6", 2)):
+        template = tmp_path / f"{name}.jinja"
+        template.write_text("{% for m in messages %}<|" + name + "|>{{ m.content }}<|endoftext|>{% endfor %}")
+        chat = [*options, f"data.source={said}", "data.chat.format=messages", f"data.chat.template={template}", "data.packing=none"]
+        for verb in ("check", "train"):
+            done = commands.run(verb, f"{run}/config.yaml", *chat, f"save.dir={tmp_path}/chat-{name}", "data.sequence=8")
+            assert done.returncode == number and ("264" in done.stderr) == bool(number), done.stderr
+    done = commands.run("chat", trained, "--template", str(template))
+    assert done.returncode == 2 and "no row for a token" in done.stderr, done.stderr
+
+
 def test_a_tied_weight_may_be_given_twice_if_it_is_the_same(home: Path, tmp_path: Path) -> None:
     tensors = tensors_of(home / "tied")
     folder = copied(home / "tied", tmp_path / "twice")
@@ -109,8 +147,30 @@ def test_a_tied_weight_may_be_given_twice_if_it_is_the_same(home: Path, tmp_path
     other = table_of.clone()
     other[3, 4] += 1
     save_file({**tensors, "lm_head.weight": other}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="given twice"):
+    with pytest.raises(CheckpointError, match="given twice") as caught:
         HuggingFaceFolder(folder)
+    assert caught.value.found == "other numbers" and "tie_word_embeddings: false" in str(caught.value.next)
+    save_file({**tensors, "lm_head.weight": table_of.double()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="given twice") as caught:
+        HuggingFaceFolder(folder)
+    assert caught.value.found == "F64 [263, 24] beside BF16 [263, 24]"
+
+
+def test_a_name_of_the_hub_says_what_makes_a_folder(home: Path, commands: Commands, tmp_path: Path) -> None:
+    done = commands.run("import", "Owner/Model-1B", str(tmp_path / "a run"))
+    assert done.returncode == 4 and "hf download Owner/Model-1B --local-dir Model-1B, then: dist-llm import Model-1B" in done.stderr
+    for path, seen in ((home / "tied/config.json", "a file"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(CheckpointError) as caught:
+            import_folder(path, tmp_path / "run")
+        assert caught.value.found == seen
+
+
+def test_what_is_not_carried_along_is_said(home: Path, tmp_path: Path) -> None:
+    """Further chat templates lie in a folder of their own."""
+    folder = copied(home / "tied", tmp_path / "in")
+    assert import_folder(folder, tmp_path / "run").note is None
+    (folder / "additional_chat_templates").mkdir()
+    assert "additional_chat_templates" in str(import_folder(folder, tmp_path / "again").note)
 
 
 # --- bad folders -------------------------------------------------------------------------------------------------------------
@@ -186,11 +246,14 @@ BAD: dict[str, tuple[str, Callable[[Path], None], type[Failure], str]] = {
 }  # fmt: skip
 
 
-def add_tokens(folder: Path, count: int) -> None:
+def add_tokens(folder: Path, count: int, *, special: bool = False) -> None:
     import tokenizers
 
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    inner.add_tokens([f"word{number}" for number in range(count)])
+    if special:
+        inner.add_special_tokens([f"<|word{number}|>" for number in range(count)])
+    else:
+        inner.add_tokens([f"word{number}" for number in range(count)])
     inner.save(str(folder / "tokenizer.json"))
 
 
@@ -363,6 +426,7 @@ import torch
 from dist_llm.interop.importing import import_folder
 from dist_llm.interop.exporting import export_checkpoint
 from dist_llm.train.folder import open_checkpoint
+from dist_llm.train.setup import make_engine, make_mesh
 def peak(work):
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")
@@ -396,6 +460,32 @@ def large(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
         save_file({key: value for key, value in tensors.items() if names[key] == name}, target / name)
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder
+
+
+def taken(rank: int, world: int, say: Callable[..., None], config: dict[str, Any], layout: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of a rank's weights and moments, and by how much it grows at most while it takes its base."""
+    settings = Config.model_validate(config)
+    engine = make_engine(settings, make_mesh(settings, Layout(**layout), rank), device=torch.device("cpu"), dtype=torch.float32, base=False)
+    held = sum(item.values.nbytes for item in engine.state())
+    base = Base(str(settings.base))
+    ctypes.CDLL(None).mallopt(-3, 131072)  # M_MMAP_THRESHOLD: large blocks are given back at once
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")
+    take_base(engine, base)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return held, int(line.split()[1]) * 1024 - before
+
+
+@pytest.mark.parametrize("text", ["tp=2", "dp=2,zero=3"])
+def test_a_rank_needs_little_more_than_its_slices(text: str, large: Path, ranks: Ranks) -> None:
+    """Of 210 MB each rank holds half, and the moments; while they come in it grows by less than two blocks beside them."""
+    wanted = parse_layout(text)
+    config = load_text(f"base: {large / 'large'}\ndata: {{source: skills, sequence: 32}}\n", [], name="run.yaml", base=read_base).config
+    shape = resolve(wanted, world_of(wanted))
+    block = sum(row.numel for row in table(config.model) if row.unit == "blocks.0") * 4
+    whole = sum(row.numel for row in table(config.model)) * 4
+    for held, grown in ranks.run(2, "tests.test_import:taken", config.model_dump(by_alias=True), asdict(shape)):
+        assert held == pytest.approx(3 * whole / 2, rel=0.01) and grown < 2 * block < 0.3 * whole, (held, grown, block)
 
 
 def test_memory_is_bounded_by_a_tensor_and_ranks_read_their_part(large: Path) -> None:

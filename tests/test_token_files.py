@@ -415,6 +415,13 @@ def test_damage_to_streams_is_named(tmp_path: Path, what: str, content: bytes, b
     assert caught.value.where == f"{tmp_path}/x.bin, byte {byte}" and caught.value.expected and caught.value.found
 
 
+def test_an_index_of_the_kind_before_is_named(tmp_path: Path) -> None:
+    put(tmp_path, x_idx=b"TNTIDX\0\0" + struct.pack("<4Q", 1, 4, 2, 10), x_bin=b"\0" * 40)
+    with pytest.raises(DataError, match="before mmap") as caught:
+        build(tmp_path / "x.idx", tmp_path)
+    assert caught.value.where == f"{tmp_path}/x.idx, byte 0" and "--dataset-impl mmap" in str(caught.value.next)
+
+
 def test_what_a_user_can_ask_for_that_cannot_be(tmp_path: Path) -> None:
     put(tmp_path, x_bin=struct.pack("<3H", 1, 2, END), a_txt=b"text", lone_idx=INDEX)
     cases: list[tuple[Callable[[], object], str]] = [

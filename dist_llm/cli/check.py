@@ -192,9 +192,10 @@ def _check_template(loaded: Loaded) -> tuple[list[str], list[str]]:
     fitted = template.fit(tokenizer)
     template.require_end(fitted)
     added, vocab = sorted(fitted.added - tokenizer.added), config.model.vocab
-    if wanted.kind != "bpe" and fitted.vocab_size > vocab:
+    needed = fitted.vocab_size if config.base is None else fitted.rows(template.commands(fitted))
+    if wanted.kind != "bpe" and needed > vocab:
         what = "the model's vocabulary is smaller than the tokenizer's with the tokens of the chat template"
-        expected, found = f"model.vocab of at least {fitted.vocab_size}: {' '.join(added)}", f"{vocab} ({loaded.origins['model.vocab']})"
+        expected, found = f"model.vocab of at least {needed}: {' '.join(added)}", f"{vocab} ({loaded.origins['model.vocab']})"
         way = "of a base model that has no rows to spare, data.chat.template=plain needs no further tokens"
         raise UsageError(what, where=f"data.chat.template: {name}", expected=expected, found=found, next=way)
     fallen = name == "auto" and file is not None and not template.models
@@ -214,7 +215,8 @@ def _check_tokenizer(loaded: Loaded) -> None:
         return
     from dist_llm.data.tokenizer import load
 
-    tokens = load(Path(tokenizer.path)).vocab_size
+    here = load(Path(tokenizer.path))
+    tokens = here.vocab_size if loaded.config.base is None else here.rows()
     if tokens > vocab:
         expected, found = f"model.vocab of at least {tokens}", f"model.vocab {vocab} ({loaded.origins['model.vocab']})"
         way = f"the same command with model.vocab={tokens}"

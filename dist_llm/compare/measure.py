@@ -45,7 +45,7 @@ def prepare_rank(rank: int, world: int, say: Callable, config: dict[str, Any], r
         say({"message": message, "fraction": part})
 
     prepared = prepare(settings.data, seed=settings.runtime.seed, progress=progress)
-    prepared.require_vocab(settings.model.vocab)
+    prepared.require_vocab(settings.model.vocab, given=settings.base is not None)
     training_batches(prepared, settings.data, global_batch=settings.batch.global_, seed=settings.runtime.seed)
     dtype = str(choose_dtype(settings.runtime, device)).removeprefix("torch.")
     found = {"fingerprint": prepared.fingerprint, "notes": list(prepared.notes)}

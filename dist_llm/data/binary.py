@@ -48,9 +48,9 @@ class BinaryFile:
         assert at >= 0 and count >= 0 and at + count * width <= self.size, (self.path, at, count)
         return np.frombuffer(self._map, dtype=dtype, count=count, offset=at) if count else np.empty(0, dtype)
 
-    def refused(self, what: str, *, byte: int, expected: object, found: object) -> DataError:
+    def refused(self, what: str, *, byte: int, expected: object, found: object, next: str | None = None) -> DataError:
         """The failure of a file whose content at `byte` is not what it should be."""
-        return DataError(what, where=f"{self.path}, byte {byte}", expected=str(expected), found=str(found))
+        return DataError(what, where=f"{self.path}, byte {byte}", expected=str(expected), found=str(found), next=next)
 
 
 @contextmanager

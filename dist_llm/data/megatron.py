@@ -29,6 +29,7 @@ from dist_llm.data.binary import BinaryFile, new_file
 from dist_llm.data.store import TokenStore
 
 MAGIC = b"MMIDIDX\x00\x00"
+EARLIER = b"TNTIDX\x00\x00"  # its ids are written otherwise, and the file says less
 VERSION = 1
 HEAD = 34  # bytes before the lengths
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -67,6 +68,9 @@ def open_indexed(index_path: Path, data_path: Path) -> Indexed:
     """Reads and compares everything that the index says, a block at a time. Raises DataError with file, byte, expected and found."""
     index, data = BinaryFile(index_path), BinaryFile(data_path)
     head = bytes(index.array("u1", at=0, count=min(HEAD, index.size)))
+    if head[:8] == EARLIER:
+        way = "make it anew by Megatron's tools/preprocess_data.py with --dataset-impl mmap"
+        raise index.refused("an index of fairseq, or of Megatron before mmap", byte=0, expected=repr(MAGIC), found=repr(EARLIER), next=way)
     if head[:9] != MAGIC:
         expected = f"{MAGIC!r}, as an index of Megatron begins"
         raise index.refused("this is not a Megatron index", byte=0, expected=expected, found=repr(head[:9]))

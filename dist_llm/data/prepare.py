@@ -53,7 +53,8 @@ class Prepared:
     validation: stores of the documents held out, with their shares; empty when there are none. entropy_rate: nats per
     token below which no loss can fall, where the source is known (`entropy` with the byte tokenizer). built: whether
     this call wrote anything. notes: what a user should know. template, shapes: of conversations, and of each source's objects.
-    plain, added: the hash of the tokenizer before the template made tokens special, and those of them that are new.
+    plain, added: the hash of the tokenizer before the template made tokens special, and those of them that are new. ids: whether some
+    stores were ids when they came.
     base, beside: the identity of the weights that the run begins with, and the files that are carried along with them.
     base_weights: under an adapter, what tells them from others in any form.
     """
@@ -70,6 +71,7 @@ class Prepared:
     shapes: tuple[str, ...] = ()
     plain: str = ""
     added: tuple[str, ...] = ()
+    ids: bool = False
     base: str | None = None
     base_weights: str | None = None
     beside: dict[str, bytes] = field(default_factory=dict)
@@ -80,9 +82,14 @@ class Prepared:
         parts = [store.manifest.fingerprint for store in (*self.train, *self.validation)]
         return hashlib.sha256(json.dumps([self.tokenizer.hash, self.weights, parts]).encode()).hexdigest()
 
-    def require_vocab(self, vocab: int) -> None:
-        """Raises UsageError when a model with `vocab` embeddings cannot read these tokens."""
+    def require_vocab(self, vocab: int, *, given: bool = False) -> None:
+        """Raises UsageError when a model with `vocab` embeddings cannot read these tokens.
+
+        given: it is a base's, with the rows that it has; then those are enough that text and template need.
+        """
         needed = self.tokenizer.vocab_size
+        if given and not self.ids:
+            needed = self.tokenizer.rows(self.template.commands(self.tokenizer) if self.template else ())
         if vocab < needed:
             what = "the model's vocabulary is smaller than the tokenizer's"
             way = f"the same command with model.vocab={needed}"
@@ -157,6 +164,7 @@ def prepare(
         shapes=tuple(corpus.shape for corpus in corpora),
         plain=work.plain or tokenizer.hash,
         added=work.added,
+        ids=any(corpus.tokens is not None for corpus in corpora),
     )
 
 

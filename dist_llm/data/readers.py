@@ -134,6 +134,10 @@ def find_files(source: str) -> list[Path]:
         return found
     expected = "python, skills, entropy, hub:owner/name, or a file, folder or glob"
     way = "the same command with data.source=PATH"
+    if os.path.isfile(f"{path}.idx"):  # Megatron names its data sets without the end of a name
+        way = f"the same command with data.source={source}.idx"
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source, re.ASCII) and not path.parent.exists():
+        way = f"the same command with data.source=hub:{source}, if it is one of the hub, or data.source=PATH"
     raise UsageError("the data source does not exist", where=f"data.source: {source}", expected=expected, found="no such file", next=way)
 
 

@@ -86,6 +86,14 @@ class Tokenizer:
         """The special tokens by name, and their ids."""
         return {token.content: number for number, token in self.inner.get_added_tokens_decoder().items() if token.special}
 
+    def rows(self, commands: Iterable[str] = ()) -> int:
+        """Rows that a model needs to read texts: one more than the largest id of a text, of its beginning and end, and of `commands`.
+
+        A special token that is none of them never comes out of a text, and may have no row, as Gemma 3's for images in models of text.
+        """
+        said = [self.special[name] for name in commands if name in self.special]
+        return 1 + max((self.ids - set(self.special.values())) | {self.end_id, *self.begin, *said})
+
     @cached_property
     def added(self) -> frozenset[str]:
         """The names of all tokens that are found in a text before it is cut up: the special ones, and others."""

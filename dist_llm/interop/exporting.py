@@ -21,7 +21,7 @@ from dist_llm.config.base import FREE
 from dist_llm.config.schema import ModelConfig
 from dist_llm.data.publish import publish
 from dist_llm.data.tokenizer import load
-from dist_llm.errors import Failure, UsageError
+from dist_llm.errors import Failure, NumericError, UsageError
 from dist_llm.interop.families import Place, read_config, write_config
 from dist_llm.interop.hugging_face import CONFIG, INDEX, ONE, places_of, stored_shapes
 from dist_llm.interop.slices import NAMES, PIECE, TORCH
@@ -30,6 +30,7 @@ from dist_llm.sharding import Box
 from dist_llm.strict import strict_json
 from dist_llm.train.durable import Bytes, Disk
 from dist_llm.train.folder import Checkpoint
+from dist_llm.train.nonfinite import finite
 from dist_llm.train.storage import storing
 
 WORDS = {TORCH[name]: word for name, word in (("F64", "float64"), ("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"))}
@@ -106,11 +107,12 @@ def export_model(
     """Writes the Hugging Face folder `target`. dtype: of all weights; None: each as it is. shard_size: bytes of a file, at most.
 
     check: looks at the folder before it gets its name; where it raises there is none. Raises UsageError for a model that no
-    family of transformers can express, or a target that is there; CheckpointError for a damaged checkpoint; SpaceError.
+    family of transformers can express, or a target that is there; CheckpointError for a damaged checkpoint; NumericError for a weight
+    beyond the range of `dtype`; SpaceError.
     """
     model = opened.model
     values = write_config(model)
-    if target.exists():
+    if target.exists() or target.is_symlink():
         way = "name another folder, or remove this one"
         raise UsageError("the folder is there already", where=str(target), expected="a new folder", found="one that is there", next=way)
     beside = opened.beside
@@ -178,13 +180,19 @@ def _chunks(shard: list[Whole], opened: Subject) -> Iterator[Bytes]:
     yield len(text).to_bytes(8, "little") + text
     for one in shard:
         for values in _values(one, opened):
-            yield values.to(one.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+            cast = values.to(one.dtype)
+            if one.dtype != values.dtype and not finite(cast) and finite(values):
+                largest, word = f"{float(values.abs().max()):.3g} in {one.key}", WORDS[one.dtype]
+                what, expected = f"a weight is too large for {word}", f"at most {torch.finfo(one.dtype).max:g}"
+                way = "leave --dtype out, or name one with a wider range: bfloat16"
+                raise NumericError(what, where=one.key, expected=expected, found=largest, safe="nothing was written", next=way)
+            yield cast.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _values(one: Whole, opened: Subject) -> Iterator[Tensor]:
     """The elements of a tensor in its own order: pieces of our rows, or all of it at once where it lies transposed."""
     if any(place.transposed for _, place in one.rows):
-        yield torch.cat([opened.weights.whole(row.name).to(one.dtype) for row, _ in one.rows]).t()
+        yield torch.cat([opened.weights.whole(row.name) for row, _ in one.rows]).t()
         return
     for row, _ in one.rows:
         box = tuple((0, extent) for extent in row.shape)

@@ -50,6 +50,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (values that chang
     "add_cross_attention": ((None, False), "attention to an encoder"),
     "partial_rotary_factor": ((None, 1, 1.0), "positions in a part of each head"),
     "use_bidirectional_attention": ((None, False), "attention to later tokens"),
+    "is_causal": ((None, True), "attention to later tokens"),
     "scale_attn_by_inverse_layer_idx": ((None, False), "scores that shrink with depth"),
     "scale_attn_weights": ((None, True), "scores that are not divided by the square root of head_dim"),
 }
@@ -135,8 +136,10 @@ def _read_rotary(values: Values, family: Family, where: str) -> dict[str, Any]:
             found[ours] = values[theirs]
     found |= {"norm_eps": values.get("rms_norm_eps", 1e-6), "init_std": values.get("initializer_range", 0.02)}
     found |= {"max_positions": values.get("max_position_embeddings", 2048), "tied": values.get("tie_word_embeddings", False)}
-    key, plain = ("hidden_activation", "gelu_pytorch_tanh") if family.fixed.get("activation") == "geglu_tanh" else ("hidden_act", "silu")
-    found["activation"] = _one_of(values, key, ACTIVATIONS, where, plain)
+    activation = family.fixed.get("activation", PLAIN["activation"])
+    names = {theirs: ours for theirs, ours in ACTIVATIONS.items() if ours == activation}
+    key = "hidden_activation" if activation == "geglu_tanh" else "hidden_act"
+    found["activation"] = _one_of(values, key, names, where, next(iter(names)))
     found |= read_rope(values, family, where) | read_window(values, family, found["layers"], where)
     if "query_scale" in family.open:
         found["query_scale"] = values.get("query_pre_attn_scalar")

@@ -32,6 +32,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = ("F64", "F32", "BF16", "F16")
 # Buffers that are computed, not learned: rotary frequencies, causal masks, position numbers.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.(original_)?inv_freq|h\.\d+\.attn\.(masked_)?bias|position_ids)")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SAMPLE = 4096  # bytes of every tensor that its folder is known by
 PIECE = 8 << 20  # bytes compared at a time
 
@@ -168,10 +169,19 @@ class HuggingFaceFolder:
                 expected, seen = f"the tensors of {self.values['model_type']} as {CONFIG} describes it", f"{key} {list(stored.shape)}"
                 raise unsound("the folder has a tensor that its model does not", file.path, expected=expected, found=seen)
             table_of = self.sources["embedding.weight"]
-            alike = (stored.dtype, stored.shape) == (table_of.stored.dtype, table_of.stored.shape)
-            if not alike or not _equal(file, stored, table_of.file, table_of.stored):
+            given, tied = (f"{one.dtype} {list(one.shape)}" for one in (stored, table_of.stored))
+            if given != tied or not _equal(file, stored, table_of.file, table_of.stored):
                 expected = f"{key} equal to {table_of.place.key}, as tie_word_embeddings says"
-                raise unsound("a tied weight is given twice, and differs", file.path, expected=expected, found="other numbers")
+                seen = "other numbers" if given == tied else f"{given} beside {tied}"
+                way = f"where the head was trained apart, tie_word_embeddings: false in {self.path / CONFIG}"
+                raise unsound("a tied weight is given twice, and differs", file.path, expected=expected, found=seen, next=way)
+
+
+def no_folder(path: Path) -> tuple[str, str | None]:
+    """What is said of a folder that is not there, and where its name is one of the hub the command that makes it."""
+    if path.exists() or not HUB_NAME.fullmatch(str(path)) or path.parent.exists():
+        return "a file" if path.exists() else "no such folder", None
+    return "no such folder; a name of the hub, it seems, and no model is downloaded here", f"hf download {path} --local-dir {path.name}"
 
 
 def is_hugging_face(path: Path) -> bool:

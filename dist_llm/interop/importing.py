@@ -8,6 +8,7 @@ Tensors pass through one piece after the other. There are no moments: before a f
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from dist_llm.config.schema import Config
 from dist_llm.data.tokenizer import Tokenizer, load
 from dist_llm.errors import NumericError, SpaceError, UsageError
 from dist_llm.interop.first import write_first
-from dist_llm.interop.hugging_face import HuggingFaceFolder
+from dist_llm.interop.hugging_face import HuggingFaceFolder, no_folder
+from dist_llm.interop.safe_file import unsound
 from dist_llm.interop.slices import TORCH, Slices
 from dist_llm.model.table import table
 from dist_llm.train.durable import BLOCK, Bytes
@@ -53,6 +55,10 @@ def import_folder(source: Path, run: Path) -> Imported:
     Raises CheckpointError (a file is not sound), UsageError (a model or tokenizer that cannot be ours, a run folder in use),
     NumericError (weights that are not finite), SpaceError.
     """
+    if not source.is_dir():
+        (found, hub), expected = no_folder(source), "a folder as Hugging Face lays it out"
+        way = hub and f"{hub}, then: dist-llm import {source.name} {shlex.quote(str(run))}"
+        raise unsound("there is no model here", source, expected=expected, found=found, next=way)
     folder = HuggingFaceFolder(source)
     try:
         tokenizer = _tokenizer(folder)
@@ -76,9 +82,9 @@ def _tokenizer(folder: HuggingFaceFolder) -> Tokenizer:
         advice = f"in Python, AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r}), then the same command again"
         raise UsageError("the folder has no tokenizer.json", where=name, expected="a fast tokenizer", found="no such file", next=advice)
     tokenizer = load(folder.path)
-    if tokenizer.vocab_size > folder.model.vocab:
+    if tokenizer.rows() > folder.model.vocab:
         what, expected = "the tokenizer has more tokens than the model", f"at most {folder.model.vocab}, the vocab_size of config.json"
-        raise UsageError(what, where=str(folder.path), expected=expected, found=f"{tokenizer.vocab_size} tokens")
+        raise UsageError(what, where=str(folder.path), expected=expected, found=f"{tokenizer.rows()} tokens")
     return tokenizer
 
 
@@ -103,7 +109,9 @@ def _write(folder: HuggingFaceFolder, tokenizer: Tokenizer, config: Config, run:
     size = sum(tensor.nbytes for tensor in part.tensors)
     _require_room(run, size + size // BLOCK * HASH + ABOUT * len(part.tensors) + sum(map(len, folder.beside.values())))
     final = write_first(held, config, part, tokenizer=tokenizer, beside=folder.beside)
-    return Imported(final, config.model.family, sum(tensor.numel() for tensor in part.tensors), size)
+    others = "the templates of additional_chat_templates are not carried along: chat_template.jinja is the only one here"
+    note = others if (folder.path / "additional_chat_templates").is_dir() else None
+    return Imported(final, config.model.family, sum(tensor.numel() for tensor in part.tensors), size, note)
 
 
 def _require_room(run: Path, need: int) -> None:

@@ -98,13 +98,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 def read_window(values: Values, family: Family, layers: Any, where: str) -> dict[str, Any]:
     """`sliding_window` and `full_every` from `layer_types`, or from what earlier versions had in its place."""
-    window = values.get("sliding_window")
-    if "sliding_window" not in family.open or window is None or values.get("use_sliding_window") is False or type(layers) is not int:
+    window, switched = values.get("sliding_window"), "use_sliding_window" in family.defaults  # others' code does not look at the switch
+    if "sliding_window" not in family.open or window is None or type(layers) is not int:
+        return {}
+    if switched and values["use_sliding_window"] is False:
         return {}
     if "full_every" not in family.open:
         return {"sliding_window": window}
     types, usual = values.get("layer_types"), values.get("sliding_window_pattern", 0)
-    if types is None and "use_sliding_window" in family.defaults:
+    if types is None and switched:
         first = values.get("max_window_layers", 28)
         if type(first) is not int or 0 < first < layers:
             raise refusal(where, "max_window_layers", first, "windows from some layer on; we have them in all layers but each n-th")
@@ -144,10 +146,18 @@ TURNS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow"
 
 def read_rope(values: Values, family: Family, where: str) -> dict[str, Any]:
     """`rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling` as earlier ones did."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    given, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     local: Any = {}
+    apart = "rope_local_theta" in family.open
+    if given and isinstance(given, Mapping) and apart != (FULL in given):
+        meaning = f"a table for each of {FULL} and {SLIDING}" if apart else f"{family.name} has the same positions in all layers"
+        raise refusal(where, "rope_parameters", given, meaning)
     if isinstance(given, Mapping) and FULL in given:
         given, local = given[FULL] or {}, given.get(SLIDING) or {}
+    if scaling and given and not (isinstance(given, Mapping) and isinstance(scaling, Mapping) and scaling.items() <= given.items()):
+        # transformers 5 takes rope_scaling alone, and with it a rope_theta that nobody has written.
+        raise refusal(where, "rope_scaling", scaling, "rope_parameters is there too, and says otherwise: write all of it there")
+    given = given or scaling
     if not isinstance(given, Mapping) or not isinstance(local, Mapping):
         raise refusal(where, "rope_parameters", given, "a table of values")
     if local.get("rope_type", "default") != "default":

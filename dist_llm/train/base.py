@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dist_llm.config.base import Facts, of_weights
 from dist_llm.config.schema import ModelConfig, SaveConfig
 from dist_llm.errors import CheckpointError, UsageError
-from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face
+from dist_llm.interop.hugging_face import HuggingFaceFolder, is_hugging_face, no_folder
 from dist_llm.model.table import table
 from dist_llm.sidefiles import SLOW_TOKENIZER_FILES, TOKENIZER_FILES
 from dist_llm.strict import strict_json
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from dist_llm.train.parts import Source
 
 OTHER_BASE = "a sound copy in its place, or the same command with base=PATH"  # to do where a base is damaged
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SAMPLE = 1024  # elements of every tensor that weights are known by
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -53,10 +51,8 @@ class Base:
             return
         if not path.is_dir():
             expected = "a run folder or step folder, or a Hugging Face folder"
-            seen, way = "no such folder", "the same command with base=PATH"
-            if HUB_NAME.fullmatch(str(given)) and not path.parent.exists():
-                seen, name = f"{seen}; a name of the hub, it seems, and no model is downloaded here", path.name
-                way = f"hf download {given} --local-dir {name}, and base={name}"
+            seen, hub = no_folder(path)
+            way = f"{hub}, and base={path.name}" if hub else "the same command with base=PATH"
             raise CheckpointError("there is no base here", where=str(path), expected=expected, found=seen, next=way)
         self.folder = HuggingFaceFolder(path) if is_hugging_face(path) else None
         try:

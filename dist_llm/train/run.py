@@ -119,7 +119,7 @@ def prepare_here(config: Config, *, local_ranks: int, candidates: Sequence[str] 
 def prepare_data(config: Config, *, kept: Checkpoint | None = None, tell: Tell) -> Prepared:
     """The data of a run, built or found again; raises DataError or UsageError where it cannot feed it."""
     prepared = prepare(config.data, seed=config.runtime.seed, progress=lambda message, fraction: tell({"progress": [message, fraction]}))
-    prepared.require_vocab(config.model.vocab)
+    prepared.require_vocab(config.model.vocab, given=config.base is not None)
     order = training_batches(prepared, config.data, global_batch=config.batch.global_, seed=config.runtime.seed)
     order.require_targets(config.schedule.steps)
     validation_batches(prepared, config.data, global_batch=config.batch.global_)

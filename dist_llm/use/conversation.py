@@ -85,6 +85,10 @@ def choose_template(
         if lacking := sorted(fitted.added - tokenizer.added):
             what = "the tokenizer does not have the tokens of the chat template"
             raise UsageError(what, where=template.where, expected=", ".join(lacking), found=str(opened.path), next="--template plain")
+        if (rows := fitted.rows(template.commands(fitted))) > opened.config.model.vocab:
+            what, expected = "the model has no row for a token of the chat template", f"{rows} rows"
+            found = f"{opened.config.model.vocab} in {opened.path}"
+            raise UsageError(what, where=template.where, expected=expected, found=found, next="--template plain")
         template.require_end(fitted)
     except Failure as failure:  # one that is no longer there, or was never used
         if given is not None:

@@ -44,8 +44,8 @@ def open_sound(path: Path, *, whole: bool = True) -> tuple[Checkpoint, Tokenizer
     opened = open_checkpoint(path)
     opened.verify(None if whole else [name for name in opened.files if name.startswith("tokenizer")])
     tokenizer = load_tokenizer(opened.path)
-    if tokenizer.vocab_size > opened.config.model.vocab:
-        expected, found = f"at most {opened.config.model.vocab}, model.vocab of the checkpoint", f"{tokenizer.vocab_size} tokens"
+    if tokenizer.rows() > opened.config.model.vocab:
+        expected, found = f"at most {opened.config.model.vocab}, model.vocab of the checkpoint", f"{tokenizer.rows()} tokens"
         raise UsageError("the tokenizer has more tokens than the model", where=str(opened.path), expected=expected, found=found)
     return opened, tokenizer
 
