@@ -74,6 +74,24 @@ def test_a_text_ends_before_a_stop_string_and_at_a_stop_token(sampled: Any) -> N
     assert sampled("--prompt", "a", "--tokens", "30", "--temperature", "0", "--repetition-penalty", "2")["tokens"] != greedy[0]["tokens"]
 
 
+def test_a_text_ends_where_its_generation_config_says(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `generate` of transformers would; what is no token of the tokenizer counts for nothing."""
+    folder, again = tmp_path / "folder", tmp_path / "again"
+    assert cli.run(["export", str(small_run), str(folder)]) == 0
+    words = ["--prompt", "Question: ", "--tokens", "40", "--seed", "2", "--temperature", "1.5", "--json"]
+
+    def tokens(run: Path) -> list[int]:
+        capsys.readouterr()
+        assert cli.run(["sample", str(run), *words]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
+
+    whole = tokens(small_run)
+    end = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, whole[7], 10**6, "x", None]}))
+    assert cli.run(["import", str(folder), str(again)]) == 0
+    assert tokens(again) == whole[: whole.index(whole[7]) + 1]
+
+
 def test_several_texts_are_shown_whole_and_safe(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--prompt", "a\x1b[2J", "--samples", "2", "--tokens", "4"]
     assert cli.run(["sample", str(small_run), *words]) == 0

@@ -26,7 +26,7 @@ def chat(
 
     from dist_llm.use.chat import Brake, hold_chat
     from dist_llm.use.conversation import Conversation, choose_template
-    from dist_llm.use.load import open_sound, require_split
+    from dist_llm.use.load import kept_ends, open_sound, require_split
     from dist_llm.use.talk import Manner, Talk
 
     opened, tokenizer = open_sound(checkpoint)
@@ -35,11 +35,11 @@ def chat(
     window = opened.config.data.sequence
     if window < 4:
         raise UsageError("the model sees too few tokens for a conversation", where=str(opened.path), found=f"data.sequence {window}")
-    ends = tuple(sorted({*form.stop_ids(tokenizer), *flags.stop_ids(tokenizer, writing.stop_tokens)}))
+    ends = {*form.stop_ids(tokenizer), *kept_ends(opened, tokenizer), *flags.stop_ids(tokenizer, writing.stop_tokens)}
     conversation = Conversation(form, tokenizer, window=window, reserve=max(1, min(tokens, window // 4)), system=system)
     about = {"checkpoint": str(opened.path), "step": opened.step, "template": form.name, "ranks": writing.nproc}
     named, brake = flags.named_adapters(writing.adapters), Brake()
     names = tuple(name for name, _ in named)
-    talk = Talk(conversation, Manner(writing.choice, tokens, writing.stops, ends, writing.as_json, about, names), brake)
+    talk = Talk(conversation, Manner(writing.choice, tokens, writing.stops, tuple(sorted(ends)), writing.as_json, about, names), brake)
     shared: dict[str, Any] = {"place": writing.place, "nproc": writing.nproc, "runtime": writing.place.runtime(opened.config.runtime)}
     hold_chat(talk.turns(), brake, checkpoint=opened.path, adapters=named, **shared)

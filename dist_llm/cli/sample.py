@@ -34,13 +34,13 @@ def sample(
     """Continue texts with a checkpoint of any layout, or with adapters on it; a single text appears as it is made."""
     texts = _prompts(prompt, prompts)
 
-    from dist_llm.use.load import on_ranks, open_sound, require_split
+    from dist_llm.use.load import kept_ends, on_ranks, open_sound, require_split
     from dist_llm.use.sample import Request, as_request, write_rank
 
     opened, tokenizer = open_sound(checkpoint)
     require_split(opened.config.model, writing.nproc)
     ids = [tokenizer.prompt(text) for text in texts]
-    stop_tokens = flags.stop_ids(tokenizer, writing.stop_tokens)
+    stop_tokens = (*kept_ends(opened, tokenizer), *flags.stop_ids(tokenizer, writing.stop_tokens))
     shape, named = (tokens, samples, batch, writing.stops, stop_tokens, writing.place), flags.named_adapters(writing.adapters)
     request = Request(str(opened.path), ids, writing.choice, *shape, named)
     _note_long(ids, opened.config.data.sequence)
