@@ -26,7 +26,7 @@ from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.infer.model import Model
-from dist_llm.interop.exporting import Subject, Weights, export_model
+from dist_llm.interop.exporting import Subject, Weights, ends_of_answers, export_model
 from dist_llm.interop.given import Given, file_hash, grown, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.model.table import num_parameters, table
@@ -133,7 +133,8 @@ def merge(
         speaks = spoken[0] if spoken else alone
         tokenizer, beside = (speaks.path, speaks.beside) if speaks else (base.path, held)
         sequence = max(base.sequence, *(one.checkpoint.config.data.sequence for one in opened if one.checkpoint is not None), 0)
-        subject = Subject(tokenizer, plain, merged, {name: beside[name] for name in beside if name != MERGED}, sequence)
+        ends = ends_of_answers(speaks) if speaks else ()
+        subject = Subject(tokenizer, plain, merged, {name: beside[name] for name in beside if name != MERGED}, sequence, ends)
         found: list[Receipt] = []
 
         def check(folder: Path) -> None:
