@@ -17,7 +17,7 @@ from dist_llm.data.prepare import prepare
 from dist_llm.data.template_files import load_template
 from dist_llm.data.tokenizer import load, train_bpe
 from dist_llm.errors import CheckpointError, NumericError, UsageError
-from dist_llm.interop.exporting import cut, export_checkpoint, planned
+from dist_llm.interop.exporting import cut, ends_of_answers, export_checkpoint, planned
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
 from dist_llm.interop.logits import compare_logits
@@ -145,6 +145,7 @@ def test_a_run_on_conversations_speaks_the_same_in_transformers(family: str, com
         assert (found["input_ids"], found["assistant_masks"]) == (ids, [int(weight) for weight in weights])
         stops = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
         assert set(stops) == set(template.stop_ids(ours)) and len(stops) == 2
+        assert ends_of_answers(open_checkpoint(tmp_path / "chat")) == tuple(stops), "what lm-eval is told"
         assert theirs.eos_token_id == transformers.AutoConfig.from_pretrained(folder).eos_token_id == ours.end_id == stops[0]
 
 
