@@ -14,8 +14,8 @@ MEANS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
     "observation": "tool",
     "function_call": "assistant",
 }
-NEVER = ("tools", "functions", "images", "audios", "videos")  # with something in them; of a turn also:
-NEVER_IN_TURNS = (*NEVER, "function_call")
+NEVER = ("tools", "functions", "images", "audios", "videos", "chat_template_kwargs")  # with something in them; of a turn also:
+NEVER_IN_TURNS = ("tools", "functions", "images", "audios", "videos", "function_call")
 TOOLED = ("messages", "sharegpt", "prompt_completion")  # where tools are not among them
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -40,6 +40,13 @@ def weight_of(one: dict[str, Any]) -> tuple[bool, float | None]:
 def says(one: dict[str, Any], keys: tuple[str, ...]) -> bool:
     """Whether one of the keys has a text, a list or an object with something in it."""
     return any(type(one.get(key)) in (str, list, dict) and len(one[key]) > 0 for key in keys)
+
+
+def lost(one: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    """The same, where an object with nothing but what is empty says nothing."""
+    empty: list[Any] = [None, "", [], {}]
+    held = {key: one[key] for key in keys if key in one}
+    return says({key: [v for v in value.values() if v not in empty] if type(value) is dict else value for key, value in held.items()}, keys)
 
 
 def encodes(value: Any) -> bool:
@@ -130,7 +137,7 @@ def turns_of(listed: Any, shape: str) -> list[list[Any]] | None:
     known |= {"human", "gpt", "function_call", "observation"} if shape == "sharegpt" else set()
     turns = []
     for one in listed:
-        if not isinstance(one, dict) or says(one, NEVER_IN_TURNS):
+        if not isinstance(one, dict) or lost(one, NEVER_IN_TURNS):
             return None
         names = ("from", "value") if shape == "sharegpt" and ("from" in one or "role" not in one) else ("role", "content")
         called = says(one, ("tool_calls",))
@@ -161,7 +168,7 @@ def judge(line: str, shape: str, train_on: str) -> list[list[Any]] | None:
         return None
     if not isinstance(record, dict):
         return None
-    if shape != "text" and says(record, NEVER[1:] if shape in TOOLED else NEVER):
+    if shape != "text" and lost(record, NEVER[1:] if shape in TOOLED else NEVER):
         return None
     tools = tools_of(record) if shape in TOOLED else []
     if tools is None:

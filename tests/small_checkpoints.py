@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_llm.config.layout import Layout
@@ -111,3 +112,12 @@ def reseal(folder: Path, contents: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
         manifest["files"][name] = Digest(content).about
     seal(folder, manifest)
+
+
+def save_small_adapter(folder: Path, *, dim: int = 8, rank: int = 2) -> None:
+    """PEFT's folder of ones on q and v of one block, as it lies on the hub: without a receipt of ours."""
+    about = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "theirs"}
+    names = [f"base_model.model.model.layers.0.self_attn.{part}_proj.lora_{side}.weight" for part in "qv" for side in "AB"]
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    save_file({name: torch.ones((rank, dim) if "_A" in name else (dim, rank)) for name in names}, folder / "adapter_model.safetensors")

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from dist_llm.cli import main as cli
 from tests.commands import Commands, Result
+from tests.small_checkpoints import save_small_adapter
+from tests.test_messages import golden, normal, theirs
+from tests.told import well_made
 
 DATA = ["data.source=skills", "data.sequence=32", "data.max_tokens=20000", "data.validation=0.05"]
 STEPS = ["batch.global=4", "batch.micro=1", "schedule.kind=constant", "track.validate_batches=2"]
@@ -258,8 +262,29 @@ def test_an_adapter_is_in_a_base_once(commands: Commands, home: Path, tmp_path: 
     for held in ("two", "run"):
         for adapter in (lora, second):
             assert "merged twice" in refused(commands.run("merge", str(tmp_path / held), adapter, str(tmp_path / "three")))
+            for verb in ("sample", "chat", "eval"):
+                assert "count twice" in refused(commands.run(verb, str(tmp_path / "run"), "--adapter", adapter)), verb
+            assert "count twice" in refused(commands.run("import", adapter, str(tmp_path / "beside"), "--base", str(tmp_path / held)))
+    assert not (tmp_path / "beside").exists()
     assert "named twice" in refused(commands.run("merge", base, lora, str(home / "lora"), str(tmp_path / "three")))
     assert not (tmp_path / "three").exists()
+
+
+@pytest.mark.parametrize("words", ["sample run --adapter peft", "eval run --adapter other=peft", "import peft made --base run"])
+def test_what_is_said_of_an_adapter_that_is_in_its_base(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs()()
+    save_small_adapter(Path("peft"))
+    assert cli.run(["merge", "theirs", "peft", "merged"]) == cli.run(["import", "merged", "run"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["dist-llm", *words.split()])
+    code = cli.run(words.split())
+    found = normal(capsys.readouterr().err, tmp_path)
+    golden("inside", f"adapter that is in its base, {words.split()[0]}", f"$ dist-llm {words}\nexit {code}\n{found}")
+    well_made(found)
+    assert code == 2 and not Path("made").exists()
 
 
 def test_an_export_of_an_adapter_takes_its_flags(commands: Commands, home: Path, tmp_path: Path, ranks: Any) -> None:

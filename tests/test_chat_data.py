@@ -141,6 +141,10 @@ FAULTS: list[tuple[Any, str]] = [
         {"messages": [ROUND[0], {**ROUND[1], "reasoning_content": "Hm"}]},
         "the template chatml does not show the reasoning of turn 2; data.chat.template=model does",
     ),
+    (
+        {"messages": ROUND, "chat_template_kwargs": {"enable_thinking": False}},
+        "the object has 'chat_template_kwargs': a template gets",
+    ),
     ({"messages": ROUND, "images": ["a.png"]}, "the object has 'images': only text is trained"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ROUND[1]]}, "turn 1 has a part of the type 'image'"),
     ({"messages": [{"role": "user", "content": ["Hi"]}, ROUND[1]]}, "turn 1 has a part without a type"),
@@ -229,6 +233,7 @@ KEYS = (
     "arguments",
     "name",
     "tool_call_id",
+    "chat_template_kwargs",
 )
 
 

@@ -32,7 +32,11 @@ SAME: list[tuple[str, dict[str, Any], list[tuple[str, str, float | None]]]] = [ 
     ),
     (
         "messages",
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, ROUND[1]], "tools": []},
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, ROUND[1]],
+            "tools": [],
+            "chat_template_kwargs": {"enable_thinking": None, "tools": []},
+        },
         [("user", "Hi", None), ("assistant", "Hello", None)],
     ),
     (

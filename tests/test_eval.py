@@ -17,7 +17,7 @@ from dist_llm.cli.eval import table
 from dist_llm.config.load import load_config
 from dist_llm.data import skills
 from dist_llm.data.prepare import prepare
-from dist_llm.data.tokenizer import bytes_tokenizer
+from dist_llm.data.tokenizer import bytes_tokenizer, train_bpe
 from dist_llm.errors import UsageError
 from dist_llm.infer import exam
 from dist_llm.infer.choose import Choice
@@ -268,6 +268,42 @@ def test_text_goes_on_until(scorer: Scorer) -> None:
     assert warm[0] == warm[1] != warm[2]
 
 
+def test_an_answer_is_as_long_as_the_task_says(scorer: Scorer) -> None:
+    """Under each of the names that lm-eval knows; one that leaves no room for its question is refused, as there."""
+    (three,) = scorer.until([("once", {"max_gen_toks": 3})])
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert scorer.until([("once", {name: 3, "max_gen_toks": None})]) == [three], name
+    assert scorer.until([("once", {"max_gen_toks": 3, "max_new_tokens": 9})]) == [three]
+    assert scorer.until([("a question", {})]) == scorer.until([("question", {"max_gen_toks": 8})]), "half the window is for the question"
+    for length in (16, 0):
+        with pytest.raises(UsageError, match="no room for a question"):
+            scorer.until([("once", {"max_gen_toks": length})])
+
+
+def test_special_tokens_end_answers_and_have_no_text(scorer: Scorer) -> None:
+    """As lm-eval's own model decodes them: left out; where an answer ends by its template, or the task names them, it ends."""
+    settings = {"max_gen_toks": 12}
+    greedy = list(follow(scorer.model, list(b"once"), count=12, choice=Choice(temperature=0.0), window=16))
+    tokenizer, mark = bytes_tokenizer(), greedy[4]
+    name = str(tokenizer.inner.id_to_token(mark))
+    tokenizer.inner.add_special_tokens([name])
+    first = greedy.index(mark)
+    kept = tokenizer.decode([token for token in greedy if token != mark])
+    shown = Scorer(scorer.model, tokenizer, window=16)
+    assert shown.until([("once", settings)]) == [kept] and first < 11
+    assert shown.until([("once", {**settings, "until": [name]})]) == [tokenizer.decode(greedy[:first])]
+    assert Scorer(scorer.model, tokenizer, window=16, ends=[mark]).until([("once", settings)]) == [tokenizer.decode(greedy[:first])]
+
+
+def test_a_continuation_that_makes_one_token_with_its_context_counts() -> None:
+    """Not as nothing, which would be certain."""
+    tokenizer = train_bpe(["ab " * 50], vocab=258)
+    assert len(tokenizer.encode("ab")) == 1
+    found = Scorer(build({**LLAMA, "vocab": 258}), tokenizer, window=16)
+    expected = direct(found, tokenizer.encode("a"), tokenizer.encode("b"))
+    assert found.likelihoods([("a", "b")])[0] == (pytest.approx(expected[0], abs=1e-9), expected[1])
+
+
 def test_the_adapter_answers_instances(scorer: Scorer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a base class in the place of lm-eval's, which need not be installed."""
 
@@ -289,7 +325,9 @@ def test_the_adapter_answers_instances(scorer: Scorer, run: Path, monkeypatch: p
     assert model.loglikelihood([ask("a", "b"), ask("c", "d")]) == scorer.likelihoods([("a", "b"), ("c", "d")])
     assert model.loglikelihood_rolling([ask("abc")]) == scorer.rolling(["abc"])
     assert model.generate_until([ask("a", {"max_gen_toks": 2})]) == scorer.until([("a", {"max_gen_toks": 2})])
-    assert lm_eval_model(run, dtype="float32").scorer.window == 64
+    monkeypatch.setattr("dist_llm.use.lm_eval_adapter.ends_of_answers", lambda opened: (7,))
+    held = lm_eval_model(run, dtype="float32").scorer
+    assert held.window == 64 and held.ends == {held.tokenizer.end_id, 7}
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

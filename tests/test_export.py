@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
 from dist_llm.config.layout import parse_layout, resolve, world_of
 from dist_llm.config.load import config_tree, load_config
 from dist_llm.data.prepare import prepare
-from dist_llm.data.tokenizer import load
+from dist_llm.data.template_files import load_template
+from dist_llm.data.tokenizer import load, train_bpe
 from dist_llm.errors import CheckpointError, NumericError, UsageError
-from dist_llm.interop.exporting import cut, export_checkpoint, planned
+from dist_llm.interop.exporting import cut, ends_of_answers, export_checkpoint, planned
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
 from dist_llm.interop.logits import compare_logits
@@ -109,6 +111,73 @@ def test_the_tokenizer_is_the_same_in_transformers(runs: Path, tmp_path: Path) -
             assert other(text)["input_ids"] == other.encode(text, add_special_tokens=False) == ids, text
             assert other.decode(ids) == ours.decode(ids) == text
     assert theirs.eos_token_id == theirs.bos_token_id == ours.end_id and len(theirs) == ours.vocab_size
+
+
+def trained(commands: Commands, home: Path, name: str, *words: str, config: Path = Path("configs/tiny.yaml")) -> Path:
+    """Two steps of a config with other values, exported."""
+    words = ("data.max_tokens=20_000", "schedule.steps=2", f"data.dir={home / 'data'}", "track.validate_batches=1", *words)
+    run, out = str(home / name), home / f"{name}-out"
+    for verb in (("train", str(config), "--run-dir", run, *words), ("export", run, str(out))):
+        done = commands.run(*verb)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma3"]
+)  # transformers makes tokenizers of their own of these, where a folder names no class
+def test_a_run_on_conversations_speaks_the_same_in_transformers(family: str, commands: Commands, tmp_path: Path) -> None:
+    """Ids and conversations through AutoTokenizer; `generate` stops where an answer ends; all of it again after an import."""
+    import transformers
+
+    words = (f"model={{family: {family}, layers: 2, dim: 32, heads: 4, ffn: 88}}", "data.tokenizer={kind: bpe, vocab: 400}")
+    first = trained(commands, tmp_path, "chat", *words, "data.chat={template: chatml, too_long: drop}")
+    assert commands.run("import", str(first), str(tmp_path / "again")).returncode == 0
+    assert commands.run("export", str(tmp_path / "again"), str(tmp_path / "second")).returncode == 0
+    said = [{"role": "user", "content": "What is  it?\n\n"}, {"role": "assistant", "content": "It's this."}]
+    for folder in (first, tmp_path / "second"):
+        ours, theirs = load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS:
+            assert theirs(text)["input_ids"] == ours.encode(text), text
+        template = load_template("chatml", end=ours.end)
+        found = theirs.apply_chat_template(said, return_dict=True, return_assistant_tokens_mask=True)
+        ids, weights = template.encode(said, ours)
+        assert (found["input_ids"], found["assistant_masks"]) == (ids, [int(weight) for weight in weights])
+        stops = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        assert set(stops) == set(template.stop_ids(ours)) and len(stops) == 2
+        assert ends_of_answers(open_checkpoint(tmp_path / "chat")) == tuple(stops), "what lm-eval is told"
+        assert theirs.eos_token_id == transformers.AutoConfig.from_pretrained(folder).eos_token_id == ours.end_id == stops[0]
+
+
+def test_the_first_token_is_the_tokenizers_own(commands: Commands, tmp_path: Path) -> None:
+    """Where a rule puts BOS before texts, the configs say so; and the folder comes in and goes out again as it was."""
+    import transformers
+
+    inner = train_bpe(["a text " * 9], vocab=300, special=("<first>",)).inner
+    inner.post_processor = processors.TemplateProcessing(single="<first> $A", special_tokens=[("<first>", inner.token_to_id("<first>"))])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    path = f"data.tokenizer={{kind: file, path: {tmp_path / 'tokenizer.json'}}}"
+    for name, words in (("text", ()), ("chat", ("data.chat={template: plain, too_long: drop}",))):
+        folder = trained(commands, tmp_path, name, path, *words)
+        theirs, begin = transformers.AutoTokenizer.from_pretrained(folder), inner.token_to_id("<first>")
+        assert theirs("a text")["input_ids"][0] == theirs.bos_token_id == begin != theirs.eos_token_id
+        configs = transformers.AutoConfig.from_pretrained(folder), transformers.GenerationConfig.from_pretrained(folder)
+        assert [config.bos_token_id for config in configs] == [begin, begin]
+        made = import_folder(folder, tmp_path / f"{name}-again")
+        export_checkpoint(open_checkpoint(made.path), tmp_path / f"{name}-second", shard_size=BIG)
+        for file in folder.iterdir():
+            assert file.read_bytes() == (tmp_path / f"{name}-second" / file.name).read_bytes(), file.name
+
+
+def test_settings_that_came_along_gain_the_end_of_an_answer(commands: Commands, tmp_path: Path) -> None:
+    """A base's generation settings stay, but for the token that ends answers under a template that the run has brought."""
+    save_theirs(their_model("llama"), tmp_path / "base")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"base: {tmp_path / 'base'}\ndata: {{source: skills, sequence: 60}}\nbatch: {{global: 4}}\n")
+    for template, stops in (("chatml", [256, 258]), ("plain", 256)):
+        folder = trained(commands, tmp_path, template, f"data.chat={{template: {template}, too_long: drop}}", config=config)
+        said = json.loads((folder / "generation_config.json").read_text())
+        assert said == {"eos_token_id": stops, "temperature": 0.6}
 
 
 def test_what_was_exported_comes_in_again(runs: Path, tmp_path: Path) -> None:

@@ -283,7 +283,10 @@ def test_prompts_of_sample_questions_and_lm_eval_begin_so(tmp_path: Path, capsys
     ids = torch.tensor([theirs("the last line")["input_ids"]])
     logits = model(ids).logits.detach()[0, :-1].log_softmax(-1)
     whole = float(logits.gather(1, ids[0, 1:, None]).sum())
-    assert scorer.rolling(["the last line"]) == pytest.approx([whole], rel=1e-9)
+    before = float(model(torch.tensor([[1]])).logits.detach()[0, 0].log_softmax(-1)[1])
+    after = model(torch.tensor([[1, *ids[0].tolist()]])).logits.detach()[0, 1:-1].log_softmax(-1)
+    rolled = before + float(after.gather(1, ids[0, 1:, None]).sum())  # BOS after BOS, and then the text
+    assert scorer.rolling(["the last line"]) == pytest.approx([rolled], rel=1e-9)
     assert scorer.likelihoods([("", "the last line")])[0][0] == pytest.approx(whole, rel=1e-9)
     (answer,) = scorer.until([(text, {"max_gen_toks": 12})])
     assert answer.lstrip() == said["text"].lstrip()

@@ -50,9 +50,11 @@ _CALLS = "a call is written under 'tool_calls' of the assistant's turn, and what
 _TOOLS = "conversations of the formats messages, sharegpt and prompt_completion alone carry tools"
 _OTHERS = "only text is trained; leave the conversation out, or take the key away"
 TOOL_ROLES = ("function", "function_call", "function_response", "observation", "ipython", "tool_call", "tool_response")
+_TOLD = "a template gets messages and tools alone; write what it says into them or into a template of your own, or take the key away"
 _MEDIA = dict.fromkeys(("images", "audios", "videos"), _OTHERS)
-LOST = {**dict.fromkeys(("tools", "functions"), _TOOLS), **_MEDIA}  # keys of an object with something in them that would be gone
-LOST_BESIDE_TOOLS = {"functions": "write them under 'tools', each as the JSON schema of a function", **_MEDIA}
+_REST = {"chat_template_kwargs": _TOLD, **_MEDIA}
+LOST = {**dict.fromkeys(("tools", "functions"), _TOOLS), **_REST}  # keys of an object with something in them that would be gone
+LOST_BESIDE_TOOLS = {"functions": "write them under 'tools', each as the JSON schema of a function", **_REST}
 LOST_OF_TURN = {  # and of a turn
     **dict.fromkeys(("tools", "functions"), "tools belong to the whole conversation: write them as 'tools' beside its turns"),
     "function_call": _CALLS,
@@ -295,9 +297,12 @@ def _completion(value: Any, weight: float | None) -> list[Turn]:
 
 
 def require_nothing_lost(one: dict[str, Any], name: str, lost: Mapping[str, str]) -> None:
-    """Raises WrongError where an object or a turn says something under a key that would be gone without a word; a flag says nothing."""
+    """Raises WrongError where an object or a turn says something under a key that would be gone without a word; a flag says nothing,
+    and neither does a table without values, which is how files of columns have one that is not there."""
     for key, way in lost.items():
-        if says(one.get(key)):
+        value = one.get(key)
+        parts = [part for part in value.values() if part not in (None, "", [], {})] if isinstance(value, dict) else value
+        if says(parts):
             raise WrongError(f"{name} has {key!r}: {way}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor
 from dist_llm.config.base import FREE
 from dist_llm.config.schema import ModelConfig
 from dist_llm.data.publish import publish
-from dist_llm.data.tokenizer import load
+from dist_llm.data.template_files import choose_template
+from dist_llm.data.tokenizer import Tokenizer, load
 from dist_llm.errors import Failure, NumericError, UsageError
 from dist_llm.interop.families import Place, read_config, write_config
 from dist_llm.interop.hugging_face import CONFIG, INDEX, ONE, places_of, stored_shapes
@@ -33,6 +34,8 @@ from dist_llm.train.folder import Checkpoint
 from dist_llm.train.nonfinite import finite
 from dist_llm.train.storage import storing
 
+TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
+OURS = {"eos_token", "bos_token", "chat_template"}  # all that a tokenizer_config.json of ours says
 WORDS = {TORCH[name]: word for name, word in (("F64", "float64"), ("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"))}
 
 
@@ -66,18 +69,23 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported. path: the folder of its tokenizer; beside: files that are carried along; sequence: tokens it was trained to see."""
+    """What is exported. path: the folder of its tokenizer; beside: files that are carried along; sequence: tokens it was trained to see.
+
+    ends: the ids that end an answer, where it was trained on conversations.
+    """
 
     path: Path
     model: ModelConfig
     weights: Weights
     beside: Mapping[str, bytes]
     sequence: int
+    ends: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, opened: Checkpoint) -> Subject:
         """A checkpoint of ours."""
-        return cls(opened.path, opened.config.model, opened.parts, opened.beside, opened.config.data.sequence)
+        sequence, ends = opened.config.data.sequence, ends_of_answers(opened)
+        return cls(opened.path, opened.config.model, opened.parts, opened.beside, sequence, ends)
 
 
 @dataclass(frozen=True)
@@ -215,23 +223,59 @@ def _write(disk: Disk, path: Path, chunks: Iterator[Bytes]) -> None:
 def _texts(opened: Subject, values: dict[str, Any], beside: Mapping[str, bytes], *, dtype: str) -> dict[str, bytes]:
     """name -> content of what lies beside the weights: what was carried along from an import as it was, the rest made here."""
     texts = {name: content for name, content in beside.items() if name != CONFIG}
-    tokenizer = load(opened.path)
+    tokenizer, said = load(opened.path), strict_json(texts[TOKENIZER])
+    begin = _first_token(tokenizer, said)
     known = _still_true(beside.get(CONFIG), opened.model)
     if known is not None:
         values = known
     else:
-        values = {**values, "bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id}
+        values = {**values, "bos_token_id": begin, "eos_token_id": tokenizer.end_id}
     if opened.model.positions == "rotary" and opened.sequence > opened.model.max_positions:
         values = {**values, "max_position_embeddings": opened.sequence}
     values = {key: value for key, value in values.items() if key != "torch_dtype"} | {"dtype": dtype}
     texts[CONFIG] = _json(values)
-    if json.loads(texts["tokenizer_config.json"]).keys() <= {"eos_token"}:  # ours, which says nothing but the end
-        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.end, "eos_token": tokenizer.end}
-        about |= {"clean_up_tokenization_spaces": False, "model_max_length": opened.sequence}
-        texts["tokenizer_config.json"] = _json(about)
-    if known is None and "generation_config.json" not in texts:
-        texts["generation_config.json"] = _json({"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id})
+    if said.keys() <= OURS:  # without a class transformers makes a tokenizer of the model's family of it, which cuts text in its own way
+        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.inner.id_to_token(begin)}
+        about |= {"eos_token": tokenizer.end, "clean_up_tokenization_spaces": False, "model_max_length": opened.sequence}
+        texts[TOKENIZER] = _json(about | said)
+    if (made := _generation(texts.get(GENERATION), values, opened.ends, anew=known is None)) is not None:
+        texts[GENERATION] = made
     return texts
+
+
+def _first_token(tokenizer: Tokenizer, said: Mapping[str, Any]) -> int:
+    """The id after which texts begin: what the tokenizer's own rule puts there, what its files call BOS, or the end of the text before."""
+    named = said.get("bos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    found = tokenizer.inner.token_to_id(named) if isinstance(named, str) else None
+    return tokenizer.begin[-1] if tokenizer.begin else tokenizer.end_id if found is None else found
+
+
+def _generation(held: bytes | None, config: Mapping[str, Any], ends: Sequence[int], *, anew: bool) -> bytes | None:
+    """generation_config.json where it has to be made: a new one, or one that lacks a token which ends the answers that were trained.
+
+    held: the one that was carried along; config: config.json; anew: that was made here.
+    """
+    values = strict_json(held) if held is not None else {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
+    stops = values.get("eos_token_id")
+    stops = list(stops) if isinstance(stops, list) else [stops] * (stops is not None)
+    lacking = [token for token in ends if token not in stops]
+    if not lacking and (held is not None or not anew):
+        return None
+    stops += lacking
+    return _json({**values, "eos_token_id": stops[0] if len(stops) == 1 else stops})
+
+
+def ends_of_answers(opened: Checkpoint) -> tuple[int, ...]:
+    """The ids that end an answer under the template that a checkpoint was trained with, that of a document first; none without one."""
+    if opened.config.data.chat.format is None:
+        return ()
+    tokenizer = load(opened.path)
+    try:
+        template = choose_template("auto", end=tokenizer.end, begin=tokenizer.begin_names, tokenizer=opened.path)
+        return tuple(sorted(template.stop_ids(tokenizer), key=lambda token: token != tokenizer.end_id))
+    except Failure:
+        return ()
 
 
 def _still_true(content: bytes | None, model: ModelConfig) -> dict[str, Any] | None:

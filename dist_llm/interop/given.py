@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
-from dist_llm.errors import UsageError
+from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.peft_folder import PeftFolder, is_adapter, receipt_of
 from dist_llm.interop.slices import PIECE
 from dist_llm.model.table import table
+from dist_llm.sidefiles import MERGED
+from dist_llm.strict import strict_json
 from dist_llm.train.base import Base
 from dist_llm.train.folder import MANIFEST, Checkpoint, open_checkpoint
 from dist_llm.train.overlay import require_base, require_weights
@@ -64,6 +67,34 @@ def open_adapter(path: Path, base: Base) -> Given:
     require_base(opened, base)
     identity = hashlib.sha256((opened.path / MANIFEST).read_bytes()).hexdigest()
     return Given(opened.config.model, opened.parts, identity, opened.parts.close, opened)
+
+
+def merged_before(content: bytes, *, where: Path) -> list[dict[str, Any]]:
+    """The adapters that a receipt says are in the weights, the oldest first. Raises CheckpointError where it is none."""
+    values = strict_json(content)
+    try:
+        lists = [values.get(key) or [] for key in ("before", "adapters")]
+        found = [
+            {key: one[key] for key in ("path", "identity", "content", "weight") if isinstance(one.get(key), str | float | int)}
+            for one in (*lists[0], *lists[1])
+        ]
+    except (AttributeError, TypeError, KeyError):
+        raise CheckpointError("the receipt of a merge is none", where=str(where), expected=f"{MERGED} as merge writes it") from None
+    return found
+
+
+def already_in(one: Given, before: Sequence[Mapping[str, Any]]) -> str | None:
+    """Where an adapter is among those that are in a base's weights: under which path it was merged."""
+    known = {merged.get(key): str(merged.get("path")) for merged in before for key in ("identity", "content")} if before else {}
+    return (known.get(one.content) or known.get(one.identity)) if known else None
+
+
+def require_apart(one: Given, base: Base, *, where: str, way: str) -> None:
+    """Raises UsageError where an adapter is in the base's weights already and would count twice (F30). way: what can be done."""
+    merged = already_in(one, merged_before(base.beside_files().get(MERGED, b"{}"), where=base.path / MERGED))
+    if merged is not None:
+        what, found = "the adapter would count twice", f"in {base.path} already, merged as {merged}"
+        raise UsageError(what, where=where, expected="a base that it is not in", found=found, next=way)
 
 
 def name_of(path: Path) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_llm.config.schema import Config
 from dist_llm.data.tokenizer import load
 from dist_llm.interop.first import write_first
-from dist_llm.interop.given import open_adapter
+from dist_llm.interop.given import open_adapter, require_apart
 from dist_llm.interop.importing import LONGEST, Imported, refuse_run
 from dist_llm.model.table import num_trained, table
 from dist_llm.train.base import Base
@@ -27,6 +27,7 @@ def import_adapter(source: Path, run: Path, *, base_path: Path) -> Imported:
     base = Base(base_path)
     try:
         given = open_adapter(source, base)
+        require_apart(given, base, where=str(source), way="the same command with --base PATH")
         rows = [row for row in table(given.model) if row.trained]
         part = _part({row.name: given.matrices.whole(row.name) for row in rows})
         tokenizer = load(base.path)

@@ -24,15 +24,14 @@ from torch import Tensor
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
-from dist_llm.errors import CheckpointError, UsageError
+from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
-from dist_llm.interop.exporting import Subject, Weights, export_model
-from dist_llm.interop.given import Given, file_hash, grown, open_adapter, require_alike
+from dist_llm.interop.exporting import Subject, Weights, ends_of_answers, export_model
+from dist_llm.interop.given import Given, already_in, file_hash, grown, merged_before, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.model.table import num_parameters, table
 from dist_llm.sharding import Box
 from dist_llm.sidefiles import MERGED
-from dist_llm.strict import strict_json
 from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
 from dist_llm.train.overlay import Overlay, adapted, overlay
@@ -133,7 +132,8 @@ def merge(
         speaks = spoken[0] if spoken else alone
         tokenizer, beside = (speaks.path, speaks.beside) if speaks else (base.path, held)
         sequence = max(base.sequence, *(one.checkpoint.config.data.sequence for one in opened if one.checkpoint is not None), 0)
-        subject = Subject(tokenizer, plain, merged, {name: beside[name] for name in beside if name != MERGED}, sequence)
+        ends = ends_of_answers(speaks) if speaks else ()
+        subject = Subject(tokenizer, plain, merged, {name: beside[name] for name in beside if name != MERGED}, sequence, ends)
         found: list[Receipt] = []
 
         def check(folder: Path) -> None:
@@ -160,29 +160,16 @@ def merge(
         base.close()
 
 
-def merged_before(content: bytes, *, where: Path) -> list[dict[str, Any]]:
-    """The adapters that a receipt says are in the weights, the oldest first. Raises CheckpointError where it is none."""
-    values = strict_json(content)
-    try:
-        lists = [values.get(key) or [] for key in ("before", "adapters")]
-        found = [
-            {key: one[key] for key in ("path", "identity", "content", "weight") if isinstance(one.get(key), str | float | int)}
-            for one in (*lists[0], *lists[1])
-        ]
-    except (AttributeError, TypeError, KeyError):
-        raise CheckpointError("the receipt of a merge is none", where=str(where), expected=f"{MERGED} as merge writes it") from None
-    return found
-
-
 def _refuse_twice(paths: Sequence[Path], opened: Sequence[Given], before: Sequence[dict[str, Any]]) -> None:
     """Raises UsageError where an adapter is in the base already, or is named twice (F30)."""
-    known = {one.get(key): f"in the base already, as {one.get('path')}" for one in before for key in ("identity", "content")}
+    named: dict[str, Path] = {}
     for path, one in zip(paths, opened, strict=True):
-        place = known.get(one.content) or known.get(one.identity)
-        if place is not None:
+        merged = already_in(one, before)
+        if merged is not None or one.content in named:
+            found = f"named twice, also as {named[one.content]}" if merged is None else f"in the base already, as {merged}"
             what, way = "the adapter would be merged twice", "a base that it is not in; --weights makes one count for more"
-            raise UsageError(what, where=str(path), expected="each adapter once", found=place, next=way)
-        known[one.content] = f"named twice, also as {path}"
+            raise UsageError(what, where=str(path), expected="each adapter once", found=found, next=way)
+        named[one.content] = path
 
 
 def _refuse_two_in_one_place(paths: Sequence[Path], opened: Sequence[Given]) -> None:

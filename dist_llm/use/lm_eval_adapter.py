@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import UsageError
+from dist_llm.interop.exporting import ends_of_answers
 from dist_llm.use.load import Place, load_here, open_sound
 from dist_llm.use.score import Scorer
 
@@ -24,7 +25,8 @@ def lm_eval_model(checkpoint: str | Path, *, device: str = "auto", dtype: str = 
     """
     opened, tokenizer = open_sound(Path(checkpoint))
     model = load_here(opened, tokenizer, Place(device, dtype))
-    return lm_eval_class()(Scorer(model, tokenizer, window=opened.config.data.sequence, batch=batch))
+    sequence, ends = opened.config.data.sequence, ends_of_answers(opened)
+    return lm_eval_class()(Scorer(model, tokenizer, window=sequence, batch=batch, ends=ends))
 
 
 def lm_eval_class() -> Any:

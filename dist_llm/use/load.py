@@ -106,7 +106,7 @@ def load_model(
 def _load_adapted(opened: Checkpoint, adapters: Named, **options: Any) -> Model:
     """A base, quantized as it was under its adapters, and the adapters."""
     from dist_llm.infer.model import Model
-    from dist_llm.interop.given import Given, open_adapter, require_alike, require_tokens
+    from dist_llm.interop.given import Given, open_adapter, require_alike, require_apart, require_tokens
     from dist_llm.train.base import Base
     from dist_llm.train.overlay import overlay
 
@@ -116,6 +116,7 @@ def _load_adapted(opened: Checkpoint, adapters: Named, **options: Any) -> Model:
             found.append(open_adapter(Path(path), base))
             require_alike(found[0].model, found[-1].model, where=path)
             require_tokens(found[-1], base, where=path)
+            require_apart(found[-1], base, where=path, way="the same command without --adapter, or a base that it is not in")
         model = Model(overlay(base, found[0].model, over=found[0].matrices).beneath, base.model, **options)
         for (name, _), given in zip(adapters, found, strict=True):
             model.add(name, given.model, given.matrices)

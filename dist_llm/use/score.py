@@ -2,24 +2,27 @@
 
 The conventions are those of lm-evaluation-harness (`lm_eval_adapter.py` makes its subclass of this): blanks at the end of a
 context belong to what follows, a text begins as the tokenizer's own rule says (BOS, where it has one), an empty context is that, or the
-end of a document, and a text that is longer than the window is cut into windows each of whose tokens is predicted once.
+end of a document, and a text that is longer than the window is cut into windows each of whose tokens is predicted once. Of a whole text
+BOS is predicted too, after BOS, as the harness has it. Special tokens have no text in what is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dist_llm.data.tokenizer import Tokenizer
+from dist_llm.errors import UsageError
 from dist_llm.infer.choose import Choice
 from dist_llm.infer.model import Model
 from dist_llm.infer.text import texts_of
 from dist_llm.infer.write import Writer
 
 NEW_TOKENS = 256  # of an answer, where nothing is said
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # as tasks call them; the first that is given counts
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ class Piece:
 
 
 class Scorer:
-    """A model with its tokenizer. window: tokens that it can see; batch: texts at once."""
+    """A model with its tokenizer. window: tokens that it can see; batch: texts at once; ends: of an answer, beside that of a document."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, window: int, batch: int = 8) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, window: int, batch: int = 8, ends: Iterable[int] = ()) -> None:
         self.model, self.tokenizer, self.window, self.batch = model, tokenizer, window, batch
+        self.ends = frozenset((tokenizer.end_id, *ends))
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """(context, continuation) of each -> (the log probability of the continuation, whether it is what greedy text would be)."""
@@ -42,23 +46,24 @@ class Scorer:
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """The log probability of each whole text, after what stands before a text."""
-        pieces = [self._pieces(self.tokenizer.opening, self.tokenizer.encode(text)) for text in texts]
+        first, begin = self.tokenizer.opening[-1:], self.tokenizer.begin
+        pieces = [self._pieces(first, [*begin, *self.tokenizer.encode(text)]) for text in texts]
         return [value for value, _ in self._scored(pieces)]
 
     def tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The ids of a context and of what follows it, encoded together."""
+        """The ids of a context and of what follows it, encoded together; apart where both are one token then."""
         kept = context.rstrip()
         context, continuation = kept, context[len(kept) :] + continuation
         if not context:
             return self.tokenizer.opening, self.tokenizer.encode(continuation)
         given, whole = self.tokenizer.prompt(context), self.tokenizer.prompt(context + continuation)
-        return given, whole[len(given) :]
+        return given, whole[len(given) :] or self.tokenizer.encode(continuation)
 
     def until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """(context, settings) of each -> the text that follows, which ends before a string of `until`.
 
-        Settings: until, max_gen_toks, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed; greedy without do_sample
-        or a temperature.
+        Settings: until, max_gen_toks (or LENGTHS), do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed; greedy without
+        do_sample or a temperature. Raises UsageError where an answer may take the whole window.
         """
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -75,11 +80,26 @@ class Scorer:
     def _written(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
-        count, ends = int(settings.get("max_gen_toks", NEW_TOKENS)), {self.tokenizer.end_id}
-        room = max(1, self.window - count)  # of a context, of which the end counts
-        prompts = [self.tokenizer.prompt(context)[-room:] for context in contexts]
+        count, special = self._count(settings), self.tokenizer.special
+        ends = {*self.ends, *(special[stop] for stop in stops if stop in special)}
+        prompts = [self.tokenizer.prompt(context)[count - self.window :] for context in contexts]  # the end of a long one counts
         writer = Writer(self.model, prompts, count=count, choice=_choice(settings), window=self.window, ends=ends)
-        return texts_of(writer, self.tokenizer, lines=len(prompts), stops=stops, silent=ends)
+        return texts_of(writer, self.tokenizer, lines=len(prompts), stops=stops, silent={*ends, *special.values()})
+
+    def _count(self, settings: Mapping[str, Any]) -> int:
+        """The most tokens of an answer; where nothing is said no more than half the window."""
+        given = next((int(settings[name]) for name in LENGTHS if settings.get(name) is not None), min(NEW_TOKENS, self.window // 2))
+        if not 0 < given < self.window:
+            way = f"a smaller one: simple_evaluate(..., gen_kwargs='max_gen_toks={max(1, self.window // 2)}')"
+            expected = f"1 to {self.window - 1} tokens, of a window of {self.window}"
+            raise UsageError(
+                "an answer of that length leaves no room for a question",
+                where="max_gen_toks",
+                expected=expected,
+                found=str(given),
+                next=way,
+            )
+        return given
 
     def _pieces(self, given: list[int], wanted: list[int]) -> list[Piece]:
         """One piece where all fits into the window with the end of what is given; else several, each as full as it can be."""
