@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,9 @@ def test_the_preview_shows_calls(tmp_path: Path, capsys: pytest.CaptureFixture[s
     told = json.loads(capsys.readouterr().out)
     trained = sum(len(ids) for row in told["rows"] for ids, weight in zip(row["ids"], row["weights"], strict=True) if weight)
     assert told["counts"]["trained_tokens"] == told["target_tokens"] == trained
+    assert told["rows"][0]["at"] == 0 and told["rows"][0]["of"] == sum(map(len, told["rows"][0]["ids"]))
+    capsys.readouterr()
+    assert cli.run([*words[:3], "--tokens", "40"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"sequence 0: of 40 tokens from \d{3} on, of \d{3,4}, 30 are trained", shown), "the definitions alone are longer"
+    assert "assistant⏎[<tool_call>⏎" in shown

@@ -24,16 +24,18 @@ LONGEST_CHARACTER = 4  # bytes, and so tokens that may be needed to show one
 def chat_preview(config: Config, prepared: Prepared, batches: PackedBatches, *, step: int, rows: int, tokens: int) -> dict[str, Any]:
     """The first `rows` conversations of a step, and counts of all, as data. pieces: the text of the tokens in `ids`, with their weight.
 
-    Of pairs both sides of the first `rows`, each with its name under `side`.
+    at: how many tokens stand before them, 0 unless none of the first `tokens` is trained. of: how many there are. Of pairs both sides
+    of the first `rows`, each with its name under `side`.
     """
     template, tokenizer = prepared.template, prepared.tokenizer
     assert template is not None
     names = {number: name for name, number in tokenizer.special.items()}
     sides = SIDES if batches.each == 2 else (None,)
-    shown = [
-        {"row": place, **({"side": side} if side else {}), **_pieces(tokenizer, ids[:tokens], weights[:tokens])}
-        for side, (place, ids, weights) in zip(cycle(sides), batches.conversations(step)[: rows * len(sides)], strict=False)
-    ]
+    shown = []
+    for side, (place, ids, weights) in zip(cycle(sides), batches.conversations(step)[: rows * len(sides)], strict=False):
+        at = _beginning(weights, tokens)
+        found = _pieces(tokenizer, ids[at : at + tokens], weights[at : at + tokens], first=at == 0)
+        shown.append({"row": place, **({"side": side} if side else {}), "at": at, "of": len(ids), **found})
     return {
         "version": 1,
         "title": f"data preview: {config.data.source if isinstance(config.data.source, str) else ', '.join(config.data.source)}",
@@ -65,7 +67,10 @@ def print_chat(preview: dict[str, Any]) -> None:
     for row in preview["rows"]:
         trained = sum(len(ids) for ids, weight in zip(row["ids"], row["weights"], strict=True) if weight)
         side = f", {row['side']}" if "side" in row else ""
-        typer.echo(f"\nsequence {row['row']}{side}: of {sum(map(len, row['ids']))} tokens {trained} are trained")
+        shown = sum(map(len, row["ids"]))
+        part = f" from {row['at'] + 1} on" if row["at"] else ""
+        rest = f", of {row['of']}" if shown < row["of"] else ""
+        typer.echo(f"\nsequence {row['row']}{side}: of {shown} tokens{part}{rest}, {trained} are trained")
         if sys.stdout.isatty():
             _print_colours(row)
         else:
@@ -84,12 +89,18 @@ def write_html(preview: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def _pieces(tokenizer: Tokenizer, ids: list[int], weights: list[float]) -> dict[str, Any]:
-    """Texts of tokens, those that only together make a character as one."""
+def _beginning(weights: list[float], tokens: int) -> int:
+    """Where to begin to show `tokens` of a conversation: at its start, or a little before the first one that is trained."""
+    first = next((place for place, weight in enumerate(weights) if weight), 0)
+    return 0 if first < tokens else first - tokens // 4
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int], weights: list[float], *, first: bool = True) -> dict[str, Any]:
+    """Texts of tokens, those that only together make a character as one. first: they begin a text."""
     found: dict[str, list[Any]] = {"pieces": [], "ids": [], "weights": []}
-    at = 0
+    at, begins = 0, first
     while at < len(ids):
-        size, first = 1, at == 0
+        size, first = 1, begins and at == 0
         whole = [size for size in range(1, LONGEST_CHARACTER + 1) if "\ufffd" not in tokenizer.piece(ids[at : at + size], first=first)]
         if whole and len(set(weights[at : at + whole[0]])) == 1:
             size = whole[0]

@@ -186,7 +186,7 @@ class Block:
         self.attention = kept + t.mask + self.post  # its output is as large as the queries
         pieces = min(PIECE, t.tokens) if t.cpu and not model.adapter.rank else t.tokens
         self.piece = self.mlp // len(names) * pieces // t.tokens  # (piece, F)
-        self.num_pieces = len(names) + 1  # in backward: the slope, the activation, for SwiGLU up's slope
+        self.num_pieces = len(names) + 1  # in backward: the slope, the activation; of a gated one also what it does to the gate
 
     @property
     def holds(self) -> Holds:
