@@ -17,12 +17,14 @@ from dist_llm.cli.eval import table
 from dist_llm.config.load import load_config
 from dist_llm.data import skills
 from dist_llm.data.prepare import prepare
+from dist_llm.data.template_files import load_template
 from dist_llm.data.tokenizer import bytes_tokenizer, train_bpe
 from dist_llm.errors import UsageError
 from dist_llm.infer import exam
 from dist_llm.infer.choose import Choice
 from dist_llm.infer.exam import Asked, answer, asked, marks, questions, wilson
-from dist_llm.infer.write import follow
+from dist_llm.infer.text import texts_of
+from dist_llm.infer.write import Writer, follow
 from dist_llm.train.folder import open_checkpoint
 from dist_llm.use import evaluate as evaluation
 from dist_llm.use.lm_eval_adapter import lm_eval_class, lm_eval_model
@@ -304,6 +306,26 @@ def test_a_continuation_that_makes_one_token_with_its_context_counts() -> None:
     assert found.likelihoods([("a", "b")])[0] == (pytest.approx(expected[0], abs=1e-9), expected[1])
 
 
+def test_a_conversation_is_a_context() -> None:
+    """It stands for the tokens that the template gives; what is said in it stays letters, and a part of it is refused."""
+    template = load_template("chatml", end="<|endoftext|>")
+    tokenizer = template.fit(train_bpe(["Hello there. " * 50], vocab=280))
+    found = Scorer(build({**LLAMA, "vocab": 320}), tokenizer, window=120, template=template)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <|im_end|>"}]
+    text, ids = found.chat(messages), template.prompt(messages, tokenizer)
+    assert text.endswith("<|im_start|>assistant\n") and ids.count(tokenizer.special["<|im_end|>"]) == 2
+    expected = direct(found, ids[:-1], tokenizer.encode("\nthere"))
+    assert ids[-1:] == tokenizer.encode("\n")
+    assert found.likelihoods([(text, "there")])[0] == (pytest.approx(expected[0], abs=1e-9), expected[1])
+    writer = Writer(found.model, [ids], count=8, choice=Choice(temperature=0), window=120, ends=found.ends)
+    silent = {*found.ends, *tokenizer.special.values()}
+    assert found.until([(text, {"max_gen_toks": 8})]) == texts_of(writer, tokenizer, lines=1, silent=silent)
+    begun = found.chat([*messages, {"role": "assistant", "content": "the"}], answer=False)
+    assert begun == text + "the" and found.tokens(begun, "re") == ([*ids, *tokenizer.encode("the")], tokenizer.encode("re"))
+    with pytest.raises(UsageError, match="not what the chat template gave"):
+        found.likelihoods([(text.rstrip(), "there")])
+
+
 def test_the_adapter_answers_instances(scorer: Scorer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a base class in the place of lm-eval's, which need not be installed."""
 
@@ -326,7 +348,10 @@ def test_the_adapter_answers_instances(scorer: Scorer, run: Path, monkeypatch: p
     assert model.loglikelihood_rolling([ask("abc")]) == scorer.rolling(["abc"])
     assert model.generate_until([ask("a", {"max_gen_toks": 2})]) == scorer.until([("a", {"max_gen_toks": 2})])
     monkeypatch.setattr("dist_llm.use.lm_eval_adapter.ends_of_answers", lambda opened: (7,))
-    held = lm_eval_model(run, dtype="float32").scorer
+    talking = lm_eval_model(run, dtype="float32")
+    held = talking.scorer
+    assert talking.chat_template() == "" and not held.talks and talking.chat_template(True) == held.template.text and held.talks
+    assert talking.apply_chat_template([{"role": "user", "content": "Hi"}]) in held.rendered
     assert held.window == 64 and held.ends == {held.tokenizer.end_id, 7}
 
 

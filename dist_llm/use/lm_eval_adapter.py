@@ -8,12 +8,14 @@ lm_eval.simple_evaluate(model=lm_eval_model("runs/quickstart"), tasks=["lambada_
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import UsageError
 from dist_llm.interop.exporting import ends_of_answers
+from dist_llm.use.conversation import choose_template
 from dist_llm.use.load import Place, load_here, open_sound
 from dist_llm.use.score import Scorer
 
@@ -24,9 +26,10 @@ def lm_eval_model(checkpoint: str | Path, *, device: str = "auto", dtype: str = 
     Raises UsageError where lm-eval is not installed, CheckpointError where the checkpoint is not sound.
     """
     opened, tokenizer = open_sound(Path(checkpoint))
+    template, tokenizer = choose_template(None, opened, tokenizer, tell=logging.getLogger(__name__).warning)
     model = load_here(opened, tokenizer, Place(device, dtype))
     sequence, ends = opened.config.data.sequence, ends_of_answers(opened)
-    return lm_eval_class()(Scorer(model, tokenizer, window=sequence, batch=batch, ends=ends))
+    return lm_eval_class()(Scorer(model, tokenizer, window=sequence, batch=batch, ends=ends, template=template))
 
 
 def lm_eval_class() -> Any:
@@ -48,6 +51,15 @@ def lm_eval_class() -> Any:
         def tokenizer_name(self) -> str:
             """Names the tokenizer in the harness' caches."""
             return self.scorer.tokenizer.hash
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            """The text of the checkpoint's template, which is the only one; empty where none is asked for."""
+            self.scorer.talks = bool(chat_template)
+            return self.scorer.template.text if chat_template and self.scorer.template is not None else ""
+
+        def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+            """A conversation as a context."""
+            return self.scorer.chat(chat_history, answer=add_generation_prompt)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             """(context, continuation) -> (log probability, greedy or not)."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dist_llm.data.readers import printable
+from dist_llm.data.templates import Template
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import UsageError
 from dist_llm.infer.choose import Choice
@@ -34,11 +36,53 @@ class Piece:
 
 
 class Scorer:
-    """A model with its tokenizer. window: tokens that it can see; batch: texts at once; ends: of an answer, beside that of a document."""
+    """A model with its tokenizer. window: tokens that it can see; batch: texts at once; ends: of an answer, beside that of a document.
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, window: int, batch: int = 8, ends: Iterable[int] = ()) -> None:
-        self.model, self.tokenizer, self.window, self.batch = model, tokenizer, window, batch
+    template: of its conversations, which the tokenizer is fit for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        window: int,
+        batch: int = 8,
+        ends: Iterable[int] = (),
+        template: Template | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.window, self.batch, self.template = model, tokenizer, window, batch, template
         self.ends = frozenset((tokenizer.end_id, *ends))
+        self.talks = False  # contexts are conversations
+        self.rendered: dict[str, list[int]] = {}  # what `chat` gave, and the tokens that it stands for
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
+        """A conversation as a context: where it comes again as one, it stands for the template's very tokens.
+
+        answer: the assistant's next turn is asked for; else its last message is to go on. Raises UsageError or DataError.
+        """
+        assert self.template is not None
+        self.talks = True
+        begun = "" if answer or messages[-1]["role"] != "assistant" else str(messages[-1]["content"])
+        before = list(messages[:-1] if begun else messages)
+        text = self.template.render(before, add_generation_prompt=True) + begun
+        ids = [*self.template.prompt(before, self.tokenizer), *self.tokenizer.encode(begun)]
+        if self.rendered.setdefault(text, ids) != ids:
+            what = "two conversations look alike, one of which holds letters where the other has special tokens"
+            raise UsageError(what, where=self.template.where, found=printable(text, 200), next="a task without such letters")
+        return text
+
+    def _context(self, text: str) -> list[int]:
+        """The ids of a context. Raises UsageError for a part of a conversation, whose special tokens would become letters."""
+        if (ids := self.rendered.get(text)) is not None:
+            return ids
+        named = self.template.commands(self.tokenizer) if self.talks and self.template is not None else ()
+        if strange := next((name for name in named if name in text), None):
+            what, found = "a context is not what the chat template gave", f"{strange} in {printable(text, 200)}"
+            raise UsageError(
+                what, where="context", expected="a whole conversation", found=found, next="the task without apply_chat_template"
+            )
+        return self.tokenizer.prompt(text)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """(context, continuation) of each -> (the log probability of the continuation, whether it is what greedy text would be)."""
@@ -52,12 +96,24 @@ class Scorer:
 
     def tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The ids of a context and of what follows it, encoded together; apart where both are one token then."""
+        if context in self.rendered:
+            given, blanks = self._without_blanks(context)
+            return given, self.tokenizer.encode(blanks + continuation)
         kept = context.rstrip()
         context, continuation = kept, context[len(kept) :] + continuation
         if not context:
             return self.tokenizer.opening, self.tokenizer.encode(continuation)
-        given, whole = self.tokenizer.prompt(context), self.tokenizer.prompt(context + continuation)
+        given, whole = self._context(context), self.tokenizer.prompt(context + continuation)
         return given, whole[len(given) :] or self.tokenizer.encode(continuation)
+
+    def _without_blanks(self, context: str) -> tuple[list[int], str]:
+        """The ids of a conversation without tokens at its end that are blanks, and these blanks."""
+        ids, left = list(self.rendered[context]), context[len(context.rstrip()) :]
+        blanks = left
+        while left and (piece := self.tokenizer.piece(ids[-1:], first=False)) and left.endswith(piece):
+            left = left.removesuffix(piece)
+            ids.pop()
+        return ids, blanks.removeprefix(left)
 
     def until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """(context, settings) of each -> the text that follows, which ends before a string of `until`.
@@ -82,7 +138,7 @@ class Scorer:
         stops = [stops] if isinstance(stops, str) else list(stops)
         count, special = self._count(settings), self.tokenizer.special
         ends = {*self.ends, *(special[stop] for stop in stops if stop in special)}
-        prompts = [self.tokenizer.prompt(context)[count - self.window :] for context in contexts]  # the end of a long one counts
+        prompts = [self._context(context)[count - self.window :] for context in contexts]  # the end of a long one counts
         writer = Writer(self.model, prompts, count=count, choice=_choice(settings), window=self.window, ends=ends)
         return texts_of(writer, self.tokenizer, lines=len(prompts), stops=stops, silent={*ends, *special.values()})
 
