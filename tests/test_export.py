@@ -17,7 +17,8 @@ from dist_llm.data.prepare import prepare
 from dist_llm.data.template_files import load_template
 from dist_llm.data.tokenizer import load, train_bpe
 from dist_llm.errors import CheckpointError, NumericError, UsageError
-from dist_llm.interop.exporting import cut, ends_of_answers, export_checkpoint, planned
+from dist_llm.interop.ends import ends_of_answers
+from dist_llm.interop.exporting import cut, export_checkpoint, planned
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
 from dist_llm.interop.logits import compare_logits

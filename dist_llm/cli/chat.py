@@ -24,9 +24,10 @@ def chat(
     """Talk with a checkpoint of any layout, or with adapters on it. /help says what else there is; without a terminal one line a turn."""
     flags.require_text(system, where="--system")
 
+    from dist_llm.interop.ends import kept_ends
     from dist_llm.use.chat import Brake, hold_chat
     from dist_llm.use.conversation import Conversation, choose_template
-    from dist_llm.use.load import kept_ends, open_sound, require_split
+    from dist_llm.use.load import open_sound, require_split
     from dist_llm.use.talk import Manner, Talk
 
     opened, tokenizer = open_sound(checkpoint)

@@ -34,7 +34,8 @@ def sample(
     """Continue texts with a checkpoint of any layout, or with adapters on it; a single text appears as it is made."""
     texts = _prompts(prompt, prompts)
 
-    from dist_llm.use.load import kept_ends, on_ranks, open_sound, require_split
+    from dist_llm.interop.ends import kept_ends
+    from dist_llm.use.load import on_ranks, open_sound, require_split
     from dist_llm.use.sample import Request, as_request, write_rank
 
     opened, tokenizer = open_sound(checkpoint)

@@ -18,11 +18,19 @@ from pathlib import Path
 
 from dist_llm import faults
 from dist_llm.data.sealed import sync_folder
+from dist_llm.errors import UsageError
 
 WORKSHOP = re.compile(r"\.[A-Za-z0-9-]+-[0-9a-f]{12}\.partial")  # of the folders that prepare.py makes
 LOCK = "lock"
 MADE = "made"
 NOTE = "note.json"  # beside made/: how far `make` has come, when it can go on from there
+
+
+def require_new(target: Path) -> None:
+    """Raises UsageError where there is something under the name of a folder that is to be made, a link that leads nowhere too."""
+    if target.exists() or target.is_symlink():
+        way = "name another folder, or remove this one"
+        raise UsageError("the folder is there already", where=str(target), expected="a new folder", found="one that is there", next=way)
 
 
 def publish(home: Path, make: Callable[[Path], object], *, waiting: Callable[[], object] = lambda: None) -> bool:

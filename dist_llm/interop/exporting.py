@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dist_llm.config.base import FREE
 from dist_llm.config.schema import ModelConfig
-from dist_llm.data.publish import publish
-from dist_llm.data.template_files import choose_template
+from dist_llm.data.publish import publish, require_new
 from dist_llm.data.tokenizer import Tokenizer, load
-from dist_llm.errors import Failure, NumericError, UsageError
+from dist_llm.errors import Failure, NumericError
+from dist_llm.interop.ends import GENERATION, ends_of_answers, named_ends
 from dist_llm.interop.families import Place, read_config, write_config
 from dist_llm.interop.hugging_face import CONFIG, INDEX, ONE, places_of, stored_shapes
 from dist_llm.interop.slices import NAMES, PIECE, TORCH
@@ -34,7 +34,7 @@ from dist_llm.train.folder import Checkpoint
 from dist_llm.train.nonfinite import finite
 from dist_llm.train.storage import storing
 
-TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
 OURS = {"eos_token", "bos_token", "chat_template"}  # all that a tokenizer_config.json of ours says
 WORDS = {TORCH[name]: word for name, word in (("F64", "float64"), ("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"))}
 
@@ -120,9 +120,7 @@ def export_model(
     """
     model = opened.model
     values = write_config(model)
-    if target.exists() or target.is_symlink():
-        way = "name another folder, or remove this one"
-        raise UsageError("the folder is there already", where=str(target), expected="a new folder", found="one that is there", next=way)
+    require_new(target)
     beside = opened.beside
     wholes = planned(model, dtype_of=lambda name: dtype or opened.weights.dtype("weight", name))
     shards = cut(wholes, shard_size)
@@ -188,13 +186,17 @@ def _chunks(shard: list[Whole], opened: Subject) -> Iterator[Bytes]:
     yield len(text).to_bytes(8, "little") + text
     for one in shard:
         for values in _values(one, opened):
-            cast = values.to(one.dtype)
-            if one.dtype != values.dtype and not finite(cast) and finite(values):
-                largest, word = f"{float(values.abs().max()):.3g} in {one.key}", WORDS[one.dtype]
-                what, expected = f"a weight is too large for {word}", f"at most {torch.finfo(one.dtype).max:g}"
-                way = "leave --dtype out, or name one with a wider range: bfloat16"
-                raise NumericError(what, where=one.key, expected=expected, found=largest, safe="nothing was written", next=way)
-            yield cast.contiguous().view(-1).view(torch.uint8).numpy().data
+            yield rounded(values, one.dtype, where=one.key).contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def rounded(values: Tensor, dtype: torch.dtype, *, where: str) -> Tensor:
+    """Weights in another dtype. Raises NumericError for one that is beyond its range."""
+    cast = values.to(dtype)
+    if dtype != values.dtype and not finite(cast) and finite(values):
+        what, expected = f"a weight is too large for {WORDS[dtype]}", f"at most {torch.finfo(dtype).max:g}"
+        found, way = f"{float(values.abs().max()):.3g} in {where}", "leave --dtype out, or name one with a wider range: bfloat16"
+        raise NumericError(what, where=where, expected=expected, found=found, safe="nothing was written", next=way)
+    return cast
 
 
 def _values(one: Whole, opened: Subject) -> Iterator[Tensor]:
@@ -225,12 +227,14 @@ def _texts(opened: Subject, values: dict[str, Any], beside: Mapping[str, bytes],
     texts = {name: content for name, content in beside.items() if name != CONFIG}
     tokenizer, said = load(opened.path), strict_json(texts[TOKENIZER])
     begin = _first_token(tokenizer, said)
-    known = _still_true(beside.get(CONFIG), opened.model)
+    longer = opened.model.positions == "rotary" and opened.sequence > opened.model.max_positions
+    # A scaling may take the length it was made for from the very number that is to be raised: only a new config says both.
+    known = None if longer and opened.model.rope_scaling != "none" else _still_true(beside.get(CONFIG), opened.model)
     if known is not None:
         values = known
     else:
         values = {**values, "bos_token_id": begin, "eos_token_id": tokenizer.end_id}
-    if opened.model.positions == "rotary" and opened.sequence > opened.model.max_positions:
+    if longer:
         values = {**values, "max_position_embeddings": opened.sequence}
     values = {key: value for key, value in values.items() if key != "torch_dtype"} | {"dtype": dtype}
     texts[CONFIG] = _json(values)
@@ -257,25 +261,12 @@ def _generation(held: bytes | None, config: Mapping[str, Any], ends: Sequence[in
     held: the one that was carried along; config: config.json; anew: that was made here.
     """
     values = strict_json(held) if held is not None else {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
-    stops = values.get("eos_token_id")
-    stops = list(stops) if isinstance(stops, list) else [stops] * (stops is not None)
+    stops = named_ends(values)
     lacking = [token for token in ends if token not in stops]
-    if not lacking and (held is not None or not anew):
+    if not isinstance(values, dict) or (not lacking and (held is not None or not anew)):
         return None
     stops += lacking
-    return _json({**values, "eos_token_id": stops[0] if len(stops) == 1 else stops})
-
-
-def ends_of_answers(opened: Checkpoint) -> tuple[int, ...]:
-    """The ids that end an answer under the template that a checkpoint was trained with, that of a document first; none without one."""
-    if opened.config.data.chat.format is None:
-        return ()
-    tokenizer = load(opened.path)
-    try:
-        template = choose_template("auto", end=tokenizer.end, begin=tokenizer.begin_names, tokenizer=opened.path)
-        return tuple(sorted(template.stop_ids(tokenizer), key=lambda token: token != tokenizer.end_id))
-    except Failure:
-        return ()
+    return _json({**values, **({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})})
 
 
 def _still_true(content: bytes | None, model: ModelConfig) -> dict[str, Any] | None:

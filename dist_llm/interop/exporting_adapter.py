@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dist_llm.data.tokenizer import load
-from dist_llm.interop.exporting import Subject, export_model
+from dist_llm.interop.exporting import Subject, export_model, rounded
 from dist_llm.interop.logits import Cast, Compared, compare_logits
 from dist_llm.interop.peft_folder import write_adapter
 from dist_llm.train.base import Base
@@ -23,12 +23,13 @@ def export_adapter(
     """Writes the folder `target`; returns its bytes, and how far PEFT's logits are from ours. named: where PEFT finds the base.
 
     dtype: of the matrices; None: each as it is. PEFT's base is not quantized, and so is not what it is compared with. Raises UsageError
-    where PEFT has no such adapter or is needed and not there, NumericError where it computes other logits.
+    where PEFT has no such adapter or is needed and not there, NumericError where it computes other logits, or a matrix
+    is beyond the range of `dtype`.
     """
     model, found = opened.config.model, list[Compared]()
     plain = model.model_copy(update={"adapter": model.adapter.model_copy(update={"quantize": "none"})})
     tensors = {name: opened.parts.whole(name) for name in opened.shapes}
-    tensors = tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = tensors if dtype is None else {name: rounded(tensor, dtype, where=name) for name, tensor in tensors.items()}
 
     def check(folder: Path) -> None:
         tokens = sorted(token for token in load(opened.path).ids if token < model.vocab)

@@ -62,8 +62,8 @@ def open_adapter(path: Path, base: Base) -> Given:
         return Given(folder.model, folder, identity, lambda: None, note=note)
     opened = open_checkpoint(path)
     if not opened.config.model.adapter.rank:
-        what = "this is a whole model and no adapter"
-        raise UsageError(what, where=str(opened.path), expected="a run with model.adapter.rank above 0, or PEFT's folder")
+        what, expected = "this is a whole model and no adapter", "a run with model.adapter.rank above 0, or PEFT's folder"
+        raise UsageError(what, where=str(opened.path), expected=expected, next="name an adapter in its place")
     require_base(opened, base)
     identity = hashlib.sha256((opened.path / MANIFEST).read_bytes()).hexdigest()
     return Given(opened.config.model, opened.parts, identity, opened.parts.close, opened)

@@ -50,7 +50,7 @@ def parts_of(matrices: Sequence[Tensor], rows: Rows, *, rank: int, all_of_them: 
     count = matrices[0].shape[1] // rank
     learned = any(bool(one.any()) for one in matrices)
     for parts in combinations(rows, count):
-        if len(parts) < len(rows) and (all_of_them or (count == 1 and not learned)):  # PEFT's own, before a step, is on all of them
+        if len(parts) < len(rows) and (all_of_them or not learned):  # zeros say nothing; PEFT's own, before a step, is on all of them
             continue
         if all(torch.equal(join(split(one, "lora_b", parts, rows, rank=rank), "lora_b", rows), one) for one in matrices):
             return parts

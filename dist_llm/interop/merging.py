@@ -26,7 +26,8 @@ from dist_llm.config.schema import AdapterConfig, ModelConfig
 from dist_llm.data.tokenizer import load
 from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
-from dist_llm.interop.exporting import Subject, Weights, ends_of_answers, export_model
+from dist_llm.interop.ends import ends_of_answers
+from dist_llm.interop.exporting import Subject, Weights, export_model
 from dist_llm.interop.given import Given, already_in, file_hash, grown, merged_before, open_adapter, require_alike
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.model.table import num_parameters, table

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.data.publish import publish
+from dist_llm.data.publish import publish, require_new
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.adapters import (
     CONFIG,
@@ -218,8 +218,11 @@ def _apart(
     whole = {key: _tensor(file, key, shapes[last]) for key, (_, last, _) in shared.items()}
     parts = parts_of([whole[key] for key, (_, last, _) in shared.items() if last == "lora_b"], rows, rank=each, all_of_them=dora)
     if parts is None:
-        what, expected = "the adapter has a rank of its own for some modules", f"rank {each}, or {', '.join(rows)} in columns of their own"
-        raise UsageError(what, where=str(file.path), expected=expected, found=f"{next(iter(shared))[:120]} of rank {rank}")
+        what, found_here = "the adapter has a rank of its own for some modules", f"{next(iter(shared))[:120]} of rank {rank}"
+        if not any(bool(whole[key].any()) for key, (_, last, _) in shared.items() if last == "lora_b"):
+            what, found_here = f"nothing says which of {', '.join(rows)} the adapter is on", f"{found_here}, still zeros"
+        expected = f"rank {each}, or {', '.join(rows)} in columns of their own"
+        raise UsageError(what, where=str(file.path), expected=expected, found=found_here)
     found = {}
     for key, (half, last, _) in shared.items():
         for part, tensor in split(whole[key], last, parts, rows, rank=each).items():
@@ -256,9 +259,7 @@ def write_adapter(
     or the target is there.
     """
     keys = adapter_keys(model)
-    if target.exists():
-        way = "name another folder, or remove this one"
-        raise UsageError("the folder is there already", where=str(target), expected="a new folder", found="one that is there", next=way)
+    require_new(target)
     shared = _shared(keys, joined(model))
     stored = {key: tensors[name].contiguous() for name, key in keys.items() if key not in shared}
     for key, (half, last, parts) in shared.items():

@@ -45,7 +45,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, eps: floa
 
 def _inverse_root(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps): (..., D) -> (..., 1). One pass: `vecdot` would write x^2 out, which takes three times as long."""
-    return torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+    return torch.linalg.vector_norm(x, dim=-1).square().div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
 
 
 def norm_backward(slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, kind: str, eps: float) -> list[Tensor]:

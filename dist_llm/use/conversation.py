@@ -84,14 +84,15 @@ def choose_template(
         fitted = template.fit(tokenizer)
         if lacking := sorted(fitted.added - tokenizer.added):
             what = "the tokenizer does not have the tokens of the chat template"
-            raise UsageError(what, where=template.where, expected=", ".join(lacking), found=str(opened.path), next="--template plain")
+            raise UsageError(what, where=template.where, expected=", ".join(lacking), found=str(opened.path))
         if (rows := fitted.rows(template.commands(fitted))) > opened.config.model.vocab:
             what, expected = "the model has no row for a token of the chat template", f"{rows} rows"
             found = f"{opened.config.model.vocab} in {opened.path}"
-            raise UsageError(what, where=template.where, expected=expected, found=found, next="--template plain")
+            raise UsageError(what, where=template.where, expected=expected, found=found)
         template.require_end(fitted)
     except Failure as failure:  # one that is no longer there, or was never used
         if given is not None:
+            failure.next = "the same command with --template plain"
             raise
         template, fitted = load_template("plain", end=tokenizer.end, begin=tokenizer.begin_names), tokenizer
         found = f", {failure.found}" if failure.found else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import UsageError
-from dist_llm.interop.exporting import ends_of_answers
+from dist_llm.interop.ends import ends_of_answers, kept_ends
 from dist_llm.use.conversation import choose_template
 from dist_llm.use.load import Place, load_here, open_sound
 from dist_llm.use.score import Scorer
@@ -26,10 +26,11 @@ def lm_eval_model(checkpoint: str | Path, *, device: str = "auto", dtype: str = 
     Raises UsageError where lm-eval is not installed, CheckpointError where the checkpoint is not sound.
     """
     opened, tokenizer = open_sound(Path(checkpoint))
-    template, tokenizer = choose_template(None, opened, tokenizer, tell=logging.getLogger(__name__).warning)
+    notes: list[str] = []
+    template, tokenizer = choose_template(None, opened, tokenizer, tell=notes.append)
     model = load_here(opened, tokenizer, Place(device, dtype))
-    sequence, ends = opened.config.data.sequence, ends_of_answers(opened)
-    return lm_eval_class()(Scorer(model, tokenizer, window=sequence, batch=batch, ends=ends, template=template))
+    sequence, ends = opened.config.data.sequence, {*kept_ends(opened, tokenizer), *ends_of_answers(opened)}
+    return lm_eval_class()(Scorer(model, tokenizer, window=sequence, batch=batch, ends=ends, template=template), notes)
 
 
 def lm_eval_class() -> Any:
@@ -43,9 +44,9 @@ def lm_eval_class() -> Any:
     class DistLlm(LM):
         """Answers the harness' three kinds of request; an instance's `args` are what is asked."""
 
-        def __init__(self, scorer: Scorer) -> None:
+        def __init__(self, scorer: Scorer, notes: Sequence[str] = ()) -> None:
             super().__init__()
-            self.scorer = scorer
+            self.scorer, self.notes = scorer, notes  # notes: on the template, said when it is asked for
 
         @property
         def tokenizer_name(self) -> str:
@@ -55,6 +56,8 @@ def lm_eval_class() -> Any:
         def chat_template(self, chat_template: bool | str = False) -> str:
             """The text of the checkpoint's template, which is the only one; empty where none is asked for."""
             self.scorer.talks = bool(chat_template)
+            for note in self.notes if chat_template else ():
+                logging.getLogger(__name__).warning(note)
             return self.scorer.template.text if chat_template and self.scorer.template is not None else ""
 
         def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:

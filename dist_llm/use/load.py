@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from dist_llm.config.schema import ModelConfig, RuntimeConfig
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.data.tokenizer import load as load_tokenizer
 from dist_llm.errors import Code, Failure, UsageError
-from dist_llm.strict import strict_json
 from dist_llm.train.folder import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -50,16 +48,6 @@ def open_sound(path: Path, *, whole: bool = True) -> tuple[Checkpoint, Tokenizer
         expected, found = f"at most {opened.config.model.vocab}, model.vocab of the checkpoint", f"{tokenizer.rows()} tokens"
         raise UsageError("the tokenizer has more tokens than the model", where=str(opened.path), expected=expected, found=found)
     return opened, tokenizer
-
-
-def kept_ends(opened: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text by the `generation_config.json` that came along with the weights, as far as the tokenizer has them."""
-    settings = None
-    with suppress(ValueError, RecursionError):  # of a checkpoint that was made by others
-        settings = strict_json(opened.beside.get("generation_config.json", b"{}"))
-    ends = settings.get("eos_token_id") if isinstance(settings, dict) else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return tuple(end for end in ends if type(end) is int and end in tokenizer.ids)
 
 
 def require_split(model: ModelConfig, ranks: int) -> None:
