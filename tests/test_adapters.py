@@ -18,6 +18,7 @@ from dist_llm.config.schema import AdapterConfig, Config, ModelConfig
 from dist_llm.data.batches import MicroBatch
 from dist_llm.errors import CheckpointError, UsageError
 from dist_llm.interop.adapters import adapter_keys, read_adapter_config, write_adapter_config
+from dist_llm.interop.joined import parts_of
 from dist_llm.interop.peft_folder import RECEIPT, PeftFolder, write_adapter
 from dist_llm.model import quantize as quantize_module
 from dist_llm.model.quantize import NF4, code_bytes, dequantize, quantize
@@ -419,3 +420,16 @@ def test_int8_is_within_half_a_step() -> None:
     found = dequantize(codes, scales, torch.empty(640, dtype=torch.float64), kind="int8", block=32)
     steps = scales.repeat_interleave(32) / 127
     assert ((found - values).abs() <= steps * 0.5001).all()
+
+
+def test_zeros_say_nothing_of_whose_they_are() -> None:
+    """Before a step the B of two adapters is as empty as that of two others: not read as another pair, whose A they would train."""
+    rows = {part: (at * 4, at * 4 + 4) for at, part in enumerate("qkv")}
+    empty, one = torch.zeros(12, 4), torch.zeros(12, 4)
+    one[rows["v"][0], 2] = 1.0
+    assert parts_of([empty], rows, rank=2, all_of_them=False) is None and parts_of([empty[:, :2]], rows, rank=2, all_of_them=False) == (
+        "q",
+        "k",
+        "v",
+    )
+    assert parts_of([empty, one], rows, rank=2, all_of_them=False) in (("q", "v"), ("k", "v")), "learned ones are told by their rows"

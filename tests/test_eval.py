@@ -348,11 +348,12 @@ def test_the_adapter_answers_instances(scorer: Scorer, run: Path, monkeypatch: p
     assert model.loglikelihood_rolling([ask("abc")]) == scorer.rolling(["abc"])
     assert model.generate_until([ask("a", {"max_gen_toks": 2})]) == scorer.until([("a", {"max_gen_toks": 2})])
     monkeypatch.setattr("dist_llm.use.lm_eval_adapter.ends_of_answers", lambda opened: (7,))
+    monkeypatch.setattr("dist_llm.use.lm_eval_adapter.kept_ends", lambda opened, tokenizer: (9,))
     talking = lm_eval_model(run, dtype="float32")
     held = talking.scorer
     assert talking.chat_template() == "" and not held.talks and talking.chat_template(True) == held.template.text and held.talks
     assert talking.apply_chat_template([{"role": "user", "content": "Hi"}]) in held.rendered
-    assert held.window == 64 and held.ends == {held.tokenizer.end_id, 7}
+    assert held.window == 64 and held.ends == {held.tokenizer.end_id, 7, 9}
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

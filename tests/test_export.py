@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from dist_llm.data.template_files import load_template
 from dist_llm.data.tokenizer import load, train_bpe
 from dist_llm.errors import CheckpointError, NumericError, UsageError
 from dist_llm.interop.ends import ends_of_answers
-from dist_llm.interop.exporting import cut, export_checkpoint, planned
+from dist_llm.interop.exporting import Subject, _generation, cut, export_checkpoint, export_model, planned, rounded
+from dist_llm.interop.families import read_config
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
 from dist_llm.interop.logits import compare_logits
@@ -255,6 +256,29 @@ def test_no_weight_becomes_infinite(kind: str, tmp_path: Path) -> None:
         export_checkpoint(opened, tmp_path / "out", dtype=torch.float16, shard_size=BIG)
     assert caught.value.where == name and not (tmp_path / "out").exists()
     export_checkpoint(opened, tmp_path / "out", dtype=torch.bfloat16, shard_size=BIG)
+    held = torch.tensor([1.0, torch.inf])
+    assert rounded(held, torch.float16, where="x").isinf().any(), "what was infinite before is not the rounding's"
+
+
+def test_longer_sequences_leave_the_rotary_scaling(tmp_path: Path) -> None:
+    """A config may leave out the length that a scaling was made for: it is the very number that an export of longer sequences raises."""
+    save_theirs(their_model("llama"), tmp_path / "in")
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    opened = Subject.of(open_checkpoint(import_folder(tmp_path / "in", tmp_path / "run").path))
+    export_model(replace(opened, sequence=256), tmp_path / "out", shard_size=BIG)
+    before, after = (read_config(json.loads((tmp_path / name / "config.json").read_text()), where="") for name in ("in", "out"))
+    assert (before.pop("max_positions"), after.pop("max_positions")) == (64, 256) and before == after
+
+
+def test_generation_settings_that_are_none_are_left_alone() -> None:
+    assert _generation(b"[]", {}, (3,), anew=False) is None and _generation(b'{"eos_token_id": null}', {}, (), anew=False) is None
+    assert json.loads(_generation(b'{"eos_token_id": null, "top_k": 5}', {}, (3,), anew=False) or b"") == {"eos_token_id": 3, "top_k": 5}
+    assert json.loads(_generation(None, {"bos_token_id": 1, "eos_token_id": None}, (), anew=True) or b"") == {
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
 
 
 def test_an_export_says_the_least_that_is_true(tmp_path: Path) -> None:

@@ -258,15 +258,19 @@ def test_a_restart_begins_where_it_was_told_to(tmp_path: Path, monkeypatch: pyte
         return {}
 
     monkeypatch.setattr("dist_llm.train.run.run_local", run_local)
-    monkeypatch.setattr("dist_llm.cli.train.saved_steps", lambda path: [late, early] if len(tried) < 2 else [early])
+    for name in ("saved_steps", "sound_steps"):
+        monkeypatch.setattr(f"dist_llm.cli.train.{name}", lambda path: [late, early] if len(tried) < 2 else [early])
     loaded = load_config("configs/tiny.yaml", [])
     started = Run(loaded, Layout(), tmp_path, str(early), None, lambda resume: loaded)
     _run_local(started, [early], Console(steps=8), 3)
     assert tried == [[early]] * 4
     tried.clear()
-    monkeypatch.setattr("dist_llm.cli.train.saved_steps", lambda path: [late, early])
-    _run_local(started, [], Console(steps=8), 3)
-    assert tried == [[], *[[late, early]] * 3]
+    for sound, taken in ((early, [late, early]), (None, [])):  # damaged ones are told of on the way to a sound one, or there is no way
+        tried.clear()
+        monkeypatch.setattr("dist_llm.cli.train.saved_steps", lambda path: [late, early])
+        monkeypatch.setattr("dist_llm.cli.train.sound_steps", lambda path, sound=sound: [sound] if sound else [])
+        _run_local(started, [], Console(steps=8), 3)
+        assert tried == [[], *[taken] * 3]
 
 
 def test_restart_by_torchrun(home: Path, tmp_path: Path, calm: Callable) -> None:

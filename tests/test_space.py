@@ -90,6 +90,12 @@ def test_a_disk_too_small_is_refused_with_the_arithmetic(tiny: Config, tmp_path:
     assert "x 12 bytes" in str(error.expected)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(need, 0, need))
     require_space(tmp_path, tiny, dtype="float32", world=2)
+    for step in (2, 4):  # a damaged one takes no place of those to come: nothing deletes it
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    require_space(tmp_path, tiny, dtype="float32", world=2)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(need, 1, need - 1))
+    with pytest.raises(SpaceError, match="no room"):
+        require_space(tmp_path, tiny, dtype="float32", world=2)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(SpaceError, match="cannot be written here"):
         require_space(tmp_path, tiny, dtype="float32", world=2)

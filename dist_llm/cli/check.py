@@ -151,7 +151,7 @@ def _missing_here(loaded: Loaded) -> list[str]:
                 find_files(source)
         except Failure:
             missing.append(f"no text at {source} on this machine (data.{'mix' if data.mix else 'source'}: {origins['data.source']})")
-    if data.tokenizer.kind == "file" and data.tokenizer.path and not os.path.exists(data.tokenizer.path):
+    if data.tokenizer.kind == "file" and data.tokenizer.path and not os.path.exists(os.path.expanduser(data.tokenizer.path)):
         missing.append(f"no tokenizer at {data.tokenizer.path} on this machine (data.tokenizer.path: {origins['data.tokenizer.path']})")
     if data.chat.format is not None and _is_path(data.chat.template) and not os.path.exists(os.path.expanduser(data.chat.template)):
         missing.append(f"no chat template at {data.chat.template} on this machine (data.chat.template: {origins['data.chat.template']})")
@@ -211,11 +211,11 @@ def _is_path(template: str) -> bool:
 def _check_tokenizer(loaded: Loaded) -> None:
     """A tokenizer file that is here must be one, with no more tokens than the model has. Raises UsageError."""
     tokenizer, vocab = loaded.config.data.tokenizer, loaded.config.model.vocab
-    if tokenizer.kind != "file" or tokenizer.path is None or not os.path.exists(tokenizer.path):
+    if tokenizer.kind != "file" or tokenizer.path is None or not os.path.exists(os.path.expanduser(tokenizer.path)):
         return
     from dist_llm.data.tokenizer import load
 
-    here = load(Path(tokenizer.path))
+    here = load(Path(tokenizer.path).expanduser())
     tokens = here.vocab_size if loaded.config.base is None else here.rows()
     if tokens > vocab:
         expected, found = f"model.vocab of at least {tokens}", f"model.vocab {vocab} ({loaded.origins['model.vocab']})"

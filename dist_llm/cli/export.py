@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dist_llm.cli import flags
 from dist_llm.errors import MAX_COMMAND, UsageError, plain
 from dist_llm.report.units import show_bytes
 
@@ -89,8 +90,7 @@ def _export_adapter(opened: Checkpoint, target: Path, *, base_path: str | None, 
     opened.parts.close()
     if base_path is None and base.checkpoint is not None:
         way = f"dist-llm export {base.path} {target}-base writes it, and --base-path {target}-base names it here"
-        note = f"PEFT reads a base in Hugging Face's form, which {base.path} is not: {way}"
-        typer.echo(f"note: {plain(note, width=MAX_COMMAND)}", err=True)
+        flags.note(f"PEFT reads a base in Hugging Face's form, which {base.path} is not: {way}", width=MAX_COMMAND)
     if as_json:
         about: dict[str, Any] = {"adapter": True, "bytes": size, "base": base_path or str(base.path)}
         about["logits"] = None if compared is None else vars(compared)

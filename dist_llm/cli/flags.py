@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_llm.errors import UsageError, plain
+from dist_llm.errors import MAX_WIDTH, UsageError, plain
 
 if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
@@ -156,9 +156,9 @@ def place_of(device: str, dtype: str | None) -> Place:
     return Place(device, dtype)
 
 
-def note(text: str) -> None:
-    """Says on stderr what else is to be known."""
-    typer.echo(f"note: {plain(text)}", err=True)
+def note(text: str, *, width: int = MAX_WIDTH) -> None:
+    """Says on stderr what else is to be known, in so many letters at most."""
+    typer.echo(f"note: {plain(text, width=width)}", err=True)
 
 
 def require_text(text: str, *, where: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dist_llm.cli import flags
 from dist_llm.errors import UsageError, plain
 from dist_llm.report.units import show_bytes
 
@@ -31,7 +32,7 @@ def import_(
     else:
         made = import_folder(source.expanduser(), run.expanduser())
     if made.note is not None:
-        typer.echo(f"note: {plain(made.note)}", err=True)
+        flags.note(made.note)
     if as_json:
         about = {"family": made.family, "parameters": made.parameters, "bytes": made.bytes}
         typer.echo(json.dumps({"version": 1, "checkpoint": str(made.path), **about}))

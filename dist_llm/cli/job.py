@@ -50,7 +50,7 @@ def _with_last_good(failure: Failure, path: Path, words: list[str]) -> Failure:
     """The failure of a run that had begun, with what of it is safe and how to go on."""
     if failure.code not in (Code.PEER, Code.NUMERIC, Code.SPACE, Code.MEMORY) or failure.next is not None:
         return failure
-    saved = [found for found in saved_steps(path) if _opens(found)]
+    saved = sound_steps(path)
     if saved:
         good = f"last good: step {step_of(saved[0])}, verified ({saved[0]})"
         failure.safe = f"{failure.safe}; {good}" if failure.safe else good
@@ -65,7 +65,7 @@ def _another(run: Run, words: list[str]) -> str:
     if run.resume is None:
         return OTHER_BASE
     tried = saved_steps(run.path) if run.resume == "auto" else [newest(Path(str(run.resume)))]
-    if any(_opens(step) for step in saved_steps(run.path) if step.resolve() not in [one.resolve() for one in tried]):
+    if any(step.resolve() not in [one.resolve() for one in tried] for step in sound_steps(run.path)):
         return go_on(words)
     return "a sound copy in its place, or a run from the beginning: --run-dir DIR without --resume"
 
@@ -97,10 +97,15 @@ def _advise(failure: Failure, run: Run) -> None:
 
 
 def saved_steps(path: Path) -> list[Path]:
-    """The checkpoints of a run folder, newest first; none where it cannot be read."""
+    """The checkpoints of a run folder, damaged ones too, newest first; none where it cannot be read."""
     with contextlib.suppress(OSError):
         return step_folders(path)
     return []
+
+
+def sound_steps(path: Path) -> list[Path]:
+    """Those of them that can be opened."""
+    return [found for found in saved_steps(path) if _opens(found)]
 
 
 def go_on(words: list[str]) -> str:
@@ -110,9 +115,9 @@ def go_on(words: list[str]) -> str:
     return command if torchrun_place() is None else f"torchrun as before with {command}"
 
 
-def starting_point(saved: list[Path]) -> str:
-    """Where a restart begins."""
-    return f"from step {step_of(saved[0])}" if saved else "from where it began, nothing was saved yet"
+def starting_point(sound: list[Path]) -> str:
+    """Where a restart begins. sound: the checkpoints that it can take up."""
+    return f"from step {step_of(sound[0])}" if sound else "from where it began, nothing was saved yet"
 
 
 def introduce(run: Run, console: Console) -> None:

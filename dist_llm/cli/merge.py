@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from dist_llm.cli import flags
 from dist_llm.cli.export import DTYPES, read_size
 from dist_llm.errors import UsageError, plain
 
@@ -40,7 +41,7 @@ def merge(
     paths = [path.expanduser() for path in adapters]
     made = merge_models(base.expanduser(), paths, target.expanduser(), weights=counts, dtype=to, shard_size=limit)
     for note in made.notes:
-        typer.echo(f"note: {plain(note)}", err=True)
+        flags.note(note)
     if as_json:
         typer.echo(json.dumps({**asdict(made), "folder": str(target)}))
         return

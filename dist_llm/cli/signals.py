@@ -23,7 +23,7 @@ def end_on_signals() -> None:
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if _importing(frame):  # an exception might be lost in there, or leave half a module; and nothing is held yet
+        if _importing(frame):  # an exception might be lost in there, or leave half a module; of what is held only locks go by themselves
             tell_end(interrupted=interrupted)
             os._exit(Code.INTERRUPTED if interrupted else Code.TERMINATED)
         if interrupted:

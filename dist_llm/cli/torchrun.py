@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from dist_llm import flight
-from dist_llm.cli.job import Run, conclude, go_on, introduce, saved_steps, starting_point
+from dist_llm.cli.job import Run, conclude, go_on, introduce, sound_steps, starting_point
 from dist_llm.cli.network import allow_hub
 from dist_llm.cli.place import Place
 from dist_llm.config.load import config_tree
@@ -59,7 +59,7 @@ def train_under_torchrun(run: Run, place: Place) -> None:
 def _note_restart(run: Run, place: Place, failure: Failure) -> None:
     """One line: torchrun starts its ranks anew after any failure, so this one does not end the job."""
     where = f" ({plain(failure.where)})" if failure.where else ""
-    start = starting_point(saved_steps(run.path) if Begun(run).is_known() else [])
+    start = starting_point(sound_steps(run.path) if Begun(run).is_known() else [])
     print(f"note: {plain(failure.what)}{where}: torchrun's restart {place.meeting.attempt + 1} of {place.restarts}, {start}", flush=True)
 
 
@@ -87,7 +87,7 @@ def _join(run: Run, place: Place, console: Console) -> dict[str, Any]:
     begun = Begun(run)
     if first and not place.meeting.attempt:
         begun.forget()
-    again = "auto" if place.meeting.attempt and saved_steps(run.path) and begun.is_known() else run.resume
+    again = "auto" if place.meeting.attempt and sound_steps(run.path) and begun.is_known() else run.resume
     candidates = training.candidates(run.path, again, go_on=go_on(sys.argv[1:]))  # every rank finds the same
     log = open_log(run.path / "logs" / f"rank-{place.rank}.log")
     stacks_into(log)

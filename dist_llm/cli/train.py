@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_llm import faults
-from dist_llm.cli.job import Run, complete, conclude, go_on, introduce, saved_steps, starting_point
+from dist_llm.cli.job import Run, complete, conclude, go_on, introduce, saved_steps, sound_steps, starting_point
 from dist_llm.cli.loopback import stay_on_loopback
 from dist_llm.cli.place import torchrun_place
 from dist_llm.cli.torchrun import train_under_torchrun
@@ -118,9 +118,9 @@ def _run_local(run: Run, candidates: list[Path], console: Console, restarts: int
             return run_local(config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)
         except PeerError as lost:
             faults.arm(None)
-            own = saved_steps(run.path) if begun else []
+            own = sound_steps(run.path) if begun else []
             if own and config.base is not None:
                 config = run.read("auto").config  # with the base gone, its tokenizer is in a checkpoint that may be gone by now
-            candidates = own or candidates
+            candidates = saved_steps(run.path) if own else candidates  # damaged ones too: they are told of and set aside
             console.line(f"note: {plain(lost.what)} ({plain(lost.where)}): restart {attempt} of {restarts}, {starting_point(own)}")
     return run_local(config, run.layout, run.path, candidates=candidates, tell=tell, profile=run.profile)

@@ -133,6 +133,11 @@ def step_folders(run: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
+def committed(run: Path) -> list[Path]:
+    """Those that a save has completed, the newest first: they alone count for `keep`, and are deleted."""
+    return [path for path in step_folders(run) if (path / COMMIT).is_file()]
+
+
 def newest(path: Path) -> Path:
     """The step folder that `path` means: itself, or the newest one of a run folder. Raises CheckpointError when there is none."""
     if os.path.isfile(path / MANIFEST) or FOLDER_NAME.fullmatch(path.name):
@@ -275,7 +280,7 @@ def commit(disk: Disk, partial: Path, manifest: dict[str, Any]) -> Path:
 
 def retain(disk: Disk, run: Path, keep: int, *, verified: Path) -> None:
     """Deletes checkpoints before `verified`, which has been read back, but for the newest `keep` in all (0: none are deleted)."""
-    home, folders = run / "checkpoints", [path for path in step_folders(run) if (path / COMMIT).is_file()]
+    home, folders = run / "checkpoints", committed(run)
     if verified not in folders:
         return
     old = [path for path in folders[keep:] if step_of(path) < step_of(verified)] if keep else []

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_llm.config.schema import Config, ModelConfig, OptimizerConfig
 from dist_llm.errors import SpaceError
 from dist_llm.model.table import num_trained, table
-from dist_llm.train.folder import step_folders, writable
+from dist_llm.train.folder import committed, writable
 
 HEADS = 512  # bytes that a tensor's run takes in headers and indices, at most
 TOKENIZER = 160  # bytes of tokenizer.json for a token, as others write it
@@ -38,7 +38,7 @@ def require_space(run: Path, config: Config, *, dtype: str, world: int) -> None:
         expected, way = "a folder that can be written", "the same command with --run-dir DIR"
         raise SpaceError("checkpoints cannot be written here", where=str(run), expected=expected, found="no right to write there", next=way)
     tensors, rest = checkpoint_bytes(config.model, config.optimizer, dtype=dtype, world=world)
-    copies, free = copies_to_come(config, held=len(step_folders(run))), shutil.disk_usage(run).free
+    copies, free = copies_to_come(config, held=len(committed(run))), shutil.disk_usage(run).free
     need = copies * (tensors + rest)
     if need > free:
         parts = f"{num_trained(config.model):,} parameters x {tensors // num_trained(config.model)} bytes + {rest:,} of the rest"
