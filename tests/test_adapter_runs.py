@@ -261,7 +261,7 @@ def test_an_adapter_is_in_a_base_once(commands: Commands, home: Path, tmp_path: 
     (tmp_path / "second/adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": "elsewhere"}))
     for held in ("two", "run"):
         for adapter in (lora, second):
-            assert "merged twice" in refused(commands.run("merge", str(tmp_path / held), adapter, str(tmp_path / "three")))
+            assert "count twice" in refused(commands.run("merge", str(tmp_path / held), adapter, str(tmp_path / "three")))
             for verb in ("sample", "chat", "eval"):
                 assert "count twice" in refused(commands.run(verb, str(tmp_path / "run"), "--adapter", adapter)), verb
             assert "count twice" in refused(commands.run("import", adapter, str(tmp_path / "beside"), "--base", str(tmp_path / held)))

@@ -13,6 +13,7 @@ import typer
 from dist_llm.cli import flags
 from dist_llm.cli.export import DTYPES, read_size
 from dist_llm.errors import UsageError, plain
+from dist_llm.sidefiles import MERGED
 
 
 def merge(
@@ -34,7 +35,6 @@ def merge(
     limit, counts = read_size(shard_size), read_weights(weights, len(adapters))
     import torch
 
-    from dist_llm.interop.merging import RECEIPT
     from dist_llm.interop.merging import merge as merge_models
 
     to = None if dtype is None else getattr(torch, dtype)
@@ -51,7 +51,7 @@ def merge(
             f"adapter     {plain(one['path'])}, {one['identity'][:16]}" + ("" if one["weight"] == 1 else f", times {one['weight']:g}")
         )
     typer.echo(f"merged      {plain(target)}: {made.parameters:,} parameters in {made.dtype}, {made.result[:16]}")
-    typer.echo(f"drift       {made.drift:.1e} of the largest logit, computed in {made.drift_dtype}; the receipt is {RECEIPT}")
+    typer.echo(f"drift       {made.drift:.1e} of the largest logit, computed in {made.drift_dtype}; the receipt is {MERGED}")
 
 
 def read_weights(text: str | None, count: int) -> list[float]:

@@ -28,7 +28,7 @@ from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
 from dist_llm.interop.ends import ends_of_answers
 from dist_llm.interop.exporting import Subject, Weights, export_model
-from dist_llm.interop.given import Given, already_in, file_hash, grown, merged_before, open_adapter, require_alike
+from dist_llm.interop.given import Given, file_hash, grown, merged_before, open_adapter, require_alike, require_apart
 from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
 from dist_llm.model.table import num_parameters, table
 from dist_llm.sharding import Box
@@ -36,8 +36,6 @@ from dist_llm.sidefiles import MERGED
 from dist_llm.train.base import Base
 from dist_llm.train.durable import Disk
 from dist_llm.train.overlay import Overlay, adapted, overlay
-
-RECEIPT = MERGED
 
 
 class Merged:
@@ -117,9 +115,10 @@ def merge(
         for path in paths:
             opened.append(open_adapter(path, base))
             require_alike(opened[0].model, opened[-1].model, where=str(path))
+            require_apart(opened[-1], base, where=str(path), way="a base that it is not in")
         held = base.beside_files()
         earlier = merged_before(held.get(MERGED, b"{}"), where=base.path / MERGED)
-        _refuse_twice(paths, opened, earlier)
+        _refuse_named_twice(paths, opened)
         weights = list(weights) or [1.0] * len(opened)
         under: Any = base.source()
         _refuse_two_in_one_place(paths, opened)
@@ -151,7 +150,7 @@ def merge(
             numbers = (result, drift, wide, stored, num_parameters(plain))
             notes = [one.note for one in opened if one.note is not None]
             found.append(Receipt(str(base.path), base.identity, who, *numbers, earlier, notes))
-            Disk().write(folder / RECEIPT, [json.dumps(asdict(found[0]), indent=2).encode() + b"\n"])
+            Disk().write(folder / MERGED, [json.dumps(asdict(found[0]), indent=2).encode() + b"\n"])
 
         export_model(subject, target, dtype=dtype, shard_size=shard_size, check=check)
         return found[0]
@@ -161,15 +160,13 @@ def merge(
         base.close()
 
 
-def _refuse_twice(paths: Sequence[Path], opened: Sequence[Given], before: Sequence[dict[str, Any]]) -> None:
-    """Raises UsageError where an adapter is in the base already, or is named twice (F30)."""
+def _refuse_named_twice(paths: Sequence[Path], opened: Sequence[Given]) -> None:
+    """Raises UsageError where one adapter is named twice, under whatever names (F30)."""
     named: dict[str, Path] = {}
     for path, one in zip(paths, opened, strict=True):
-        merged = already_in(one, before)
-        if merged is not None or one.content in named:
-            found = f"named twice, also as {named[one.content]}" if merged is None else f"in the base already, as {merged}"
-            what, way = "the adapter would be merged twice", "a base that it is not in; --weights makes one count for more"
-            raise UsageError(what, where=str(path), expected="each adapter once", found=found, next=way)
+        if one.content in named:
+            what, found = "the adapter would be merged twice", f"named twice, also as {named[one.content]}"
+            raise UsageError(what, where=str(path), expected="each once", found=found, next="--weights makes one count for more")
         named[one.content] = path
 
 
