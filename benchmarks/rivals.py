@@ -6,7 +6,7 @@ holds what its rival needs and nothing else; ours are, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -163,18 +163,29 @@ class TransformersLoss(nn.Module):
 
 @rival("transformers", "transformers.models.llama.modeling_llama")
 def _transformers(setting: Setting, argument: str, rank: int, world: int) -> Rival:
+    model = transformers_llama(setting, positions=setting.sequence, use_cache=False)
+    model.train()
+    return Loop(setting, TransformersLoss(model), adamw(model, setting))
+
+
+def transformers_llama(setting: Setting, *, positions: int, **more: Any) -> Any:
+    """LlamaForCausalLM with our initial weights. more: of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape: dict[str, Any] = {"vocab_size": setting.vocab, "hidden_size": setting.dim, "intermediate_size": setting.ffn}
     shape |= {"num_hidden_layers": setting.layers, "num_attention_heads": setting.heads, "num_key_value_heads": setting.heads}
-    shape |= {"tie_word_embeddings": False, "attn_implementation": "sdpa", "use_cache": False, "rms_norm_eps": 1e-5}
-    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=setting.sequence))
+    shape |= {"tie_word_embeddings": False, "attn_implementation": "sdpa", "rms_norm_eps": 1e-5}
+    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=positions, **more))
+    copy_into(model, ((transformers_name(name), values) for name, values in initial_weights(setting)))
+    return model
+
+
+def copy_into(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Puts values into a module's parameters, by their names there."""
     held = dict(model.named_parameters())
     with torch.no_grad():
-        for name, values in initial_weights(setting):
-            held[transformers_name(name)].copy_(values)
-    model.train()
-    return Loop(setting, TransformersLoss(model), adamw(model, setting))
+        for name, values in named:
+            held[name].copy_(values)
 
 
 PARTS = {

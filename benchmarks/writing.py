@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.rivals import Rival, Taken, rival, transformers_name
+from benchmarks.rivals import Rival, Taken, copy_into, rival, transformers_llama, transformers_name
 from benchmarks.setting import SEED, Setting, Tokens, initial_weights
 
 ALPHA = 16
@@ -125,22 +125,15 @@ class Transformers(Writing):
     """`generate` of transformers; under an adapter PEFT's modules."""
 
     def __init__(self, setting: WritingSetting) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         super().__init__(setting)
-        whole = setting.model
-        shape: dict[str, Any] = {"vocab_size": whole.vocab, "hidden_size": whole.dim, "intermediate_size": whole.ffn}
-        shape |= {"num_hidden_layers": whole.layers, "num_attention_heads": whole.heads, "num_key_value_heads": whole.heads}
-        shape |= {"tie_word_embeddings": False, "attn_implementation": "sdpa", "rms_norm_eps": 1e-5}
-        shape |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        self.model: Any = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=setting.prompt + setting.count))
-        _copy(self.model, {transformers_name(name): values for name, values in initial_weights(whole)})
+        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        self.model: Any = transformers_llama(setting.model, positions=setting.prompt + setting.count, **ends)
         if setting.adapter:
             from peft import LoraConfig, get_peft_model
 
             kind = LoraConfig(r=setting.adapter, lora_alpha=ALPHA, target_modules="all-linear", bias="none")
             self.model = get_peft_model(self.model, kind)
-            _copy(self.model, {peft_name(name): values for name, values in adapter_weights(setting).items()})
+            copy_into(self.model, ((peft_name(name), values) for name, values in adapter_weights(setting).items()))
         self.model.eval()
         self.how: dict[str, Any] = {"do_sample": False}
         if setting.sampled:
@@ -175,10 +168,3 @@ def peft_name(name: str) -> str:
     module, _, matrix = name.rpartition(".")
     plain = transformers_name(f"{module}.weight").removesuffix(".weight")
     return f"base_model.model.{plain}.lora_{matrix[-1].upper()}.default.weight"
-
-
-def _copy(model: nn.Module, named: dict[str, Tensor]) -> None:
-    held = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, values in named.items():
-            held[name].copy_(values)
