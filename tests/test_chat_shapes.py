@@ -45,6 +45,18 @@ SAME: list[tuple[str, dict[str, Any], list[tuple[str, str, float | None]]]] = [ 
         [("user", "Hi", None), ("assistant", "Hello", 0.0), ("user", "More", None), ("assistant", "Yes", None)],
     ),
     ("prompt_completion", {"prompt": ROUND[:1], "completion": "Hello"}, [("user", "Hi", None), ("assistant", "Hello", None)]),
+    *(
+        (shape, {"system": "Be kind", **record}, [("system", "Be kind", None), ("user", "Hi", None), ("assistant", "Hello", None)])
+        for shape, record in (
+            ("messages", {"messages": ROUND}),
+            ("messages", {"messages": [{"role": "system", "content": "Be kind"}, *ROUND]}),
+            ("messages", {"messages": [{"role": "developer", "content": " "}, *ROUND]}),
+            ("sharegpt", {"conversations": [{"from": "system", "value": "Be kind"}, *ROUND]}),
+            ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}),
+            ("prompt_completion", {"prompt": ROUND[:1], "completion": ROUND[1:]}),
+            ("prompt_completion", {"prompt": [{"role": "system", "content": "Be kind"}, ROUND[0]], "completion": "Hello"}),
+        )
+    ),
 ]
 
 
@@ -56,11 +68,25 @@ def test_what_others_write_is_understood(number: int) -> None:
     assert judge(json.dumps(record), shape, "assistant") == [list(turn) for turn in turns]
 
 
+def test_a_system_beside_another_is_refused() -> None:
+    """And one that is no text; beside a text that is trained whole it is a key like others."""
+    for shape, record in (
+        ("messages", {"messages": [{"role": "system", "content": "Be"}, *ROUND]}),
+        ("sharegpt", {"conversations": [{"role": "system", "content": "Be"}, *ROUND]}),
+        ("prompt_completion", {"prompt": [{"role": "system", "content": "Be"}, ROUND[0]], "completion": "Hello"}),
+    ):
+        for system, words in (("Be kind", "'system' beside the turns says something else"), (3, "'system' must be a string")):
+            told = {"system": system, **record}
+            assert words in chat.taker(shape, train_on="assistant")(told)[1]  # type: ignore[arg-type]
+            assert judge(json.dumps(told), shape, "assistant") is None
+    assert not chat.taker("text", train_on="assistant")({"system": 3, "text": "x"})[1]
+
+
 def test_a_prompt_of_messages_is_not_trained() -> None:
     asked = [*ROUND, {"role": "user", "content": "More"}]
     take = chat.taker("prompt_completion", train_on="assistant")
     for record, words in (
-        ({"prompt": ROUND, "completion": "Yes"}, "'prompt' must end with a user's turn"),
+        ({"prompt": ROUND, "completion": "Yes"}, "'prompt' must end with a turn of the user or a tool"),
         ({"prompt": [ROUND[0], {**ROUND[1], "weight": 2}, asked[2]], "completion": "Yes"}, "a turn of 'prompt' is to be trained"),
         ({"prompt": asked, "completion": [ROUND[1]], "weight": 2}, "the object has a weight and its completion is messages"),
         ({"prompt": asked, "completion": [{"role": "user", "content": "x"}, ROUND[1]]}, "two user turns in a row, 3 and 4"),
