@@ -10,6 +10,7 @@ import pytest
 
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import chat
+from dist_llm.data.batches import training_batches
 from dist_llm.data.prepare import prepare
 from dist_llm.errors import DataError, UsageError
 from tests.chat_oracle import judge
@@ -58,6 +59,9 @@ SAME: list[tuple[str, dict[str, Any], list[tuple[str, str, float | None]]]] = [ 
         )
     ),
 ]
+
+
+LONG = [ROUND[0], {**ROUND[1], "content": "Hello" * 90}]
 
 
 @pytest.mark.parametrize("number", range(len(SAME)))
@@ -116,6 +120,20 @@ def test_conversations_that_are_read_as_text_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 line cannot be read") as failure:
         prepare(DataConfig.model_validate(plain), seed=0)
     assert str(failure.value.next).startswith("mend")
+
+
+def test_texts_have_no_answer_to_end(tmp_path: Path) -> None:
+    """Texts longer than a sequence may all be cut; answers may not, neither alone nor beside texts."""
+    text, talk = (written(tmp_path / f"{name}.jsonl", one) for name, one in (("text", {"text": "x" * 400}), ("chat", {"messages": LONG})))
+    how = {"too_long": "truncate", "format": "auto"}
+    for source, fine in ((text, True), ([text, text], True), (talk, False), ([text, talk], False)):
+        data = data_of(tmp_path, source, chat=how, sequence=32)
+        prepared = prepare(data, seed=0)
+        if fine:
+            assert training_batches(prepared, data, global_batch=1, seed=0).num_samples
+            continue
+        with pytest.raises(DataError, match="cut before an answer ends"):
+            training_batches(prepared, data, global_batch=1, seed=0)
 
 
 def test_an_array_is_read_as_lines_are(tmp_path: Path) -> None:
