@@ -120,6 +120,14 @@ def test_conversations_that_are_read_as_text_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 line cannot be read") as failure:
         prepare(DataConfig.model_validate(plain), seed=0)
     assert str(failure.value.next).startswith("mend")
+    plain["source"] = [plain["source"], written(tmp_path / "chat.jsonl", LINES["messages"])]  # the way is that of the other file
+    with pytest.raises(DataError, match="1 line cannot be read") as failure:
+        prepare(DataConfig.model_validate(plain), seed=0)
+    assert failure.value.where == f"{tmp_path}/bad.jsonl:1" and str(failure.value.next).startswith("mend")
+    plain["source"].reverse()
+    with pytest.raises(DataError, match="1 line cannot be read") as failure:
+        prepare(DataConfig.model_validate(plain), seed=0)
+    assert str(failure.value.next).startswith("the same command with data.chat.format=messages ")
 
 
 def test_texts_have_no_answer_to_end(tmp_path: Path) -> None:

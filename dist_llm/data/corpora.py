@@ -169,7 +169,7 @@ def _looks_like_chat(source: str, files: list[Path], *, text_key: str, bad: BadL
     if not (way := chat.way_of(keys)):
         return ()
     if text_key not in keys:
-        bad.way = way
+        bad.ways.update(dict.fromkeys(map(str, files), way))
         return ()
     return (f"{source} looks like conversations, and their {text_key!r} alone is trained, as plain text: {way}",)
 
