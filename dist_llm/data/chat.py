@@ -9,8 +9,8 @@
 All but text may carry `system`, a text, for a system turn at the beginning.
 A turn, or an object of the shapes without turns, may carry `weight`, from 0 to 1000, or `train`, true or false. All objects of a
 source have one shape. A conversation is a first system turn, if any, then turns of the user and the assistant in alternation,
-the user first; what the tools say that the assistant calls comes after its turn, and then the assistant, if anybody. It becomes a document whose
-text is one spelling of its messages and tools (turns.py). What would have to be left out for that is refused (LOST).
+the user first; what the tools say that the assistant calls comes after its turn, and then the assistant, if anybody. It becomes a document
+whose text is one spelling of its messages and tools (turns.py). What would have to be left out for that is refused (LOST).
 """
 
 from __future__ import annotations
