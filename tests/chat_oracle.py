@@ -174,10 +174,9 @@ def judge(line: str, shape: str, train_on: str) -> list[list[Any]] | None:
     if tools is None:
         return None
     turns: list[list[Any]] = []
-    if shape in ("sharegpt", "alpaca") and record.get("system") is not None:
-        turns.append(["system", record["system"], None])
-        if turns[0][1] == "" or (isinstance(turns[0][1], str) and turns[0][1].isspace() and "\0" not in turns[0][1]):
-            turns.clear()
+    told = None if shape == "text" else record.get("system")
+    if told is not None and not (isinstance(told, str) and encodes(told)):
+        return None
     if shape in ("messages", "sharegpt"):
         found = turns_of(record.get("messages" if shape == "messages" else "conversations"), shape)
         if found is None:
@@ -213,6 +212,13 @@ def judge(line: str, shape: str, train_on: str) -> list[list[Any]] | None:
                 asked = f"{asked}\n\n{extra}" if isinstance(asked, str) and asked.strip() else asked
             asked = asked.rstrip("\n") if isinstance(asked, str) else asked
         turns += [["user", asked, None], ["assistant", record[keys[1]], weight]]
+    if told is not None and not told.isspace() and told:
+        if turns[0][0] != "system":
+            turns.insert(0, ["system", told, None])
+        elif isinstance(turns[0][1], str) and not turns[0][1].strip():
+            turns[0][1] = told
+        elif turns[0][1] != told:
+            return None
     may = [turn[0] in ("system", "tool") or "tool_calls" in (turn[3:] or [{}])[0] for turn in turns]  # say nothing
     if not all(
         is_text(turn[1]) or (empty and isinstance(turn[1], str) and encodes(turn[1])) for turn, empty in zip(turns, may, strict=True)

@@ -281,10 +281,11 @@ def grown(shape: str, dice: random.Random) -> dict[str, Any]:
         turns[1:1] = called(names, dice, shape)
     said = dice.choice(("be kind", "be kind", "", " \n"))
     system = [{names[0]: dice.choice(("system", "developer")), names[1]: said}] if dice.random() < 0.3 else []
+    told = {"system": dice.choice(("be kind", "be good", "", " "))} if dice.random() < 0.2 else {}
     if listed:
-        return {"prompt": [*system, *turns[:-1]], "completion": dice.choice((turns[-1:], turns[-1]["content"]))}
+        return {"prompt": [*system, *turns[:-1]], "completion": dice.choice((turns[-1:], turns[-1]["content"])), **told}
     tools = {"tools": dice.choice(([{"name": "f"}], '[{"function": {"name": "f"}}]', "", []))} if dice.random() < 0.3 else {}
-    return {"messages" if shape == "messages" else "conversations": system + turns, **tools}
+    return {"messages" if shape == "messages" else "conversations": system + turns, **tools, **told}
 
 
 def called(names: tuple[str, str], dice: random.Random, shape: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import chat
+from dist_llm.data.batches import training_batches
 from dist_llm.data.prepare import prepare
 from dist_llm.errors import DataError, UsageError
 from tests.chat_oracle import judge
@@ -45,7 +46,22 @@ SAME: list[tuple[str, dict[str, Any], list[tuple[str, str, float | None]]]] = [ 
         [("user", "Hi", None), ("assistant", "Hello", 0.0), ("user", "More", None), ("assistant", "Yes", None)],
     ),
     ("prompt_completion", {"prompt": ROUND[:1], "completion": "Hello"}, [("user", "Hi", None), ("assistant", "Hello", None)]),
+    *(
+        (shape, {"system": "Be kind", **record}, [("system", "Be kind", None), ("user", "Hi", None), ("assistant", "Hello", None)])
+        for shape, record in (
+            ("messages", {"messages": ROUND}),
+            ("messages", {"messages": [{"role": "system", "content": "Be kind"}, *ROUND]}),
+            ("messages", {"messages": [{"role": "developer", "content": " "}, *ROUND]}),
+            ("sharegpt", {"conversations": [{"from": "system", "value": "Be kind"}, *ROUND]}),
+            ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}),
+            ("prompt_completion", {"prompt": ROUND[:1], "completion": ROUND[1:]}),
+            ("prompt_completion", {"prompt": [{"role": "system", "content": "Be kind"}, ROUND[0]], "completion": "Hello"}),
+        )
+    ),
 ]
+
+
+LONG = [ROUND[0], {**ROUND[1], "content": "Hello" * 90}]
 
 
 @pytest.mark.parametrize("number", range(len(SAME)))
@@ -56,11 +72,25 @@ def test_what_others_write_is_understood(number: int) -> None:
     assert judge(json.dumps(record), shape, "assistant") == [list(turn) for turn in turns]
 
 
+def test_a_system_beside_another_is_refused() -> None:
+    """And one that is no text; beside a text that is trained whole it is a key like others."""
+    for shape, record in (
+        ("messages", {"messages": [{"role": "system", "content": "Be"}, *ROUND]}),
+        ("sharegpt", {"conversations": [{"role": "system", "content": "Be"}, *ROUND]}),
+        ("prompt_completion", {"prompt": [{"role": "system", "content": "Be"}, ROUND[0]], "completion": "Hello"}),
+    ):
+        for system, words in (("Be kind", "'system' beside the turns says something else"), (3, "'system' must be a string")):
+            told = {"system": system, **record}
+            assert words in chat.taker(shape, train_on="assistant")(told)[1]  # type: ignore[arg-type]
+            assert judge(json.dumps(told), shape, "assistant") is None
+    assert not chat.taker("text", train_on="assistant")({"system": 3, "text": "x"})[1]
+
+
 def test_a_prompt_of_messages_is_not_trained() -> None:
     asked = [*ROUND, {"role": "user", "content": "More"}]
     take = chat.taker("prompt_completion", train_on="assistant")
     for record, words in (
-        ({"prompt": ROUND, "completion": "Yes"}, "'prompt' must end with a user's turn"),
+        ({"prompt": ROUND, "completion": "Yes"}, "'prompt' must end with a turn of the user or a tool"),
         ({"prompt": [ROUND[0], {**ROUND[1], "weight": 2}, asked[2]], "completion": "Yes"}, "a turn of 'prompt' is to be trained"),
         ({"prompt": asked, "completion": [ROUND[1]], "weight": 2}, "the object has a weight and its completion is messages"),
         ({"prompt": asked, "completion": [{"role": "user", "content": "x"}, ROUND[1]]}, "two user turns in a row, 3 and 4"),
@@ -90,6 +120,28 @@ def test_conversations_that_are_read_as_text_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 line cannot be read") as failure:
         prepare(DataConfig.model_validate(plain), seed=0)
     assert str(failure.value.next).startswith("mend")
+    plain["source"] = [plain["source"], written(tmp_path / "chat.jsonl", LINES["messages"])]  # the way is that of the other file
+    with pytest.raises(DataError, match="1 line cannot be read") as failure:
+        prepare(DataConfig.model_validate(plain), seed=0)
+    assert failure.value.where == f"{tmp_path}/bad.jsonl:1" and str(failure.value.next).startswith("mend")
+    plain["source"].reverse()
+    with pytest.raises(DataError, match="1 line cannot be read") as failure:
+        prepare(DataConfig.model_validate(plain), seed=0)
+    assert str(failure.value.next).startswith("the same command with data.chat.format=messages ")
+
+
+def test_texts_have_no_answer_to_end(tmp_path: Path) -> None:
+    """Texts longer than a sequence may all be cut; answers may not, neither alone nor beside texts."""
+    text, talk = (written(tmp_path / f"{name}.jsonl", one) for name, one in (("text", {"text": "x" * 400}), ("chat", {"messages": LONG})))
+    how = {"too_long": "truncate", "format": "auto"}
+    for source, fine in ((text, True), ([text, text], True), (talk, False), ([text, talk], False)):
+        data = data_of(tmp_path, source, chat=how, sequence=32)
+        prepared = prepare(data, seed=0)
+        if fine:
+            assert training_batches(prepared, data, global_batch=1, seed=0).num_samples
+            continue
+        with pytest.raises(DataError, match="cut before an answer ends"):
+            training_batches(prepared, data, global_batch=1, seed=0)
 
 
 def test_an_array_is_read_as_lines_are(tmp_path: Path) -> None:

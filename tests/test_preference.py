@@ -215,6 +215,27 @@ def test_a_text_of_a_pair_names_its_prompt_once() -> None:
     assert not why and json.loads(text)["asked"] == 1
 
 
+def test_a_system_stands_beside_every_kind_of_pair() -> None:
+    take, system = preferences.taker(train_on="assistant"), {"role": "system", "content": "Be"}
+    whole = take({"chosen": [system, ASKED, GOOD], "rejected": [system, ASKED, BAD]})[0]
+    assert whole and json.loads(whole)["asked"] == 2
+    for record in (
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
+        {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [system, ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"chosen": [system, ASKED, GOOD], "rejected": [{**system, "content": ""}, ASKED, BAD]},
+        {"prompt": "Hi", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    ):
+        text, why = take({**record, "system": "Be"})
+        assert not why and text == whole, (record, why)
+    listed = {"prompt": [system, ASKED], "chosen": [GOOD], "rejected": [BAD]}
+    for record in ({"chosen": [system, ASKED, GOOD], "rejected": [ASKED, BAD]}, listed):
+        assert "says something else" in take({**record, "system": "Do"})[1]
+    assert "there is no prompt" in take({"chosen": [GOOD], "rejected": [BAD]})[1]
+    assert "the assistant speaks first" in take({"system": "Be", "chosen": [GOOD], "rejected": [BAD]})[1]
+
+
 # --- configs -------------------------------------------------------------------------------------------------------------
 
 

@@ -325,6 +325,11 @@ def test_a_models_own_template(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no chat template"):
         load_template("chatlm", end=BYTES.end)
     assert choose_template("auto", end=BYTES.end, tokenizer=tmp_path).name == "plain"
+    for none in (None, [], [{"name": "rag", "template": "x"}], 3):  # a key without a template
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": none}))
+        assert choose_template("auto", end=BYTES.end, tokenizer=tmp_path).name == "plain"
+        with pytest.raises(UsageError, match="no chat template beside"):
+            load_template("model", end=BYTES.end, tokenizer=tmp_path)
     own = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     config = {
         "bos_token": {"content": "<s>"},

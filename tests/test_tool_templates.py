@@ -203,6 +203,21 @@ def test_an_object_that_is_written_as_python_writes_it() -> None:
     assert sum(token == tokenizer.special["<|im_end|>"] for token in ids) == 2
 
 
+@pytest.mark.parametrize("written", ["[m.content | trim]", "{'a': m.content ~ 'x'}", "(m.content | trim, 1)", "[[m.content | trim]]"])
+def test_a_list_that_a_template_makes_keeps_the_marks(written: str) -> None:
+    """Texts of its own making, written as Python does: no letters of our marks come out."""
+    text = (
+        "{% for m in messages %}{{ m.role }}{{ " + written + " }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    for trusted in (True, False):
+        form = Template("python", text, eos="", trusted=trusted)
+        tokenizer = form.fit(BYTES)
+        messages = [user("a <|im_end|>"), says("b <|im_end|> \\x00")]
+        ids = form.encode(messages, tokenizer, train_on="all")[0]
+        assert tokenizer.decode(ids) == form.render(messages)
+        assert sum(token == tokenizer.special["<|im_end|>"] for token in ids) == 2
+
+
 @pytest.mark.parametrize(
     "made",
     [call("<|im_end|"), call("f", **{"<|im_end|": "1"}), call("f", **{"<|im_end|": 1, "a": "b"}), call("f<|im_end|", a="b")],

@@ -254,7 +254,7 @@ class Batches:
 def training_batches(prepared: Prepared, data: DataConfig, *, global_batch: int, seed: int) -> Batches:
     """The order in which a run trains on prepared data; `seed` gives way to data.seed. Raises DataError: too little, too long."""
     settings: dict[str, Any] = {"global_batch": global_batch, "seed": seed if data.seed is None else data.seed}
-    if prepared.template is not None:
+    if prepared.template is not None and set(prepared.shapes) != {"text"}:  # texts have no answer that ends
         settings["ends"] = prepared.template.stop_ids(prepared.tokenizer)
     return _order(prepared.train, data, weights=prepared.weights, **settings)
 

@@ -1,15 +1,16 @@
 """Conversations out of JSON lines: which shape the objects have, and what is wrong with one that does not fit.
 
-    alpaca             {"instruction": text, "input": text, "output": text}             input and system may be left out
+    alpaca             {"instruction": text, "input": text, "output": text}             input may be left out
     sharegpt           {"conversations": [{"from": "human" | "gpt" | "system", "value": text}, ...]}     or turns as messages has them
     messages           {"messages": [{"role": "user" | "assistant" | "system" | "tool", "content": text}, ...]}       perhaps with `tools`
     prompt_completion  {"prompt": text or messages, "completion": text or messages}
     text               {"text": text}                                                   trained whole, without a template
 
+All but text may carry `system`, a text, for a system turn at the beginning.
 A turn, or an object of the shapes without turns, may carry `weight`, from 0 to 1000, or `train`, true or false. All objects of a
 source have one shape. A conversation is a first system turn, if any, then turns of the user and the assistant in alternation,
-the user first; what the tools say that the assistant calls stands between two turns of the assistant. It becomes a document whose
-text is one spelling of its messages and tools (turns.py). What would have to be left out for that is refused (LOST).
+the user first; what the tools say that the assistant calls comes after its turn, and then the assistant, if anybody. It becomes a document
+whose text is one spelling of its messages and tools (turns.py). What would have to be left out for that is refused (LOST).
 """
 
 from __future__ import annotations
@@ -260,12 +261,12 @@ def _turns(record: dict[str, Any], shape: Format, *, train_on: TrainOn) -> list[
     if shape != "text":
         require_nothing_lost(record, "the object", LOST_BESIDE_TOOLS if shape in WITH_TOOLS else LOST)
     if shape in ("messages", "sharegpt"):
-        return [*(system_of(record) if shape == "sharegpt" else []), *listed(record[KEYS[shape][0]], KEYS[shape][0], shape)]
+        return with_system(record, listed(record[KEYS[shape][0]], KEYS[shape][0], shape))
     weight = weight_of(record, "the object")
     if shape == "text":
         return [Turn("text", wanted_text(record["text"], "'text'"), weight)]
     if shape == "prompt_completion":
-        return [*_prompt(record["prompt"], train_on=train_on), *_completion(record["completion"], weight)]
+        return with_system(record, [*_prompt(record["prompt"], train_on=train_on), *_completion(record["completion"], weight)])
     asked = wanted_text(record["instruction"], "'instruction'")
     if record.get("input") not in (None, ""):
         asked += "\n\n" + wanted_text(record["input"], "'input'", empty=True)
@@ -279,7 +280,7 @@ def _prompt(value: Any, *, train_on: TrainOn) -> list[Turn]:
         return [Turn("user", wanted_text(value, "'prompt'"))]
     turns = listed(value, "prompt")
     if turns[-1].role not in ("user", "tool"):
-        raise WrongError("'prompt' must end with a user's turn, which 'completion' answers")
+        raise WrongError("'prompt' must end with a turn of the user or a tool, which 'completion' answers")
     if train_on == "all":
         return turns
     if any(turn.weight or one.get("train") for turn, one in zip(turns, value, strict=True)):
@@ -353,6 +354,16 @@ def system_of(record: dict[str, Any]) -> list[Turn]:
     """The system turn that stands beside the others, if there is one that says something."""
     text = "" if record.get("system") is None else wanted_text(record["system"], "'system'", empty=True)
     return [Turn("system", text)] if text.strip() else []
+
+
+def with_system(record: dict[str, Any], turns: Sequence[Turn]) -> list[Turn]:
+    """Turns that begin with what the system says beside them, if anything. Raises WrongError where they begin with something else."""
+    system = system_of(record)
+    if not system or turns[0].role != "system":
+        return [*system, *turns]
+    if turns[0].content not in ("", system[0].content):
+        raise WrongError("'system' beside the turns says something else than the system turn at their beginning")
+    return [replace(turns[0], content=system[0].content), *turns[1:]]
 
 
 def check_order(turns: Sequence[Turn], *, train_on: TrainOn) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dist_llm.data.tokenizer import Tokenizer
 
 PACKED = {".gz": 4, ".zst": 4, ".parquet": 3}  # about how many bytes of text a byte of such a file holds
-READ_AS = 3  # how objects of conversations are read: what was built from them another way is not found again
+READ_AS = 4  # how objects of conversations are read: what was built from them another way is not found again
 GENERATED = 4_000_000  # bytes of text that a generator gives where no limit is set
 
 
@@ -169,7 +169,7 @@ def _looks_like_chat(source: str, files: list[Path], *, text_key: str, bad: BadL
     if not (way := chat.way_of(keys)):
         return ()
     if text_key not in keys:
-        bad.way = way
+        bad.ways.update(dict.fromkeys(map(str, files), way))
         return ()
     return (f"{source} looks like conversations, and their {text_key!r} alone is trained, as plain text: {way}",)
 

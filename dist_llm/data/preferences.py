@@ -1,10 +1,11 @@
 """Preferences out of JSON objects: a question, an answer that is preferred, and one that is not; what is wrong with one that does not fit.
 
-    {"prompt": text, "chosen": text, "rejected": text}                 perhaps with `system`
+    {"prompt": text, "chosen": text, "rejected": text}
     {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
     {"chosen": [messages], "rejected": [messages]}                     what both begin with is the prompt
 
-Messages are those of data/chat.py. A `prompt` in text beside messages that begin with it, as UltraFeedback has them, says nothing more.
+Each perhaps with `system`. Messages are those of data/chat.py.
+A `prompt` in text beside messages that begin with it, as UltraFeedback has them, says nothing more.
 A pair becomes one document, whose text spells the two conversations; nothing of their prompt is trained. It becomes two documents of a
 store, the chosen side and then the rejected one.
 """
@@ -30,8 +31,8 @@ from dist_llm.data.chat import (
     missing_key,
     require_nothing_lost,
     said,
-    system_of,
     wanted_text,
+    with_system,
 )
 from dist_llm.data.encoding import ChatEncoder, Ids, place_of
 from dist_llm.data.readers import Document, Take, type_name
@@ -84,10 +85,10 @@ def _conversations(record: dict[str, Any]) -> tuple[list[Turn], list[Turn], int]
     elif prompt is None and kinds == {str}:
         raise WrongError("expected preference, found no key 'prompt'; texts need one, messages may begin with theirs")
     elif prompt is None or (kinds == {list} and all(side[0].role != "assistant" for side in sides)):
-        return _shared(sides, prompt)
+        return _shared([with_system(record, side) for side in sides], prompt)
     else:
         before = [Turn("user", wanted_text(prompt, "'prompt'"))]
-    before = [*system_of(record), *before]
+    before = with_system(record, before)
     chosen, rejected = ([*before, *side] for side in sides)
     return chosen, rejected, len(before)
 

@@ -63,8 +63,8 @@ class BadLines:
     """The lines that could not be read: how many are allowed, where they were, and the first few in words.
 
     A corpus is read more than once; a line counts once. met: those that came by since somebody cleared it. blank: for each
-    file, how many lines without text there are. rows: whether they are called rows, as those of a table are. way: the setting that may
-    read them, where one is known.
+    file, how many lines without text there are. rows: whether they are called rows, as those of a table are. ways: for each
+    file of which one is known, the setting that may read it.
     """
 
     allowed: int = 0
@@ -74,7 +74,7 @@ class BadLines:
     told: list[str] = field(default_factory=list)
     blank: dict[str, int] = field(default_factory=dict)
     rows: bool = False
-    way: str = ""
+    ways: dict[str, str] = field(default_factory=dict)
 
     @property
     def word(self) -> str:
@@ -104,13 +104,13 @@ class BadLines:
             return
         lines = f"{'at least ' if more else ''}{self.count} {self.word}{'' if self.count == 1 else 's'}"
         wanted = 50 * self.count if more else self.count
+        way = next((way for path, way in self.ways.items() if self.told[0].startswith(f"{path}:")), "")
         raise DataError(
             f"{lines} cannot be read" + (f" and {self.allowed} may be skipped" if self.allowed else ""),
             where=self.told[0].split(": ", 1)[0],
             expected=ROWS_EXPECTED if self.rows and self.expected == LINES_EXPECTED else self.expected,
             details=self.told,
-            next=(self.way and f"{self.way}; or ")
-            + f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
+            next=(way and f"{way}; or ") + f"mend, or skip: dist-llm data build CONFIG data.max_bad_lines={wanted}; train takes it too",
         )
 
 

@@ -1,7 +1,8 @@
 """The text that a template has made, and its tokens: marks of what is trained, and names of special tokens that are letters.
 
 No message holds a NUL, so that one in a rendered text is ours: `NUL <` and `NUL >` around what is trained, `NUL 17 ;` in the place of the
-name of special token 17 inside a message.
+name of special token 17 inside a message, `NUL ! 17 ;` and `NUL ! ;` beside
+what a template must show (shown.py), which is never encoded.
 """
 
 from __future__ import annotations

@@ -99,6 +99,8 @@ def _kept(value: Any) -> Any:
         return _Text(value) if "\x00" in value else value
     if isinstance(value, dict):
         return {_kept(key): _kept(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_kept, value))
     return [_kept(one) for one in value] if isinstance(value, list) else value
 
 
@@ -112,7 +114,8 @@ def compile_template(text: str) -> jinja2.Template:
         raise TemplateFault(f"longer than {LARGEST_TEMPLATE} characters", "broken")
     if "\x00" in text:
         raise TemplateFault("it holds a NUL character", "broken")
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_kept)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     del environment.globals["lipsum"]  # a maker of long texts that no chat template needs

@@ -96,10 +96,7 @@ def choose_template(name: str, *, end: str, begin: str = "", tokenizer: Path | N
     if name != "auto":
         return load_template(name, end=end, begin=begin, tokenizer=tokenizer)
     folder = None if tokenizer is None else tokenizer if tokenizer.is_dir() else tokenizer.parent
-    own = folder is not None and (
-        (folder / "chat_template.jinja").is_file() or "chat_template" in _read_config(folder / "tokenizer_config.json")
-    )
-    return load_template("model" if own else "plain", end=end, begin=begin, tokenizer=tokenizer)
+    return load_template("model" if folder is not None and _has_own(folder) else "plain", end=end, begin=begin, tokenizer=tokenizer)
 
 
 def load_template(name: str, *, end: str, begin: str = "", tokenizer: Path | None = None) -> Template:
@@ -170,6 +167,13 @@ def _token(value: Any) -> str:
     """The name of a token, as a text or an object."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
+
+
+def _has_own(folder: Path) -> bool:
+    """Whether a template lies in a tokenizer's folder."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return _default(_read_config(folder / "tokenizer_config.json").get("chat_template")) is not None
 
 
 def _default(value: Any) -> str | None:
