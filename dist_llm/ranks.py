@@ -72,15 +72,20 @@ def run_ranks(
     try:
         with _handing_on(stop.SIGNALS if stoppable else (), children):
             for rank in range(world):
-                read, write = os.pipe()
+                (read, write), (noted, noting) = os.pipe(), os.pipe()
                 pid = os.fork()
                 if pid == 0:
                     os.close(read)
+                    os.close(noting)
+                    os.read(noted, 1)  # ends when its record is begun: one that is stopped in its first moment is known
+                    os.close(noted)
                     flight.start(records[rank], rank=rank, pid=os.getpid())
                     if stoppable:
                         stop.listen()
                     _child(rank, write, place, log_dir, work, arguments)
-                os.close(write)
+                flight.Flight(records[rank], rank=rank, pid=pid)
+                for end in (write, noted, noting):
+                    os.close(end)
                 children[rank] = (pid, read)
             if stoppable and stop.asked():  # before there was anyone to hand it on to
                 os.kill(os.getpid(), stop.SIGNALS[0])

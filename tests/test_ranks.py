@@ -224,3 +224,19 @@ def test_ranks_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> No
         time.sleep(0.02)
     assert out.strip() == ("interrupted" if sign == signal.SIGINT else "")
     nothing_left(tmp_path, 2)
+
+
+def test_a_rank_that_is_stopped_in_its_first_moment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has written a word of its own: whoever waits knows its process from the fork on (F9)."""
+    fork = os.fork
+
+    def stopped() -> int:
+        if (pid := fork()) == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return pid
+
+    monkeypatch.setattr("dist_llm.ranks.os.fork", stopped)
+    began = time.monotonic()
+    with pytest.raises(PeerError, match="rank 0 hangs"):
+        run_ranks(1, lambda rank, world, say: None, timeout_seconds=0.5)
+    assert time.monotonic() - began < 20
