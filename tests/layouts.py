@@ -366,8 +366,8 @@ def concrete(text: str) -> Layout:
 
 
 def for_layout(config: Config, layout: Layout) -> Config:
-    """The same run with a batch that divides over dp=3 or 6, and one of two micro-batches where shards have replicas."""
-    if layout.shard != layout.dp * layout.cp:
+    """The same run with a batch that divides over dp=3 or 6; one of two micro-batches where shards have replicas, or tp is alone."""
+    if layout.shard != layout.dp * layout.cp or layout.dp == layout.pp == 1:
         size = 2 * layout.dp * config.batch.micro
     else:
         size = 6 if config.batch.global_ % layout.dp else config.batch.global_

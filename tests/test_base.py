@@ -38,7 +38,7 @@ from tests.ranks import Ranks
 LAYOUTS = ("dp=2,zero=3", "dp=2,zero=1", "dp=3,zero=2", "tp=2", "pp=2", "tp=2,pp=2", "dp=2,tp=2,zero=3,sp=off")
 LATER = [pytest.param(f"dp=2,{text}", marks=pytest.mark.long) for text in ("engine=ddp", "zero=3,engine=deepspeed")]
 ENGINES = ("dp=2,zero=3,engine=fsdp2", *LATER)
-DATA = "data: {source: skills, sequence: 32, max_tokens: 20_000, dir: %s}\nbatch: {global: 12, micro: 1}\n"
+DATA = "data: {source: skills, sequence: 32, max_tokens: 20_000, dir: %s}\nbatch: {global: 6, micro: 1}\n"
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`whole` and `split`: two steps of configs/tiny.yaml with a learned tokenizer, from one process and from four ranks."""
     home = tmp_path_factory.mktemp("runs")
     words = [f"data.dir={home / 'data'}", "data.tokenizer={kind: bpe, vocab: 300}", "data.max_tokens=20_000", "schedule.steps=2"]
-    config = load_config("configs/tiny.yaml", [*words, "data.validation=0"]).config
+    config = load_config("configs/tiny.yaml", [*words, "data.validation=0", "batch.micro=4"]).config
     prepare(config.data, seed=config.runtime.seed)
     for name, text in (("whole", "dp=1"), ("split", "dp=2,tp=2,zero=3,sp=off")):
         (home / name).mkdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,21 @@ TOLERANCE = 1e-10
 SGD = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "clip": 0.5}
 PLAIN = {"sequence": 16, "tokenizer": {"kind": "bpe", "vocab": None}}  # one document, positions counted on
 ADAMW = {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.1, "clip": 0.5}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A helper of this file alone: it imports once what every rank would import anew."""
+    helper = Ranks()
+    helper.prepare("tests.oracles:with_transformers")
+    yield helper
+    helper.close()
+
+
+@pytest.fixture(scope="module")
+def with_deepspeed(ranks: Ranks) -> None:
+    """DeepSpeed in that helper, from the first test on that needs it."""
+    ranks.prepare("tests.oracles:with_deepspeed")
 
 
 def layout(text: str) -> dict[str, Any]:
@@ -180,6 +196,7 @@ BFLOAT16_LATER = [*(f"dp=2,zero={stage},engine=deepspeed" for stage in (1, 3)), 
 STEEP = {"tied": True, "init_std": 0.3}  # gradients larger than 1
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.parametrize("offloaded", [DEEPSPEED_OFFLOADED[-1:], pytest.param(DEEPSPEED_OFFLOADED[:-1], marks=pytest.mark.long)], ids=len)
 def test_deepspeed_trains_as_we_do(ranks: Ranks, tmp_path: Path, offloaded: list[str]) -> None:
     """ZeRO 0-3, AdamW and SGD, float32: within 10 x the distance between our own float32 and float64 runs, kind by kind."""
@@ -191,6 +208,7 @@ def test_deepspeed_trains_as_we_do(ranks: Ranks, tmp_path: Path, offloaded: list
             assert difference < bounds[kind], (text, kind, difference, bounds[kind])
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.long
 def test_deepspeed_clips_as_the_config_says(ranks: Ranks, tmp_path: Path) -> None:
     """With clip 0 it does not, although it clips at 1.0 where nothing is said. Gradients and SGD show the factor, AdamW hides it."""
@@ -211,6 +229,7 @@ def test_deepspeed_clips_as_the_config_says(ranks: Ranks, tmp_path: Path) -> Non
                 assert wrong < 1e-4 if step == 0 else wrong > 1e-2, (text, step, wrong)
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.parametrize("others", [BFLOAT16, pytest.param(BFLOAT16_LATER, marks=pytest.mark.long)], ids=["plain", "the rest"])
 def test_bfloat16_gradients_are_summed_and_reduced_in_float32(ranks: Ranks, tmp_path: Path, others: list[str]) -> None:
     """trap 14: every engine takes the same bfloat16 gradients of its micro-batches and ranks; rounding their sums would show."""
@@ -229,6 +248,7 @@ TAKEN_OVER_LATER = [
 ]
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.parametrize("texts", [TAKEN_OVER, pytest.param(TAKEN_OVER_LATER, marks=pytest.mark.long)], ids=["plain", "the rest"])
 def test_an_engine_takes_over_the_state_of_another(ranks: Ranks, texts: list[str]) -> None:
     """load_state and evaluate of the engines around libraries: the next losses are the ones of the engine that went on."""
@@ -300,6 +320,7 @@ def test_a_disk_needs_libaio_and_a_folder_of_its_own(tmp_path: Path) -> None:
         claim_disk(package(True), str(tmp_path / "file"), rank=0)
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="needs libaio's header")
 @pytest.mark.parametrize("offload", ["optimizer", "all"])

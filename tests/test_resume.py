@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """configs/tiny.yaml in float32 as people train, with its data built."""
     home = tmp_path_factory.mktemp("tiny")
     overrides = [f"data.dir={home}", "runtime.dtype=float32", f"schedule.steps={STEPS}", "save.every=2", "save.keep=0", "model.dropout=0.1"]
-    config = load_config("configs/tiny.yaml", [*overrides, "data.max_tokens=20_000", "data.validation=0"]).config
+    config = load_config("configs/tiny.yaml", [*overrides, "data.max_tokens=20_000", "data.validation=0", "batch.micro=4"]).config
     prepare(config.data, seed=config.runtime.seed)
     return config
 
@@ -124,7 +124,7 @@ def take_up(rank: int, world: int, say: Callable, config: dict, layout: dict, so
 
 
 def test_thirteen_pairs_of_layouts_have_the_same_state_and_samples(tiny: Config, ranks: Ranks, tmp_path: Path) -> None:
-    wide = changed(tiny, {"batch.global": 12})
+    wide = changed(tiny, {"batch.global": 12, "batch.micro": 1})
     prepare(wide.data, seed=wide.runtime.seed)
     train(ranks, changed(wide, {"schedule.steps": 2}), PAIRS[0][0], tmp_path / "0")
     expected, samples = digest(open_checkpoint(tmp_path / "0")), None
@@ -199,7 +199,7 @@ def test_what_a_user_sees(commands: Commands, tiny: Config, tmp_path: Path) -> N
     """A rank killed in a save: exit 5. A damaged checkpoint: passed over, by name. Nothing sound: exit 4, nothing trained."""
     folder = tmp_path / "run"
     words = ["train", "configs/tiny.yaml", "--layout", "dp=2", "--run-dir", str(folder), "--save-every", "2", "runtime.device=cpu"]
-    words += [f"data.dir={tiny.data.dir}", "data.max_tokens=20_000", "data.validation=0", "schedule.steps=6"]
+    words += [f"data.dir={tiny.data.dir}", "data.max_tokens=20_000", "data.validation=0", "schedule.steps=6", "batch.micro=4"]
     killed = commands.run(*words, DIST_LLM_FAULT="save.sync:1:6")
     assert killed.returncode == 5 and "a rank died" in killed.stderr and "rank 1" in killed.stderr, killed.stderr
     newest, older = step_folders(folder)
@@ -231,6 +231,7 @@ def test_what_cannot_be_taken_up_is_told_of_and_kept(commands: Commands, tiny: C
     folder, steps = tmp_path / "run", {number: tmp_path / f"run/checkpoints/step-{number:08d}" for number in (2, 4, 6, 8, 10)}
     words = ["train", "configs/tiny.yaml", "--run-dir", str(folder), "--save-every", "2", "runtime.device=cpu", "save.keep=0"]
     words += [f"data.dir={tiny.data.dir}", "data.max_tokens=20_000", "data.validation=0", "runtime.dtype=float32", "save.async=false"]
+    words += ["batch.micro=4"]
 
     def told(*more: str, code: int) -> str:
         result = commands.run(*words, *more)
