@@ -77,20 +77,33 @@ def digest(opened: Checkpoint) -> str:
     return found.hexdigest()
 
 
+@pytest.fixture(scope="module")
+def calm(tiny: Config, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the run that nothing happens to, for a layout."""
+    known: dict[str, Path] = {}
+
+    def of(layout: str) -> Path:
+        if layout not in known:
+            known[layout] = tmp_path_factory.mktemp("calm") / "run"
+            train(ranks, tiny, layout, known[layout])
+        return known[layout]
+
+    return of
+
+
 # --- the same layout ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_cut_at_either_place_is_the_run(layout: str, tiny: Config, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_run_cut_at_either_place_is_the_run(layout: str, tiny: Config, ranks: Ranks, calm: Callable[[str], Path], tmp_path: Path) -> None:
     """Every loss and norm to the bit, and every weight and moment at the end; the run goes on from what was saved in the background."""
-    train(ranks, tiny, layout, tmp_path / "calm")
-    calm = losses(tmp_path / "calm")
-    assert [step for step, *_ in calm] == list(range(1, STEPS + 1))
+    whole = losses(calm(layout))
+    assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
     for cut in CUTS:
         folder = tmp_path / str(cut)
-        train(ranks, tiny, layout, folder, resume=str(tmp_path / f"calm/checkpoints/step-{cut:08d}"))
-        assert losses(folder) == calm[cut:], cut
-        assert digest(open_checkpoint(folder)) == digest(open_checkpoint(tmp_path / "calm"))
+        train(ranks, tiny, layout, folder, resume=str(calm(layout) / f"checkpoints/step-{cut:08d}"))
+        assert losses(folder) == whole[cut:], cut
+        assert digest(open_checkpoint(folder)) == digest(open_checkpoint(calm(layout)))
 
 
 # --- any other layout ----------------------------------------------------------------------------------------------------------
@@ -149,28 +162,13 @@ SAVING = [point for point in faults.POINTS if point.startswith(("save.", "retain
 KILLS = [(point, True) for point in SAVING] + [("save.write", False), ("save.commit", False), ("retain.delete", False)]
 
 
-@pytest.fixture(scope="module")
-def calm(tiny: Config, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list]:
-    """The losses of the run that nothing happens to, for a layout."""
-    known: dict[str, list] = {}
-
-    def of(layout: str) -> list:
-        if layout not in known:
-            folder = tmp_path_factory.mktemp("calm") / "run"
-            train(ranks, tiny, layout, folder)
-            known[layout] = losses(folder)
-        return known[layout]
-
-    return of
-
-
 LATER = {(point, False) for point in ("save.commit", "retain.delete")}
 MARKED = [pytest.param(*kill, marks=pytest.mark.long) if kill in LATER else kill for kill in KILLS]
 
 
 @pytest.mark.parametrize(("point", "background"), MARKED)
 def test_killed_in_every_phase_of_a_save(
-    point: str, background: bool, tiny: Config, ranks: Ranks, calm: Callable[[str], list], tmp_path: Path
+    point: str, background: bool, tiny: Config, ranks: Ranks, calm: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """kill -9: what was committed before is the newest or newer, opens, and the run that goes on is the calm one."""
     number = KILLS.index((point, background))
@@ -188,7 +186,7 @@ def test_killed_in_every_phase_of_a_save(
     there.verify()
     assert there.step == (4 if point in ("save.rename", "retain.rename", "retain.delete") else 2), step_folders(folder)
     train(ranks, config, layout, folder, resume="auto")
-    assert losses(folder) == calm(layout)
+    assert losses(folder) == losses(calm(layout))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
 
 
