@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,10 @@ class Commands:
         """`start` and `wait`."""
         return self.start(*words, stdin=stdin, **environment).wait(timeout=timeout)
 
+    def prepare(self, work: str) -> None:
+        """Calls `module:function` in the helper: what it imports, no command that is forked later imports again."""
+        self.ask({"prepare": work})
+
     def close(self) -> None:
         """Ends the helper."""
         assert self.process.stdin
@@ -137,6 +142,9 @@ def serve() -> None:
         request = json.loads(line)
         if "wait" in request:
             answer: dict[str, Any] = {"code": ended(request["wait"], request["timeout"])}
+        elif "prepare" in request:
+            named(request["prepare"])()
+            answer = {}
         else:
             pid = os.fork()
             if pid == 0:
@@ -158,6 +166,12 @@ def ended(pid: int, timeout: float) -> int | None:
     return None
 
 
+def named(work: str) -> Callable[[], None]:
+    """The function of `module:function`."""
+    module, function = work.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def become(request: dict[str, Any]) -> None:
     """Turns a forked process into the command; never returns."""
     code = 1
@@ -170,8 +184,7 @@ def become(request: dict[str, Any]) -> None:
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         os.environ.update(request["environment"])
         sys.argv = ["dist-llm", *request["words"]]
-        module, function = request["main"].split(":")
-        getattr(importlib.import_module(module), function)()
+        named(request["main"])()
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 1
     finally:

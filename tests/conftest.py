@@ -35,6 +35,13 @@ def commands() -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="session")
+def with_transformers(ranks: Ranks, commands: Commands) -> None:
+    """transformers and PEFT in both helpers: importing them takes each rank or command three seconds."""
+    for helper in (ranks, commands):
+        helper.prepare("tests.hugging_face_cases:bring")
+
+
+@pytest.fixture(scope="session")
 def small_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a small model that was trained on `skills` a little, saved by two ranks."""
     home = tmp_path_factory.mktemp("small")

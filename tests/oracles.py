@@ -36,13 +36,8 @@ Tensors = dict[str, Tensor]
 CPU, WIDE = torch.device("cpu"), torch.float64
 
 
-def with_transformers() -> None:
-    """For the helper: the ranks forked from it have the library."""
-    from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM  # noqa: F401  a class is imported when it is asked for
-
-
 def with_deepspeed() -> None:
-    """As `with_transformers`."""
+    """For the helper: the ranks forked from it have the library."""
     load_package(CPU)
 
 

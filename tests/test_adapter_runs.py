@@ -16,6 +16,7 @@ from tests.small_checkpoints import save_small_adapter
 from tests.test_messages import golden, normal, theirs
 from tests.told import well_made
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
 DATA = ["data.source=skills", "data.sequence=32", "data.max_tokens=20000", "data.validation=0.05"]
 STEPS = ["batch.global=4", "batch.micro=2", "schedule.kind=constant", "track.validate_batches=2"]
 ADAPTER = ["model.adapter.rank=4", "optimizer.lr=0.02"]

@@ -28,6 +28,7 @@ from tests.commands import Commands
 from tests.hugging_face_cases import SHAPES, save_theirs, tensors_of, their_model
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
 TEXTS = ("Hello, world!\n", "naïve café → 東京 😀\x00\t", "  def f(x):\n    return x", "", "a" * 300, "\u202e\ufeff")
 BIG = 10**12
 

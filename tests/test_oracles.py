@@ -38,7 +38,7 @@ ADAMW = {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.1, "clip": 0.5}
 def ranks() -> Iterator[Ranks]:
     """A helper of this file alone: it imports once what every rank would import anew."""
     helper = Ranks()
-    helper.prepare("tests.oracles:with_transformers")
+    helper.prepare("tests.hugging_face_cases:bring")
     yield helper
     helper.close()
 
