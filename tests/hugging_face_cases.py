@@ -33,8 +33,9 @@ def bring() -> None:
     import peft  # noqa: F401
     import transformers
 
-    for name, _ in SHAPES.values():
-        getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")  # a class is imported when it is asked for
+    for kind, _ in SHAPES.values():
+        name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind.removesuffix('Text')}ForCausalLM"
+        assert getattr(transformers, name), "a class is imported when it is asked for"
     assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer
 
 
