@@ -38,7 +38,7 @@ def compare(commands: Commands, *words: str) -> Result:
 def finished(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, Result]:
     """One comparison of the tiny config."""
     folder = tmp_path_factory.mktemp("compare")
-    words = ["configs/tiny.yaml", *LAYOUTS, "--steps", "2", "--run-dir", str(folder), f"data.dir={folder}/data", "batch.micro=2", "--json"]
+    words = ["configs/tiny.yaml", *LAYOUTS, "--steps", "2", "--run-dir", str(folder), f"data.dir={folder}/data", "--json"]
     done = compare(commands, *words)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), folder, done
