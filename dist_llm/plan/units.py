@@ -60,10 +60,15 @@ class Tensors:
         return sum(self.tokens * self.weights[f"{name}.weight"][0] for name in names) * self.width
 
     def by_weight(self, *names: str) -> int:
-        """The gradients by these weights, together; under an adapter by its matrices."""
-        ends = ("lora_a", "lora_b") if self.model.adapter.rank else ("weight",)
-        found = [self.weights[f"{name}.{end}"] for name in names for end in ends if f"{name}.{end}" in self.weights]
+        """The gradients by an adapter's matrices on these weights, together; those by weights are added to their sums by the product."""
+        found = [self.weights[f"{name}.{end}"] for name in names for end in ("lora_a", "lora_b") if f"{name}.{end}" in self.weights]
         return sum(rows * columns for rows, columns in found) * self.width
+
+    def product(self, *names: str) -> int:
+        """The product of these neighbours' gradients, before a CPU adds its bfloat16 to sums in float32; a GPU's product adds by itself."""
+        if self.model.adapter.rank or self.exact == self.width or not self.cpu:
+            return 0
+        return sum(rows * columns for rows, columns in (self.weights[f"{name}.weight"] for name in names)) * self.width
 
     def by_table(self, end: SavedModule) -> int:
         """The gradient by the table of tokens, or by the output matrix; nothing where it is not trained."""
@@ -227,51 +232,49 @@ class Block:
         row = max(t.whole + self.piece + t.dropping(down), self._row_forward(t.model.mlp_bias, down), t.measuring(down))
         return max(self._columns_forward(self.mlp, self.into_mlp), self.mlp + row, t.measuring(*self.into_mlp))
 
-    def _columns_backward(self, by_weights: int, low: int, names: tuple[str, ...]) -> int:
+    def _columns_backward(self, by_weights: int, low: int, product: int, names: tuple[str, ...]) -> int:
         """Beside the slopes of the features, which stay: norm again, gather, both products, reduce; then the norm's own.
 
-        low: what an adapter makes of them.
+        low: what an adapter makes of them. product: the largest gradient by weights on its way to its sum.
         """
         t = self.t
         by_weights += low
         travels = t.reducing - t.turned * t.stream * t.layout.sp  # while the gradients are made its sum is not turned back yet
-        gradients = by_weights + max(t.reducing, travels + t.again(*names))
+        gradients = by_weights + max(t.reducing, travels + product + t.again(*names))
         products = t.stream + t.gathering + t.whole + max(gradients, low + t.scaling(*names))
         return max(products, by_weights + t.stream + t.norm_backward(t.stream))
 
     def _backward(self, made: int) -> int:
-        """The larger half. bfloat16 gradients by weights stay until the unit is done; the second run of a feed-forward holds its slope."""
+        """The larger half. Bfloat16 gradients of an adapter stay until the unit is done; a feed-forward run again holds its slope."""
         t = self.t
         again = self._mlp_forward() if t.layout.recompute == "selective" else 0
         full = made + (self.mlp + self.post if again else 0)
         slope = self.post or t.dropped  # of the half's output
         inner = full - self.post + slope
         narrow = t.exact != t.width
-        pieces = t.cpu and narrow and not t.model.adapter.rank  # added up in float32, then cast
-        by_down = self.by_down * (1 + t.exact // t.width if pieces else 1)
         feed_forward = [
             made + 2 * t.dropped,
             made + t.dropped + again,
             full + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
             inner + t.gathering,
-            inner + t.gathered + self._down_backward(by_down),
+            inner + t.gathered + self._down_backward(),
             full
             - self.post
             + (t.dropped if again else 0)
             + narrow * self.by_down
-            + self._columns_backward(self.by_mlp, self.low_mlp, self.into_mlp),
+            + self._columns_backward(self.by_mlp, self.low_mlp, t.product(*self.into_mlp), self.into_mlp),
         ]
         return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
 
-    def _down_backward(self, by_down: int) -> int:
-        """Beside the slope: that of the activation, the activation, its parts' slopes, which take their places; gradients by weights.
+    def _down_backward(self) -> int:
+        """Beside the slope: that of the activation, the activation, its parts' slopes, which take their places.
 
-        Under an adapter those come last, when slope and activation alone are left.
+        Gradients by weights come last, when the activation alone is left, or under an adapter it and the slope.
         """
         t, pieces, down = self.t, self.num_pieces * self.piece, "mlp.down"
         if not t.model.adapter.rank:
-            return by_down + pieces
-        return t.low(down) + max(pieces, 2 * self.piece + by_down + t.again(down), self.piece + t.scaling(down))
+            return max(pieces, self.piece + t.product(down))
+        return t.low(down) + max(pieces, 2 * self.piece + self.by_down + t.again(down), self.piece + t.scaling(down))
 
     def _attention_backward(self, by: int) -> list[int]:
         """Beside the new slope of the residual; `by` gradients by weights that stay."""
@@ -287,10 +290,10 @@ class Block:
             + (self.post or t.dropped)
             + t.gathered
             + self.q
-            + max(self.by_o + t.again(o), t.scaling(o)),  # the slope of attention's output
+            + max(self.by_o + t.product(o) + t.again(o), t.scaling(o)),  # the slope of attention's output
             held + by_o + self.q + self.repeated + self.qkv,  # and those of queries, keys and values
             t.stream + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
-            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv, self.into_qkv),
+            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv, t.product("attention.q"), self.into_qkv),
         ]
 
 
