@@ -472,11 +472,10 @@ def _mean_over_dp(body: Callable) -> Callable:
     return reduce
 
 
-def _counted_on_every_rank(flat: FlatUnit) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for piece in flat.plan.pieces(flat.group.index):
-        total += flat.own_run(flat.gradient, piece).double().square().sum()
-    return total
+def _counted_on_every_rank(flat: FlatUnit) -> tuple[list[str], torch.Tensor]:
+    pieces = flat.plan.pieces(flat.group.index)
+    sums = [flat.own_run(flat.gradient, piece).double().square().sum() for piece in pieces]
+    return [piece.slot.name for piece in pieces], torch.tensor(sums, dtype=torch.float64)
 
 
 def _own_part(flat: FlatUnit, shard: torch.Tensor) -> comm.Pending:
@@ -497,7 +496,7 @@ def mutated_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: d
     bugs: dict[str, tuple[Any, str, Any]] = {
         "no partial sum over tp": (FlatUnit, "_sum_partial", lambda flat, buffer: None),
         "mean instead of sum over dp": (comm, "start_reduce_scatter", _mean_over_dp(comm.start_reduce_scatter)),
-        "norm counted on every rank": (FlatUnit, "square_sum", _counted_on_every_rank),
+        "norm counted on every rank": (FlatUnit, "square_sums", _counted_on_every_rank),
         "replicas not summed": (FlatUnit, "_start_sum_of_replicas", _own_part),
         "tied gradients not exchanged": (FlatUnit, "start_finish", lambda flat: _without(flat, "tied", start_finish)),
         "one micro-batch lost": (FlatUnit, "start_reduce", lambda flat, use: (flat.whole[use].mul_(7 / 8), start_reduce(flat, use))[1]),
