@@ -71,6 +71,11 @@ CASES: list[Case] = [
     ("pp=2,schedule=interleaved", "float32", {"layers": 4, "batch": 8}),
     ("pp=4", "float32", {"layers": 6, "batch": 8}),
     ("dp=2,pp=2,zero=3", "float32", {"micro": 1}),
+    ("pp=2,recompute=selective", "float32", {"layers": 5, "dropout": 0.1}),  # five blocks: each stage has half of the third
+    ("pp=2,recompute=full", "float32", {"layers": 1, "vocab": 128}),  # one block: half of it beside each end
+    ("pp=2", "bfloat16", {"layers": 1, "sequence": 64}),
+    ("pp=2", "float32", {"layers": 5, "family": "olmo2"}),
+    ("tp=2,pp=2", "float32", {"layers": 1, "adapter": {"rank": 8, "targets": ["q", "v", "up"]}}),
     ("dp=2,tp=2,zero=2", "float32", {}),
     ("tp=2,pp=2,recompute=full", "float32", {"layers": 4}),
     ("dp=1", "float32", {"adapter": {"rank": 8}}),

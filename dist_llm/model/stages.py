@@ -1,8 +1,8 @@
 """The stages of a pipeline: a model cut where it evens out what they cost, between blocks or between the halves of one. Torch-free.
 
 A head over a large vocabulary costs as much as several blocks, and whole blocks are large pieces to even that out with:
-for a Llama of 32 blocks and 128k tokens over 8 stages the dearest stage has 5.0 blocks' worth of work of 4.3 that each
-would have, and 4.4 where blocks may be cut. The residual stream goes over any such cut, so a message is as large as ever.
+of Llama 3 8B over 16 stages the dearest has 1.41 of an even share, and 1.27 where blocks may be cut. The residual stream
+goes over any such cut, so a message is as large as ever.
 """
 
 from __future__ import annotations
