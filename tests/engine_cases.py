@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -472,10 +473,11 @@ def _mean_over_dp(body: Callable) -> Callable:
     return reduce
 
 
-def _counted_on_every_rank(flat: FlatUnit) -> tuple[list[str], torch.Tensor]:
-    pieces = flat.plan.pieces(flat.group.index)
-    sums = [flat.own_run(flat.gradient, piece).double().square().sum() for piece in pieces]
-    return [piece.slot.name for piece in pieces], torch.tensor(sums, dtype=torch.float64)
+def _counted_on_every_rank(flat: FlatUnit) -> dict[str, torch.Tensor]:
+    found: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    for piece in flat.plan.pieces(flat.group.index):
+        found[piece.slot.row.half] += flat.own_run(flat.gradient, piece).double().square().sum()
+    return found
 
 
 def _own_part(flat: FlatUnit, shard: torch.Tensor) -> comm.Pending:

@@ -54,6 +54,15 @@ class Row:
         """Number of elements of the global tensor."""
         return prod(self.shape)
 
+    @property
+    def half(self) -> str:
+        """The half of its unit that it belongs to, in a block; elsewhere the unit."""
+        if not self.unit.startswith("blocks."):
+            return self.unit
+        block, layer, part, *_ = self.name.split(".")  # part: attention, mlp_norm, ...
+        at = f"{block}.{layer}"
+        return f"{at}.{part.partition('_')[0]}{self.unit.removeprefix(at)}"
+
 
 def table(model: ModelConfig) -> tuple[Row, ...]:
     """All parameters of the model in their canonical order, grouped by unit."""
@@ -111,12 +120,7 @@ def rows_of(model: ModelConfig, unit: str) -> tuple[Row, ...]:
 def _rows_by_unit(model: ModelConfig) -> dict[str, tuple[Row, ...]]:
     found: dict[str, tuple[Row, ...]] = {}
     for row in table(model):
-        units = [row.unit]
-        if row.unit.startswith("blocks."):
-            block, layer, part, *_ = row.name.split(".")  # part: attention, mlp_norm, ...
-            at, half = f"{block}.{layer}", part.partition("_")[0]
-            units.append(f"{at}.{half}{row.unit.removeprefix(at)}")
-        for unit in units:
+        for unit in dict.fromkeys((row.unit, row.half)):
             found[unit] = (*found.get(unit, ()), row)
     return found
 

@@ -61,7 +61,6 @@ class FlatUnit(FlatWeights):
         self.reducing: dict[int, comm.Pending] = {}
         self.crossing: comm.Pending | None = None  # the sum over replicas, of this rank's part of the shard
         self.gradient: Tensor | None = None  # (owned,) between the last backward and the update
-        self.once: Tensor | None = None  # (n,) whether this rank counts each parameter of its shard
         self.seen: Callable[[FlatUnit, Tensor], None] | None = None  # gets this rank's own gradients before they are reduced
 
     # --- build -------------------------------------------------------------------------------------------------------
@@ -192,21 +191,21 @@ class FlatUnit(FlatWeights):
                 for slot, part in zip(slots, joined.split([s.numel for s in slots]), strict=True):
                     buffer[slot.offset : slot.offset + slot.numel].copy_(part)
 
-    def square_sums(self) -> tuple[list[str], Tensor]:
-        """The parameters in this rank's shard, and for each the sum of the squares of its gradient there, (n,), float64.
+    def square_sums(self) -> dict[str, Tensor]:
+        """By half of a block, or unit: the sum of the squares of this rank's shard of the gradient, float64.
 
-        Elements held twice are counted once, elsewhere the sum is 0; a replica that is not finite makes it NaN, so that no rank
-        takes the update.
+        Elements held twice are counted once. A replica that is not finite makes the sum NaN, so that no rank takes the update.
         """
         assert self.gradient is not None
-        pieces = self.plan.pieces(self.group.index)
-        if not pieces:
-            return [], torch.zeros(0, dtype=torch.float64, device=self.device)
-        runs = [self.own_run(self.gradient, piece) for piece in pieces]  # in one kernel on a GPU, and without a float64 copy
-        sums = torch.stack(torch._foreach_norm(runs, 2, dtype=torch.float64)).square_()
-        if self.once is None:
-            self.once = torch.tensor([self.counted and piece.slot.sharding.owner(self.mesh.at.tp) for piece in pieces], device=self.device)
-        return [piece.slot.name for piece in pieces], sums.mul_(self.once)
+        runs: dict[tuple[str, bool], list[Tensor]] = {}
+        for piece in self.plan.pieces(self.group.index):
+            once = self.counted and piece.slot.sharding.owner(self.mesh.at.tp)
+            runs.setdefault((piece.slot.row.half, once), []).append(self.own_run(self.gradient, piece))
+        found: dict[str, Tensor] = {}
+        for (half, once), some in runs.items():  # all in one kernel on a GPU, and without a float64 copy of the gradient
+            squares = float(once) * torch.stack(torch._foreach_norm(some, 2, dtype=torch.float64)).square().sum()
+            found[half] = found[half] + squares if half in found else squares
+        return found
 
     # --- update ------------------------------------------------------------------------------------------------------
 

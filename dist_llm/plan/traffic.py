@@ -265,7 +265,7 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
 
 
 def _control(total: defaultdict[str, float], shape: Shape) -> None:
-    """The norm with the loss, or all that pairs make of it, and the wish to stop: float64 each, one number per parameter."""
-    trained = sum(row.trained for row in table(shape.model))
-    world, numbers = shape.layout.world, trained + (len(FIGURES) if shape.pairs else 1) + 1
+    """The norm with the loss, or all that pairs make of it, and the wish to stop: float64 each, one number per half of a block."""
+    halves = len({row.half for row in table(shape.model)})
+    world, numbers = shape.layout.world, halves + (len(FIGURES) if shape.pairs else 1) + 1
     total["control"] += 2 * (world - 1) / world * numbers * 8
