@@ -207,24 +207,15 @@ def fitted(job: Job, device: torch.device) -> ModelConfig:
 def train_ours(device: torch.device, job: Job) -> dict[str, Any]:
     """Steps of our trainer."""
     model = fitted(job, device)
-    trainer, steps = _trainer(device, job, model), iter(range(10**6))
-    losses: list[float] = []
-    warm = graph.WARM + 1 if trainer.config.runtime.cuda_graph else WARM
-    times = seconds_of(lambda: losses.append(trainer.step(next(steps)).loss), device, warm=warm)
-    return {**rates(times, job, model, device), "losses": losses}
-
-
-def blocks(device: torch.device, job: Job) -> dict[str, Any]:
-    """One step of our trainer: the kernels of its compiled blocks are in torch's cache then."""
-    return {"loss": _trainer(device, job, job.model()).step(0).loss}
-
-
-def _trainer(device: torch.device, job: Job, model: ModelConfig) -> Trainer:
     config = job.config(device, model)
     settle_rank(config.runtime)
     mesh = make_mesh(config, Layout(), 0)
     engine = make_engine(config, mesh, device=device, dtype=torch.bfloat16)
-    return Trainer(config, mesh, engine, RandomTokens(job, model.vocab))
+    trainer, steps = Trainer(config, mesh, engine, RandomTokens(job, model.vocab)), iter(range(10**6))
+    losses: list[float] = []
+    warm = graph.WARM + 1 if config.runtime.cuda_graph else WARM
+    times = seconds_of(lambda: losses.append(trainer.step(next(steps)).loss), device, warm=warm)
+    return {**rates(times, job, model, device), "losses": losses}
 
 
 def train_transformers(device: torch.device, job: Job, *, compiled: bool) -> dict[str, Any]:

@@ -127,10 +127,14 @@ def work(part: Part, device_name: str, quick: bool) -> dict[str, Any]:
     runtime = tuple(pair for pair in part.runtime if not quick or device_name == "cuda" or pair[0] == "fp8")
     job = gpu_work.Job(part.preset, part.sequence, part.micro, depth=part.depth, vocab=part.vocab, runtime=runtime, quick=quick)
     job = replace(job, sequence=64) if quick else job
-    if part.what in ("ours", "blocks", "ends"):
-        return {"ours": gpu_work.train_ours, "blocks": gpu_work.blocks, "ends": gpu_work.ends}[part.what](device, job)
-    rival = gpu_titan.train_torchtitan if part.what.startswith("torchtitan") else gpu_work.train_transformers
-    return rival(device, job, compiled=part.what.endswith("compiled") and not quick)
+    if part.what == "ends":
+        return gpu_work.ends(device, job)
+    if part.what == "ours":
+        found = gpu_work.train_ours(device, job)
+    else:
+        rival = gpu_titan.train_torchtitan if part.what.startswith("torchtitan") else gpu_work.train_transformers
+        found = rival(device, job, compiled=part.compiled and not quick)
+    return {"losses": found["losses"]} if part.first else found
 
 
 if __name__ == "__main__":

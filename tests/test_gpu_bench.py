@@ -35,10 +35,10 @@ def part_of(name: str, limit: float = 60.0, what: str = "") -> Part:
     return Part(name, limit, 1.0, what)
 
 
-def apart(name: str, limit: float = 120.0) -> dict[str, Any]:
-    """What a part's process answers, in miniature on a CPU."""
+def apart(part: Part) -> dict[str, Any]:
+    """What its process answers, in miniature on a CPU."""
     with Workers("cpu", True) as workers:
-        return workers.run([replace(part, limit=limit) for part in named(name)], limit)[0]
+        return workers.run([replace(part, limit=120.0)], 120.0)[0]
 
 
 # --- one call --------------------------------------------------------------------------------------------------------
@@ -57,21 +57,23 @@ def test_a_part_that_fails_is_noted_and_the_next_one_runs() -> None:
     assert found == [[{"name": "a", "error": "out of memory"}], [{"name": "b", "result": {"x": 1}}]]
 
 
-def test_a_turn_has_the_time_that_is_left_and_the_next_one_is_known() -> None:
+def test_a_turn_has_the_time_that_is_left_and_the_next_one_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[float, list[str]]] = []
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
 
     def run(turn: Sequence[Part], left: float, then: Sequence[Part]) -> list[dict[str, Any]]:
         given.append((left, [part.name for part in then]))
-        time.sleep(0.02)
+        now[0] += 10.0
         return [{}]
 
-    found = measured([part_of("a"), part_of("b"), part_of("c")], run, seconds=LEAST + 0.03)
-    assert [names for _, names in given] == [["b"], ["c"]] and given[1][0] < given[0][0] <= LEAST + 0.03
+    found = measured([part_of("a"), part_of("b"), part_of("c")], run, seconds=LEAST + 19.0)
+    assert given == [(LEAST + 19.0, ["b"]), (LEAST + 9.0, ["c"])]
     assert found[2][0]["error"].startswith("not begun")
 
 
 def test_no_time_is_taken_of_what_runs_side_by_side() -> None:
-    parts = [part_of("a", what="blocks"), part_of("b", what="blocks"), part_of("c", what="ours"), part_of("d", what="ours")]
+    parts = [replace(part_of(name), first=True) for name in "ab"] + [part_of("c", what="ours"), part_of("d", what="ours")]
     parts += [part_of("e", what="stages"), part_of("f", what="shared")]
     assert [[part.name for part in turn] for turn in turns(parts)] == [["a", "b"], ["c"], ["d"], ["e", "f"]]
 
@@ -144,14 +146,16 @@ def test_what_is_expected_follows_from_what_an_h100_took() -> None:
             steps[entry["name"]] = (statistics.median(times), gpu_work.WARM + least)
     if "8b blocks, ours, tensorwise, graph" not in starts:
         pytest.skip("measured anew: the plan takes those seconds")
+    spared = 7.0  # of a rival's start: ours of the 8B blocks lost 12.3
     cached = starts["8b blocks, ours, tensorwise, graph"]  # its blocks had been compiled by the part before
     for part in PARTS:
         if part.name in starts:
-            start = min(starts[part.name], cached) if part.what == "ours" and part.compiled else starts[part.name]
+            start = starts[part.name] - (spared if part.compiled else 0.0)
+            start = min(starts[part.name], cached) if part.what == "ours" else start
             step, count = steps[part.name]
             count += 1 if ("cuda_graph", True) in part.runtime else 0
             assert part.expected >= start - imports + count * step, part.name
-    assert all(block.expected >= max(starts.values()) for block in with_blocks(PARTS) if block.what == "blocks")
+    assert all(block.expected >= max(starts.values()) for block in with_blocks(PARTS) if block.first)
     assert graph.WARM == gpu_work.WARM
 
 
@@ -302,19 +306,23 @@ def test_a_package_that_was_missing_then_may_be_there_now() -> None:
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def test_each_shape_of_our_blocks_is_compiled_once_beforehand() -> None:
+def test_each_shape_of_compiled_blocks_is_compiled_once_beforehand() -> None:
     """As many as there are: a graph replays the same kernels. Of fewer than three each part compiles its own."""
-    found = [part for part in with_blocks(PARTS) if part.what == "blocks"]
-    ours = [part for part in PARTS if part.what == "ours" and part.compiled]
-    shapes = {(part.preset, part.sequence, part.micro, dict(part.runtime).get("fp8")) for part in ours}
-    assert len(found) == len(shapes) == 7 and with_blocks(PARTS)[:7] == found
+    found = [part for part in with_blocks(PARTS) if part.first]
+    shapes = {(part.what, part.preset, part.sequence, dict(part.runtime).get("fp8")) for part in PARTS if part.compiled}
+    assert len(found) == len(shapes) == 11 and with_blocks(PARTS)[:11] == found
     assert all(part.depth == 1 and "cuda_graph" not in dict(part.runtime) for part in found)
     assert with_blocks(named("1b, ours")) == named("1b, ours") != with_blocks(named("8b blocks, ours"))
 
 
-@pytest.mark.parametrize("fp8", [(), (("fp8", "tensorwise"),)])
-def test_one_block_has_the_graph_of_many(fp8: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So its kernels are found by a model of any depth: torch's cache goes by the graph and its inputs."""
+def test_compiling_beforehand_leaves_no_figures() -> None:
+    found = apart(next(part for part in with_blocks(PARTS) if part.first))
+    assert list(found["result"]) == ["losses"] and found["result"]["losses"][0] > 0
+
+
+@pytest.mark.parametrize("who", ["ours", "ours in 8 bits", "transformers"])
+def test_one_block_has_the_graph_of_many(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of any vocabulary. So its kernels are found by the whole model: torch's cache goes by the graph and its inputs."""
     compiler, graphs = torch.compile, list[tuple[str, list]]()
 
     def kept(module: torch.fx.GraphModule, inputs: list) -> Any:
@@ -323,11 +331,17 @@ def test_one_block_has_the_graph_of_many(fp8: tuple, monkeypatch: pytest.MonkeyP
         return module
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=kept))
-    for depth in (1, 3):
+    for size in ({"layers": 1, "vocab": 96}, {"layers": 3, "vocab": 128}):
         torch._dynamo.reset()
-        monkeypatch.setitem(gpu_work.MINIATURE, "layers", depth)
-        job = gpu_work.Job("llama-1b", 64, 2, runtime=(("compile", True), *fp8), quick=True)
-        assert gpu_work.blocks(torch.device("cpu"), job)["loss"] > 0
+        for key, value in size.items():
+            monkeypatch.setitem(gpu_work.MINIATURE, key, value)
+        runtime = (("compile", True), *((("fp8", "tensorwise"),) if who == "ours in 8 bits" else ()))
+        job = gpu_work.Job("llama-1b", 64, 2, runtime=runtime, quick=True)
+        if who == "transformers":
+            gpu_work.train_transformers(torch.device("cpu"), job, compiled=True)
+            graphs.pop()  # the loss
+        else:
+            gpu_work.train_ours(torch.device("cpu"), job)
     assert len(graphs) == 2 and graphs[0] == graphs[1]
 
 
@@ -380,7 +394,7 @@ def test_the_same_lines_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_torchtitan_in_miniature_or_named_as_missing() -> None:
     """Where it is installed, its model has as many weights as ours counts, and learns; elsewhere the entry says what is missing."""
-    found = apart("8b blocks, torchtitan, compiled")
+    found = apart(named("8b blocks, torchtitan, compiled")[0])
     if find_spec("torchtitan") is None:
         assert found["error"].startswith("ModuleNotFoundError: torchtitan is not installed"), found
         return
@@ -410,7 +424,7 @@ def test_torchtitan_has_fewer_blocks_where_memory_runs_out(monkeypatch: pytest.M
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["ceiling", "8b ends", "stages", "shared", "1b, transformers, eager"])
 def test_the_other_parts_in_miniature(name: str) -> None:
-    found = apart(name)
+    found = apart(named(name)[0])
     assert "result" in found, found
     if name == "shared":
         assert all(row["equal"] for row in found["result"]["rows"].values()), found
