@@ -218,13 +218,13 @@ def test_a_model_that_transformers_does_not_have_is_refused_with_the_field(runs:
 def test_other_logits_and_damage_leave_nothing(runs: Path, tmp_path: Path) -> None:
     """Exit 6 where transformers computes something else from the folder, exit 4 for a changed byte; no folder and no workshop is left."""
     opened = open_checkpoint(runs / "whole")
-    model, tokens = opened.config.model, range(300)
+    model, prompts = opened.config.model, [[*range(64)]]
 
     def other(folder: Path) -> None:
         values: dict[str, Any] = json.loads((folder / "config.json").read_text())
         values["rope_parameters"]["rope_theta"] = 9999.0
         (folder / "config.json").write_text(json.dumps(values))
-        compare_logits(folder, opened.parts, model, tokens=tokens)
+        compare_logits(folder, opened.parts, model, prompts=prompts)
 
     with pytest.raises(NumericError, match="other logits") as caught:
         export_checkpoint(opened, tmp_path / "out", shard_size=BIG, check=other)
