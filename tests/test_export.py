@@ -18,7 +18,8 @@ from dist_llm.data.template_files import load_template
 from dist_llm.data.tokenizer import load, train_bpe
 from dist_llm.errors import CheckpointError, NumericError, UsageError
 from dist_llm.interop.ends import ends_of_answers
-from dist_llm.interop.exporting import Subject, _generation, cut, export_checkpoint, export_model, planned, rounded
+from dist_llm.interop.exporting import Subject, cut, export_checkpoint, export_model, planned, rounded
+from dist_llm.interop.exporting_texts import generation
 from dist_llm.interop.families import read_config
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
@@ -273,9 +274,9 @@ def test_longer_sequences_leave_the_rotary_scaling(tmp_path: Path) -> None:
 
 
 def test_generation_settings_that_are_none_are_left_alone() -> None:
-    assert _generation(b"[]", {}, (3,), anew=False) is None and _generation(b'{"eos_token_id": null}', {}, (), anew=False) is None
-    assert json.loads(_generation(b'{"eos_token_id": null, "top_k": 5}', {}, (3,), anew=False) or b"") == {"eos_token_id": 3, "top_k": 5}
-    assert json.loads(_generation(None, {"bos_token_id": 1, "eos_token_id": None}, (), anew=True) or b"") == {
+    assert generation(b"[]", {}, (3,), anew=False) is None and generation(b'{"eos_token_id": null}', {}, (), anew=False) is None
+    assert json.loads(generation(b'{"eos_token_id": null, "top_k": 5}', {}, (3,), anew=False) or b"") == {"eos_token_id": 3, "top_k": 5}
+    assert json.loads(generation(None, {"bos_token_id": 1, "eos_token_id": None}, (), anew=True) or b"") == {
         "bos_token_id": 1,
         "eos_token_id": None,
     }
