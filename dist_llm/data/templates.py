@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from dist_llm.data.rendered import Span, end_of_turn, last_special, restored, tokens, unmarked
+from dist_llm.data.rendered import SIGNS, Span, end_of_turn, last_special, restored, spelled_back, texts_in, tokens, unmarked
 from dist_llm.data.renderer import Apart, Here, Renderer
 from dist_llm.data.sandbox import TemplateFault, has_generation
 from dist_llm.data.shown import Talk, Witness, read_by_template
@@ -166,6 +166,16 @@ class Template:
 
     def _render(self, talk: Talk, wanted: Sequence[tuple[int, bool]]) -> list[str | TemplateFault]:
         """Texts of the first messages of a conversation, so many each, and whether they ask for the next turn; with marks."""
+        texts = self._as_written(talk, wanted)
+        if not talk.names_tokens:
+            return texts
+        said = "".join((self.text, self.bos, self.eos, *texts_in([talk.messages, talk.tools])))
+        sign = next(one for one in SIGNS if one not in said)
+        others = self._as_written(talk.respelled(sign), wanted)
+        return [_unspelled(text, other, sign) for text, other in zip(texts, others, strict=True)]
+
+    def _as_written(self, talk: Talk, wanted: Sequence[tuple[int, bool]]) -> list[str | TemplateFault]:
+        """As the template gives them, whatever it does with the marks."""
         rest = {"bos_token": self.bos, "eos_token": self.eos, **({"tools": talk.tools} if talk.tools else {})}
         asked = [{"messages": talk.messages[:count], "add_generation_prompt": generation, **rest} for count, generation in wanted]
         return self._renderer.render(asked)
@@ -174,6 +184,9 @@ class Template:
         """The text. Raises what a fault means."""
         if not isinstance(text, TemplateFault):
             return text
+        if text.kind == "spelled":
+            what = "the chat template takes what is said apart: the name of a special token in it would not be trained as its letters"
+            raise DataError(what, where=self.where, found=plain(text), next=self._others())
         if text.kind == "refused":
             raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text), next=self._others())
         raise UsageError(
@@ -375,6 +388,16 @@ NEEDS = {
     "last": "a last turn of the assistant with a weight above 0",
     "all": "at least two tokens, and a weight above 0",
 }
+
+
+def _unspelled(text: str | TemplateFault, other: str | TemplateFault, sign: str) -> str | TemplateFault:
+    """The text, where it is `other` but for whole marks, which are in other letters there: then no letter of a mark is in it."""
+    if isinstance(text, TemplateFault):
+        return text
+    again = other if isinstance(other, TemplateFault) else spelled_back(other, sign)
+    if text == again:
+        return text
+    return TemplateFault("a text that depends on how such a name is spelled", "spelled")
 
 
 def _assistants(talk: Talk, train_on: TrainOn) -> dict[int, float]:
