@@ -26,7 +26,7 @@ from typing import Any, Literal
 import zstandard
 
 from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack
-from dist_llm.data.templates import TrainOn as Trained
+from dist_llm.data.templates import Trained
 from dist_llm.data.turns import Turn, WrongError, beside, joined, reasoning_of, says, spelled_calls, tools_of, wanted_text, weight_of
 from dist_llm.errors import DataError, Failure, UsageError
 

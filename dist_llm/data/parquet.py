@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,26 @@ def column_names(path: Path) -> list[str]:
     try:
         if path.suffix.lower() == ".parquet":
             return list(pyarrow.parquet.read_schema(path).names)
-        with pyarrow.memory_map(str(path)) as source:
-            whole = source.read(6) == b"ARROW1"
-            source.seek(0)
-            return list((pyarrow.ipc.open_file if whole else pyarrow.ipc.open_stream)(source).schema.names)
+        with _arrow(path) as (_, reader, _):
+            return list(reader.schema.names)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError("the table cannot be read", where=str(path), found=plain(error)[:160]) from error
 
 
+@contextmanager
+def _arrow(path: Path) -> Iterator[tuple[Any, Any, bool]]:
+    """The mapped file, its reader, and whether that knows where each batch is; a stream of batches has no such list."""
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(path)) as source:
+        whole = source.read(6) == b"ARROW1"
+        source.seek(0)
+        yield source, (ipc.open_file if whole else ipc.open_stream)(source), whole
+
+
 def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
     """Record batches, and how much of the file is read after each."""
-    import pyarrow
-    from pyarrow import ipc, parquet
+    from pyarrow import parquet
 
     if path.suffix.lower() == ".parquet":
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file:
@@ -132,10 +141,7 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, f
                 done += batch.num_rows
                 yield batch, min(1.0, done / total)
         return
-    with pyarrow.memory_map(str(path)) as source:
-        whole = source.read(6) == b"ARROW1"
-        source.seek(0)
-        reader = ipc.open_file(source) if whole else ipc.open_stream(source)
+    with _arrow(path) as (source, reader, whole):
         _require_columns(reader.schema, columns, path)
         batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if whole else iter(reader)
         for number, batch in enumerate(batches):
