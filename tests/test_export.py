@@ -199,7 +199,7 @@ def test_what_was_exported_comes_in_again(runs: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_there_and_words_that_make_no_sense(runs: Path, commands: Commands, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
-    cases = [((str(tmp_path),), "there already"), ((str(link),), "there already"), ((str(tmp_path / "a"), "--dtype", "int4"), "dtype")]
+    cases = [((str(tmp_path),), "already there"), ((str(link),), "already there"), ((str(tmp_path / "a"), "--dtype", "int4"), "dtype")]
     cases += [((str(tmp_path / "a"), "--shard-size", size), "size of a shard") for size in ("5XB", "0", "-1GB", "9" * 40, "1.5.5GB")]
     for words, said in cases:
         done = commands.run("export", str(runs / "whole"), *words)
