@@ -8,7 +8,7 @@ lines give the same documents. Everything that the library cannot read, checksum
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,16 +59,25 @@ def read_table(path: Path, *, text_key: str, bad: BadLines, take: Take | None = 
 
     take: makes texts of whole rows; what is null in them counts as left out.
     """
-    size, blank = size_of(path), 0
-    for row in read_rows(path, columns=(text_key,) if take is None else None):
+    size, rows = size_of(path), read_rows(path, columns=(text_key,) if take is None else None)
+    for document, row in documents_of(rows, str(path), text_key=text_key, bad=bad, take=take):
+        yield document, int(row.done * size)
+
+
+def documents_of(
+    rows: Iterable[Row], where: str, *, text_key: str, bad: BadLines, take: Take | None = None
+) -> Iterator[tuple[Document, Row]]:
+    """The documents of a table's rows, each with its row; `bad` counts the rows skipped. Raises DataError for too many of them."""
+    blank = 0
+    for row in rows:
         text, why = taken(row, text_key=text_key, take=take)
         if why:
             bad.add(row.place, why, excerpt(row, text_key))
         elif text.strip():
-            yield Document(text, row.place), int(row.done * size)
+            yield Document(text, row.place), row
         else:
             blank += 1
-            bad.blank[str(path)] = max(blank, bad.blank.get(str(path), 0))
+            bad.blank[where] = max(blank, bad.blank.get(where, 0))
     bad.check()
 
 
