@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "schedule"),
     ("model.table",),
     ("model.cost", "sharding", "interop.kinds", "interop.safe_file"),
-    ("parallel.flat", "interop.families"),
+    ("model.stages", "parallel.flat", "interop.families"),
     ("interop.hugging_face",),  # to here: no torch
     ("staging", "random"),
     ("mesh",),
@@ -95,7 +95,7 @@ BESIDE = {
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "what is noted": {"flight.py", "train/nonfinite.py"},
     "small tables": {"mesh.py", "config/layout.py", "sharding.py", "parallel/flat.py", "schedule/actions.py", "train/learning_rate.py"},
-    "weights that a unit holds": {"parallel/weights.py"},
+    "weights and gradients that a unit holds": {"parallel/weights.py", "model/sums.py"},
 }
 
 

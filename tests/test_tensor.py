@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.mesh import build_mesh
 from dist_llm.model.kernels import activate
 from dist_llm.model.loss import CHUNK, Counted, Slice
+from dist_llm.model.sums import close_sums, open_sums
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import compiled, tensor
@@ -124,15 +126,17 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {  # w
         lambda x, g, s, w: tensor.VocabularyLoss.apply(x, g, s, w, LAYER, LABELS, Counted(None), SLICE, True, single()),
         [(2, 4, 6), (6,), (6,), (5, 6)],
     ),
-    "compiled column": (
+}
+COMPILED: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {  # with the shapes of x, weights and biases
+    "column": (
         lambda x, *w: compiled.column(x, list(w), [], False, single().group.key, False, "off"),
         [(2, 4, 6), (5, 6), (3, 6)],
     ),
-    "compiled column, biased": (
+    "column, biased": (
         lambda x, w, b: compiled.column(x, [w], [b], False, single().group.key, False, "off"),
         [(2, 4, 6), (5, 6), (5,)],
     ),
-    "compiled row": (lambda x, w: compiled.row(x, w, single().group.key, False, "off"), [(2, 4, 4), (6, 4)]),
+    "row": (lambda x, w: compiled.row(x, w, single().group.key, False, "off"), [(2, 4, 4), (6, 4)]),
 }
 
 
@@ -164,6 +168,42 @@ def by_differences(value: Callable[[], torch.Tensor], leaf: torch.Tensor, step: 
     return gradient
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_operations_add_gradients_by_weights_to_their_sums(name: str) -> None:
+    """By finite differences; twice, so that the second backward adds to the first. Without a place there is no backward."""
+    operation, shapes = COMPILED[name]
+    leaves = leaves_of(*shapes)
+    outs = operation(*leaves)
+    slopes = [torch.randn_like(out) for out in (outs if isinstance(outs, list) else [outs])]
+
+    def value() -> torch.Tensor:
+        outs = operation(*leaves)
+        return sum(((out * slope).sum() for out, slope in zip(outs if isinstance(outs, list) else [outs], slopes, strict=True)))
+
+    with summing(leaves[1:]) as sums:
+        torch.autograd.grad(value(), leaves, allow_unused=True)
+        gradients = torch.autograd.grad(value(), leaves, allow_unused=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert (gradient is None) == (leaf in sums)
+        found = sums[leaf] / 2 if gradient is None else gradient
+        assert torch.allclose(found, by_differences(value, leaf), atol=1e-8)
+    with pytest.raises(AssertionError, match="sums of the unit's gradients are not open"):
+        torch.autograd.grad(value(), leaves, allow_unused=True)
+
+
+@contextmanager
+def summing(parameters: Iterable[torch.Tensor]) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+    """Opens sums for the matrices among parameters, zeros in their own dtype."""
+    sums = {parameter: torch.zeros_like(parameter) for parameter in parameters if parameter.dim() == 2}
+    for parameter, place in sums.items():
+        open_sums(parameter, place)
+    try:
+        yield sums
+    finally:
+        for parameter in sums:
+            close_sums(parameter)
+
+
 @pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
 def test_an_activated_row_goes_back_as_plain_torch_does(kind: str) -> None:
     """Its backward uses up the parts, so that a graph is good for one: finite differences want more."""
@@ -190,11 +230,15 @@ def block_of(changes: dict[str, Any], roles: type[TensorRoles]) -> tuple[ModelCo
     return model, build_unit("blocks.0", model, make, roles(mesh.tp, sp=False, vocab=model.vocab, first=0))
 
 
-def outputs(module: Any, block: torch.nn.Module, context: Context) -> list[torch.Tensor]:
-    """A block's output and all its gradients."""
+def outputs(module: Any, block: torch.nn.Module, context: Context, *, summed: bool = True) -> list[torch.Tensor]:
+    """A block's output and all its gradients; summed: those by matrices are where products add them, else autograd's."""
     entry = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
-    out = module(entry, context)
-    return [out, *torch.autograd.grad(out.square().sum(), [entry, *block.parameters()])]
+    parameters = list(block.parameters())
+    with summing(parameters if summed else []) as sums:
+        out = module(entry, context)
+        by_entry, *gradients = torch.autograd.grad(out.square().sum(), [entry, *parameters], allow_unused=summed)
+    found = [sums.get(parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True)]
+    return [out, by_entry, *(gradient for gradient in found if gradient is not None)]
 
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -211,8 +255,10 @@ def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
     context = make_context(model, tokens, tokens, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    same(outputs(compiled, block, context), outputs(plain, plain, context))
-    same(outputs(block, block, context), outputs(plain, plain, context))
+    expected = outputs(plain, plain, context, summed=False)
+    assert len(expected) == 2 + len(list(plain.parameters()))
+    for found in (outputs(compiled, block, context), outputs(block, block, context), outputs(plain, plain, context)):
+        same(found, expected)
 
 
 def test_blocks_with_dropout_compile_for_all_steps() -> None:

@@ -82,21 +82,20 @@ def column(x: Tensor, weights: list[Tensor], biases: list[Tensor], joined: bool,
     return tensor.columns_forward(x, weights, biases, _split(group, sp, fp8))
 
 
-def _column_backward_fake(
-    slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str
-) -> list[Tensor]:
-    return [torch.empty_like(x), *(slope.new_empty(slope.shape[-1], x.shape[-1]) for slope in slopes)]
+def _by_x_fake(slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str) -> Tensor:
+    return torch.empty_like(x)
 
 
 @operation(
-    "column_backward(Tensor[] slopes, Tensor x, Tensor[] weights, bool joined, str group, bool sp, str fp8) -> Tensor[]",
-    fake=_column_backward_fake,
+    "column_backward(Tensor[] slopes, Tensor x, Tensor[] weights, bool joined, str group, bool sp, str fp8) -> Tensor",
+    fake=_by_x_fake,
 )
-def column_backward(slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str) -> list[Tensor]:
-    """Slopes (B, S, O_i) -> [by x (B, S', D), by each weight (O_i, D)]; joined: of one slope and one weight."""
+def column_backward(slopes: list[Tensor], x: Tensor, weights: list[Tensor], joined: bool, group: str, sp: bool, fp8: str) -> Tensor:
+    """Slopes (B, S, O_i) -> by x (B, S', D); joined: of one slope and one weight. Gradients by weights go to their sums."""
     inner = [beside(weights, 0)] if joined else weights
     by_x, by_weights = tensor.columns_backward([slope.reshape(-1, slope.shape[-1]) for slope in slopes], x, inner, _split(group, sp, fp8))
-    return [by_x, *by_weights]
+    assert by_weights == [None] * len(inner), "the sums of the unit's gradients are not open"
+    return by_x
 
 
 def _column_setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
@@ -107,13 +106,11 @@ def _column_setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _column_backward(ctx: Any, slopes: list[Tensor]) -> Any:
     x, *weights = ctx.saved_tensors
-    by_x, *by_weights = column_backward(slopes, x, weights, ctx.joined, *ctx.rest)
+    by_x = column_backward(slopes, x, weights, ctx.joined, *ctx.rest)
     by_biases = [slope.flatten(0, 1).sum(0) for slope in slopes] if ctx.biased else []
-    if ctx.joined:
-        widths = [weight.shape[0] for weight in weights]
-        by_weights = list(by_weights[0].split_with_sizes(widths))
-        by_biases = list(by_biases[0].split_with_sizes(widths)) if ctx.biased else []
-    return by_x, by_weights, by_biases, *[None] * 4
+    if ctx.joined and ctx.biased:
+        by_biases = list(by_biases[0].split_with_sizes([weight.shape[0] for weight in weights]))
+    return by_x, [None] * len(weights), by_biases, *[None] * 4
 
 
 differentiable("column", backward=_column_backward, setup=_column_setup)
@@ -132,14 +129,16 @@ def row(x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> Tensor:
     return tensor.row_forward([x], "none", weight, _split(group, sp, fp8))
 
 
-def _row_backward_fake(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> list[Tensor]:
-    return [x.new_empty(x.shape), torch.empty_like(weight)]
+def _row_backward_fake(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-@operation("row_backward(Tensor slope, Tensor x, Tensor weight, str group, bool sp, str fp8) -> Tensor[]", fake=_row_backward_fake)
-def row_backward(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> list[Tensor]:
-    """Slope (B, S', D), x (B, S, F) -> [by x (B, S, F), by weight (D, F)]."""
-    return list(tensor.row_backward(slope, x, weight, _split(group, sp, fp8)))
+@operation("row_backward(Tensor slope, Tensor x, Tensor weight, str group, bool sp, str fp8) -> Tensor", fake=_row_backward_fake)
+def row_backward(slope: Tensor, x: Tensor, weight: Tensor, group: str, sp: bool, fp8: str) -> Tensor:
+    """Slope (B, S', D), x (B, S, F) -> by x (B, S, F). The gradient by weight goes to its sums."""
+    by_x, by_weight = tensor.row_backward(slope, x, weight, _split(group, sp, fp8))
+    assert by_weight is None, "the sums of the unit's gradients are not open"
+    return by_x
 
 
 def _row_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -148,8 +147,7 @@ def _row_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _row_backward(ctx: Any, slope: Tensor) -> Any:
-    by_x, by_weight = row_backward(slope, *ctx.saved_tensors, *ctx.rest)
-    return by_x, by_weight, *[None] * 3
+    return row_backward(slope, *ctx.saved_tensors, *ctx.rest), *[None] * 4
 
 
 differentiable("row", backward=_row_backward, setup=_row_setup)

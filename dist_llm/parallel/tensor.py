@@ -35,6 +35,7 @@ from dist_llm.model.parts import Draw, Norm, Projection, Projections
 from dist_llm.model.preference import Pairs
 from dist_llm.model.products import Products
 from dist_llm.model.roles import Roles
+from dist_llm.model.sums import sums_of
 from dist_llm.parallel.across import Across
 
 
@@ -171,6 +172,13 @@ def _sums_here(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def by_weight(slope: Tensor, x: Tensor, weight: Tensor, products: Products) -> Tensor | None:
+    """Slope (T, O), x (T, D) -> the gradient by weight (O, D); nothing where it was added to the sums of a unit's gradients."""
+    sums = sums_of(weight)
+    found = products.by_weight(slope, x, total=sums)
+    return found if sums is None else None
+
+
 # --- column: one input, several projections --------------------------------------------------------------------------
 
 
@@ -182,15 +190,15 @@ def columns_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     return [y.unflatten(0, (x.shape[0], -1)) for y in outputs]
 
 
-def columns_backward(slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], split: Split) -> tuple[Tensor, list[Tensor]]:
-    """Slopes (T, O_i), x (B, S', D), normed, weights (O_i, D) -> (by x (B, S', D), by each weight (O_i, D))."""
+def columns_backward(slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], split: Split) -> tuple[Tensor, list[Tensor | None]]:
+    """Slopes (T, O_i), x (B, S', D), normed, weights (O_i, D) -> (by x (B, S', D), by each weight (O_i, D), as `by_weight` leaves it)."""
     gathering, products = start_gather(x, split), split.products("output")
     by_x = products.by_input(slopes[0], weights[0])
     for slope, weight in zip(slopes[1:], weights[1:], strict=True):
         products.by_input(slope, weight, total=by_x)
     whole = finish_gather(gathering, split).flatten(0, 1)
     reducing = start_reduce(by_x.unflatten(0, (x.shape[0], -1)), split)  # while the weight gradients are computed
-    by_weights = [products.by_weight(slope, whole) for slope in slopes]
+    by_weights = [by_weight(slope, whole, weight, products) for slope, weight in zip(slopes, weights, strict=True)]
     return finish_reduce(reducing, split), by_weights
 
 
@@ -219,7 +227,8 @@ class Column(Function):
         outer, inner = ([beside(flat, 1)], [beside(weights, 0)]) if one else (flat, weights)
         by_normed, by_weights = columns_backward(outer, ctx.rule(x, gain, shift), inner, ctx.split)
         if one:
-            by_weights = list(by_weights[0].split_with_sizes([len(weight) for weight in weights]))
+            (whole,) = by_weights
+            by_weights = [None] * len(weights) if whole is None else list(whole.split_with_sizes([len(weight) for weight in weights]))
         by_biases = [slope.sum(0) for slope in flat] if ctx.biased else []
         return *ctx.rule.backward(by_normed, x, gain, shift), *[None] * 4, *by_weights, *by_biases
 
@@ -262,29 +271,27 @@ def row_forward(parts: Sequence[Tensor], activation: str, weight: Tensor, split:
     return reduce(y.unflatten(0, (parts[0].shape[0], -1)), split)
 
 
-def row_backward(slope: Tensor, x: Tensor, weight: Tensor, split: Split) -> tuple[Tensor, Tensor]:
-    """Slope (B, S', D), x (B, S, F), weight (D, F) -> (by x (B, S, F), by weight (D, F))."""
+def row_backward(slope: Tensor, x: Tensor, weight: Tensor, split: Split) -> tuple[Tensor, Tensor | None]:
+    """Slope (B, S', D), x (B, S, F), weight (D, F) -> (by x (B, S, F), by weight (D, F), as `by_weight` leaves it)."""
     whole, products = gather(slope.contiguous(), split).flatten(0, 1), split.products("input")
-    return products.by_input(whole, weight).view(x.shape), products.by_weight(whole, x.flatten(0, 1))
+    return products.by_input(whole, weight).view(x.shape), by_weight(whole, x.flatten(0, 1), weight, products)
 
 
-def activated_row_backward(slope: Tensor, parts: Sequence[Tensor], activation: str, weight: Tensor, split: Split) -> Tensor:
-    """Slope (B, S', D), parts (B, S, F) -> by weight (D, F); the slopes by each part take its place.
+def activated_row_backward(slope: Tensor, parts: Sequence[Tensor], activation: str, weight: Tensor, split: Split) -> Tensor | None:
+    """Slope (B, S', D), parts (B, S, F) -> by weight (D, F), as `by_weight` leaves it; the slopes by each part take its place.
 
     Nobody else reads the parts: what a projection has made goes through the activation alone.
     """
     whole = gather(slope.contiguous(), split).flatten(0, 1)
-    flat, products = [part.flatten(0, 1) for part in parts], split.products("input")
-    if whole.is_cuda:
-        return products.by_weight(whole, activate_backward(products.by_input(whole, weight), flat, kind=activation))
+    flat, products, sums = [part.flatten(0, 1) for part in parts], split.products("input"), sums_of(weight)
+    total = torch.zeros_like(weight, dtype=vocabulary.wide(weight.dtype)) if sums is None else sums
     some = _piece(whole, activation, split)
-    by_weight = torch.zeros_like(weight, dtype=vocabulary.wide(weight.dtype))
     for at in range(0, whole.shape[0], some):
         here = slice(at, at + some)
         y = activate_backward(products.by_input(whole[here], weight), [part[here] for part in flat], kind=activation)
-        products.by_weight(whole[here], y, total=by_weight)
+        products.by_weight(whole[here], y, total=total)
         del y  # before the next piece makes its own
-    return by_weight.to(weight.dtype)
+    return total.to(weight.dtype) if sums is None else None
 
 
 def _piece(x: Tensor, activation: str, split: Split) -> int:

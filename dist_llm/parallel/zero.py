@@ -34,6 +34,7 @@ from torch import Tensor
 from dist_llm import comm
 from dist_llm.mesh import Mesh
 from dist_llm.model.init import initialise
+from dist_llm.model.sums import close_sums, open_sums
 from dist_llm.parallel.flat import FlatPlan, Piece, Slot
 from dist_llm.parallel.weights import FlatWeights, flat_view
 
@@ -56,7 +57,6 @@ class FlatUnit(FlatWeights):
         self.gradient_dtype = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
         self.owned = self.own if self.stage else (0, plan.padded)
         self.whole: dict[int, Tensor] = {}
-        self.unwritten: set[int] = set()  # uses whose accumulator is new
         self.sums: dict[int, Tensor] = {}
         self.reducing: dict[int, comm.Pending] = {}
         self.crossing: comm.Pending | None = None  # the sum over replicas, of this rank's part of the shard
@@ -99,38 +99,23 @@ class FlatUnit(FlatWeights):
     # --- backward ----------------------------------------------------------------------------------------------------
 
     def begin_backward(self, use: int) -> None:
-        """Gives autograd the place to add this use's gradients."""
+        """Gives backward the place to add this use's gradients: products add there themselves, autograd the rest."""
         assert use not in self.reducing, self.plan.unit
         if use not in self.whole:
-            apart = self.dtype != self.gradient_dtype  # then the first gradients are written over whatever is there
-            make = torch.empty if apart else torch.zeros
-            self.whole[use] = make(self.plan.padded, dtype=self.gradient_dtype, device=self.device)
-            self.unwritten |= {use} if apart else set()
+            self.whole[use] = torch.zeros(self.plan.padded, dtype=self.gradient_dtype, device=self.device)
+        open_sums(self.weights, self.whole[use])
         if self.dtype == self.gradient_dtype:
             for slot in self.plan.slots:
                 self.parameters[use][slot.name].grad = flat_view(self.whole[use], slot)
 
     def end_backward(self, use: int) -> None:
-        """Takes the gradients over into the accumulator (bfloat16 gradients are added in float32)."""
-        if use in self.unwritten:
-            self._write(use)
-        elif self.dtype != self.gradient_dtype:
-            for slot in self.plan.slots:
-                if (gradient := self.parameters[use][slot.name].grad) is not None:
-                    flat_view(self.whole[use], slot).add_(gradient)
-        for parameter in self.parameters[use].values():
-            parameter.grad = None
-
-    def _write(self, use: int) -> None:
-        """The first gradients into a new accumulator, zeros where there are none."""
-        self.unwritten.remove(use)
-        buffer, end = self.whole[use], 0
+        """Takes over what autograd has added up beside the place, because it is bfloat16."""
+        close_sums(self.weights)
         for slot in self.plan.slots:
-            buffer[end : slot.offset].zero_()
-            end, gradient = slot.offset + slot.numel, self.parameters[use][slot.name].grad
-            sums = flat_view(buffer, slot)
-            sums.zero_() if gradient is None else sums.copy_(gradient)
-        buffer[end:].zero_()
+            parameter = self.parameters[use][slot.name]
+            if parameter.grad is not None and self.dtype != self.gradient_dtype:
+                flat_view(self.whole[use], slot).add_(parameter.grad)
+            parameter.grad = None
 
     def start_reduce(self, use: int) -> None:
         """Begins the reduce-scatter of a use's gradients over the shard group.
@@ -206,21 +191,21 @@ class FlatUnit(FlatWeights):
                 for slot, part in zip(slots, joined.split([s.numel for s in slots]), strict=True):
                     buffer[slot.offset : slot.offset + slot.numel].copy_(part)
 
-    def square_sum(self) -> Tensor:
-        """Sum of the squares of this rank's shard of the gradient, float64; elements held twice are counted once.
+    def square_sums(self) -> dict[str, Tensor]:
+        """By half of a block, or unit: the sum of the squares of this rank's shard of the gradient, float64.
 
-        A replica that is not finite makes the sum NaN, so that no rank takes the update.
+        Elements held twice are counted once. A replica that is not finite makes the sum NaN, so that no rank takes the update.
         """
         assert self.gradient is not None
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        runs: dict[bool, list[Tensor]] = {True: [], False: []}
+        runs: dict[tuple[str, bool], list[Tensor]] = {}
         for piece in self.plan.pieces(self.group.index):
             once = self.counted and piece.slot.sharding.owner(self.mesh.at.tp)
-            runs[once].append(self.own_run(self.gradient, piece))
-        for once, some in runs.items():
-            if some:  # all in one kernel on a GPU, and without a float64 copy of the gradient
-                total += float(once) * torch.stack(torch._foreach_norm(some, 2, dtype=torch.float64)).square().sum()
-        return total
+            runs.setdefault((piece.slot.row.half, once), []).append(self.own_run(self.gradient, piece))
+        found: dict[str, Tensor] = {}
+        for (half, once), some in runs.items():  # all in one kernel on a GPU, and without a float64 copy of the gradient
+            squares = float(once) * torch.stack(torch._foreach_norm(some, 2, dtype=torch.float64)).square().sum()
+            found[half] = found[half] + squares if half in found else squares
+        return found
 
     # --- update ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,32 @@
+"""Where the gradients by weights are added up, while a unit's backward runs.
+
+The parameters of a unit are views of one flat buffer, and their gradients views of another of the same layout. A backward
+that makes the gradient of a matrix by a product can let the product add into that second buffer, in its wider digits,
+instead of leaving a tensor for autograd to add: no memory for it, no pass over it, and no rounding to bfloat16 on the way.
+
+It is asked for by the weight alone, since a gradient lies as far from the start of its buffer as the weight from its own.
+So neighbours that one product serves are one place here too, and a compiled block's operations find it as eager ones do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_open: dict[int, Tensor] = {}  # by the storage of the weights
+
+
+def open_sums(weights: Tensor, sums: Tensor) -> None:
+    """From now on gradients by views of `weights` (padded,) are added into `sums` (padded,)."""
+    _open[weights.untyped_storage()._cdata] = sums
+
+
+def close_sums(weights: Tensor) -> None:
+    """From now on they are not."""
+    _open.pop(weights.untyped_storage()._cdata, None)
+
+
+def sums_of(weight: Tensor) -> Tensor | None:
+    """The place of the gradient by a weight, in its shape; None where gradients are autograd's to keep."""
+    sums = _open.get(weight.untyped_storage()._cdata)
+    return None if sums is None else torch.as_strided(sums, weight.shape, weight.stride(), weight.storage_offset())
