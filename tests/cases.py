@@ -20,11 +20,12 @@ import torch.distributed as dist
 
 from dist_llm import comm
 from dist_llm.config.layout import Layout
-from dist_llm.errors import DataError, SpaceError
+from dist_llm.errors import DataError, Failure, SpaceError
 from dist_llm.mesh import Group, build_mesh
 from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.model.roles import Roles
 from dist_llm.parallel.tensor import TensorRoles
+from dist_llm.ranks import run_ranks
 from dist_llm.sharding import split_parts
 
 Say = Callable[..., None]
@@ -504,3 +505,16 @@ def rank_waits(rank: int, world: int, say: Say, folder: str) -> None:
     """Waits to be stopped."""
     leave_traces(rank, world, folder)
     time.sleep(60)
+
+
+def launch() -> None:
+    """A launcher of ranks, told by its words: a case here, a folder, how many ranks, where logs go. Prints what came of it."""
+    work, folder, world, logs = sys.argv[1:]
+    heard: list[list[Any]] = []
+    try:
+        results = run_ranks(int(world), globals()[work], folder, log_dir=Path(logs), on_message=lambda *said: heard.append([*said]))
+        print(json.dumps({"results": results, "heard": heard}))
+    except Failure as failure:
+        print(json.dumps({"failure": failure.as_dict()}))
+    except KeyboardInterrupt:
+        print("interrupted")

@@ -6,18 +6,22 @@ start use a real `python -m dist_llm` instead.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+MAIN = "dist_llm.__main__:main"
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,26 @@ class Commands:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *words: str, stdin: str | Path = os.devnull, **environment: str) -> Job:
-        """Starts `dist-llm WORDS` with these variables besides. stdin: the path of what it reads; a terminal becomes its own."""
+    def start(self, *words: str, stdin: str | Path = os.devnull, main: str = MAIN, **environment: str) -> Job:
+        """Starts `dist-llm WORDS` with these variables besides. stdin: the path of what it reads; a terminal becomes its own.
+
+        main: another `module:function` in the place of the command.
+        """
         self.count += 1
         out, err = (Path(self.folder.name) / f"{self.count}.{name}" for name in ("out", "err"))
         for path in (out, err):
             path.touch()
-        answer = self.ask({"words": words, "environment": environment, "stdin": str(stdin), "out": str(out), "err": str(err)})
+        request = {"main": main, "words": words, "environment": environment, "stdin": str(stdin), "out": str(out), "err": str(err)}
+        answer = self.ask(request)
         return Job(self, answer["pid"], out, err)
 
     def run(self, *words: str, timeout: float = 120.0, stdin: str | Path = os.devnull, **environment: str) -> Result:
         """`start` and `wait`."""
         return self.start(*words, stdin=stdin, **environment).wait(timeout=timeout)
+
+    def prepare(self, work: str) -> None:
+        """Calls `module:function` in the helper: what it imports, no command that is forked later imports again."""
+        self.ask({"prepare": work})
 
     def close(self) -> None:
         """Ends the helper."""
@@ -116,22 +128,30 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
+    import numpy.ma  # noqa: F401  the first order of samples asks for it
     import torch.fx.experimental.symbolic_shapes  # noqa: F401
 
+    import dist_llm.__main__
     import dist_llm.cli.main  # noqa: F401  as a command does once it hears signals
+    import dist_llm.report.page
     import dist_llm.train.run  # noqa: F401  imports torch and everything a run uses
-    from dist_llm.__main__ import main
 
+    for verb in pkgutil.iter_modules(dist_llm.cli.__path__):
+        importlib.import_module(f"dist_llm.cli.{verb.name}")
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             answer: dict[str, Any] = {"code": ended(request["wait"], request["timeout"])}
+        elif "prepare" in request:
+            named(request["prepare"])()
+            answer = {}
         else:
             pid = os.fork()
             if pid == 0:
-                become(request, main)
+                become(request)
             answer = {"pid": pid}
         print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # to take all that was imported apart would take a second
 
 
 def ended(pid: int, timeout: float) -> int | None:
@@ -146,7 +166,13 @@ def ended(pid: int, timeout: float) -> int | None:
     return None
 
 
-def become(request: dict[str, Any], main: Any) -> None:
+def named(work: str) -> Callable[[], None]:
+    """The function of `module:function`."""
+    module, function = work.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def become(request: dict[str, Any]) -> None:
     """Turns a forked process into the command; never returns."""
     code = 1
     try:
@@ -158,7 +184,7 @@ def become(request: dict[str, Any], main: Any) -> None:
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         os.environ.update(request["environment"])
         sys.argv = ["dist-llm", *request["words"]]
-        main()
+        named(request["main"])()
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 1
     finally:

@@ -35,10 +35,18 @@ def commands() -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="session")
+def with_transformers(ranks: Ranks, commands: Commands) -> None:
+    """transformers and PEFT in both helpers: importing them takes each rank or command three seconds."""
+    for helper in (ranks, commands):
+        helper.prepare("tests.hugging_face_cases:bring")
+
+
+@pytest.fixture(scope="session")
 def small_run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a small model that was trained on `skills` a little, saved by two ranks."""
     home = tmp_path_factory.mktemp("small")
     words = ["--steps", "6", "--run-dir", str(home / "run"), f"data.dir={home / 'data'}", "data.max_tokens=40_000", "--nproc", "2"]
+    words += ["batch.micro=4"]
     done = commands.run("train", str(Path(__file__).parent.parent / "configs/tiny.yaml"), *words, "--layout", "tp=2", "data.validation=0.1")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return home / "run"

@@ -28,6 +28,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 
+def bring() -> None:
+    """Imports what tests take from PEFT and transformers, for the helpers that commands and ranks are forked from."""
+    import peft  # noqa: F401
+    import transformers
+
+    for kind, _ in SHAPES.values():
+        name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind.removesuffix('Text')}ForCausalLM"
+        assert getattr(transformers, name), "a class is imported when it is asked for"
+    assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer
+
+
 def their_model(kind: str, *, vocab: int = VOCAB, layers: int = 2) -> nn.Module:
     """A transformers model in float64, with random weights: norms and biases too."""
     import transformers

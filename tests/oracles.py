@@ -1,6 +1,6 @@
 """What the ranks of test_oracles.py do: the same computation by us and by an implementation that nobody here wrote.
 
-transformers and deepspeed are imported inside the cases: the ranks are forked from a process that must stay light.
+transformers and deepspeed are imported inside the cases, or in the helper that the ranks of this file alone are forked from.
 
 difference of a tensor = max|ours - theirs| / max(max|theirs|, 1e-3 x the largest |theirs| of all the tensors compared)
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dist_llm import comm
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.engines.deepspeed_package import load_package
 from dist_llm.engines.whole import Whole
 from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
@@ -33,6 +34,11 @@ from dist_llm.train.trainer import Trainer
 Say = Callable[..., None]
 Tensors = dict[str, Tensor]
 CPU, WIDE = torch.device("cpu"), torch.float64
+
+
+def with_deepspeed() -> None:
+    """For the helper: the ranks forked from it have the library."""
+    load_package(CPU)
 
 
 def worst(ours: Tensors, theirs: Tensors) -> tuple[float, str]:

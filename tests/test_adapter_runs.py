@@ -16,8 +16,9 @@ from tests.small_checkpoints import save_small_adapter
 from tests.test_messages import golden, normal, theirs
 from tests.told import well_made
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
 DATA = ["data.source=skills", "data.sequence=32", "data.max_tokens=20000", "data.validation=0.05"]
-STEPS = ["batch.global=4", "batch.micro=1", "schedule.kind=constant", "track.validate_batches=2"]
+STEPS = ["batch.global=4", "batch.micro=2", "schedule.kind=constant", "track.validate_batches=2"]
 ADAPTER = ["model.adapter.rank=4", "optimizer.lr=0.02"]
 ENDS = ["model.adapter.modules_to_save=[embedding, head]"]
 MODEL = "model: {family: llama, layers: 2, dim: 32, heads: 4, kv_heads: 2, ffn: 64, tied: false}\ndata: {tokenizer: {kind: bytes}}\n"

@@ -32,6 +32,8 @@ from tests.engine_cases import build, config, layout_of
 from tests.family_oracles import SMALL
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
+
 
 @pytest.fixture(scope="module")
 def differences(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:

@@ -36,10 +36,11 @@ from tests.commands import Commands
 from tests.hugging_face_cases import save_theirs, their_model
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
 LAYOUTS = ("dp=2,zero=3", "dp=2,zero=1", "dp=3,zero=2", "tp=2", "pp=2", "tp=2,pp=2", "dp=2,tp=2,zero=3,sp=off")
 LATER = [pytest.param(f"dp=2,{text}", marks=pytest.mark.long) for text in ("engine=ddp", "zero=3,engine=deepspeed")]
 ENGINES = ("dp=2,zero=3,engine=fsdp2", *LATER)
-DATA = "data: {source: skills, sequence: 32, max_tokens: 20_000, dir: %s}\nbatch: {global: 12, micro: 1}\n"
+DATA = "data: {source: skills, sequence: 32, max_tokens: 20_000, dir: %s}\nbatch: {global: 6, micro: 1}\n"
 
 
 @pytest.fixture(scope="module")

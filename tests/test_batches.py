@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from dist_llm.data.prepare import prepare
 from dist_llm.data.store import StoreWriter, TokenStore
 from dist_llm.errors import DataError
 from dist_llm.train.run import prepare_data
+from tests.commands import Commands
 from tests.engine_cases import build, config, layout_of
 
 END = 0
@@ -254,12 +253,11 @@ def test_from_a_config_to_batches(tmp_path: Path) -> None:
     assert validation_batches(prepare(nothing, seed=7), nothing, global_batch=4) is None
 
 
-def test_a_run_with_too_little_text_ends_before_its_ranks_meet(tmp_path: Path) -> None:
+def test_a_run_with_too_little_text_ends_before_its_ranks_meet(commands: Commands, tmp_path: Path) -> None:
     """Through the shell: exit 3, one message, and only the process that prepares the data was there."""
     (tmp_path / "x.jsonl").write_text('{"text": "short"}\n')
     words = ["train", "configs/tiny.yaml", f"data.source={tmp_path / 'x.jsonl'}", f"data.dir={tmp_path / 'data'}", "--nproc", "2"]
-    command = [sys.executable, "-m", "dist_llm", *words, "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=60, check=False)
+    done = commands.run(*words, "--run-dir", str(tmp_path / "run"))
     assert done.returncode == 3 and "too little text" in done.stderr and "1 x 64 + 1 = 65 tokens" in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run/logs").iterdir()] == ["rank-0.log"] and not (tmp_path / "run/metrics.jsonl").exists()

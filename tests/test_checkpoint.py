@@ -156,6 +156,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
         "save.every=3",
         "save.keep=0",
         "data.max_tokens=20_000",
+        "batch.micro=2",
     ]
     config = load_config("configs/tiny.yaml", overrides).config
     prepare(config.data, seed=config.runtime.seed)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from dist_llm.config.schema import Config
 from dist_llm.errors import NumericError, UsageError
 from dist_llm.model.table import num_parameters
 from dist_llm.train.proof import Record, Run, Verdict
+from tests.commands import Commands, Result
 from tests.layouts import concrete
 
 ROOT = Path(__file__).parent.parent
@@ -30,18 +29,17 @@ KEYS = {"layout", "given", "engine", "world", "equal", "error", "proof", "loss",
         "peak_memory_bytes", "peak_rss_bytes", "sent_bytes_per_step", "bubble_fraction", "predicted"}  # fmt: skip
 
 
-def compare(*words: str) -> subprocess.CompletedProcess[str]:
+def compare(commands: Commands, *words: str) -> Result:
     """Runs the command."""
-    command = [sys.executable, "-m", "dist_llm", "compare", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return commands.run("compare", *words, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, subprocess.CompletedProcess[str]]:
+def finished(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, Result]:
     """One comparison of the tiny config."""
     folder = tmp_path_factory.mktemp("compare")
     words = ["configs/tiny.yaml", *LAYOUTS, "--steps", "2", "--run-dir", str(folder), f"data.dir={folder}/data", "--json"]
-    done = compare(*words)
+    done = compare(commands, *words)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), folder, done
 
@@ -77,10 +75,10 @@ def test_peak_memory_is_as_predicted(finished) -> None:
 
 
 @pytest.mark.long
-def test_offloading_is_proved_for_deepspeed_and_ours(tmp_path: Path) -> None:
+def test_offloading_is_proved_for_deepspeed_and_ours(commands: Commands, tmp_path: Path) -> None:
     """DeepSpeed against float32's own rounding, ours against 1e-10; what lies in host memory is a part of its own."""
     texts = ["dp=2,zero=2,offload=optimizer,engine=deepspeed", "dp=2,zero=2,offload=optimizer"]
-    done = compare("configs/tiny.yaml", *texts, "--steps", "1", "--run-dir", str(tmp_path), f"data.dir={tmp_path}/data", "--json")
+    done = compare(commands, "configs/tiny.yaml", *texts, "--steps", "1", "--run-dir", str(tmp_path), f"data.dir={tmp_path}/data", "--json")
     assert done.returncode == 0, done.stderr
     _, theirs, ours = json.loads(done.stdout)["layouts"]
     assert theirs["equal"] and theirs["proof"]["dtype"] == "float32" and 1e-10 < theirs["proof"]["tolerance"] < 1e-2
@@ -126,9 +124,9 @@ def test_a_path_means_the_same_as_in_train(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (seen[0].data.source, seen[0].data.mix) == ("/tmp/my text #1.txt", None)
 
 
-def test_all_bad_layouts_are_refused_at_once() -> None:
+def test_all_bad_layouts_are_refused_at_once(commands: Commands) -> None:
     """Exit 2 before anything starts, each fault with its layout."""
-    done = compare("configs/tiny.yaml", "tq=2", "tp=3", "pp=64", "dp=2,engine=fastest")
+    done = compare(commands, "configs/tiny.yaml", "tq=2", "tp=3", "pp=64", "dp=2,engine=fastest")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for word in ("'tq'", "tp=3", "pp=64", "engine=fastest"):
         assert word in done.stderr
@@ -182,15 +180,15 @@ def test_what_is_compiled_is_proved_compiled(monkeypatch: pytest.MonkeyPatch, tm
     assert ran == [("dp=1", False), *([("dp=1", True)] if compiled else []), ("dp=1,tp=2", compiled)]
 
 
-def test_two_runs(tmp_path: Path) -> None:
+def test_two_runs(commands: Commands, tmp_path: Path) -> None:
     """The first step whose loss differs, to the bit; folders without metrics are refused."""
     for name, losses in (("a", [1.0, 0.5, 0.25]), ("b", [1.0, 0.5000000001, 0.25])):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": step, "loss": loss, "loss_hex": loss.hex()}) for step, loss in enumerate(losses, 1)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    done = compare(str(tmp_path / "a"), str(tmp_path / "b"), "--json")
+    done = compare(commands, str(tmp_path / "a"), str(tmp_path / "b"), "--json")
     found = json.loads(done.stdout)
     assert (found["first_step"], found["steps"], found["tensor"]) == (2, 3, None)
     assert found["max_relative"] == pytest.approx(2e-10)
-    assert "every loss equal to the bit" in compare(str(tmp_path / "a"), str(tmp_path / "a")).stdout
-    assert compare(str(tmp_path / "a"), str(tmp_path)).returncode == 3
+    assert "every loss equal to the bit" in compare(commands, str(tmp_path / "a"), str(tmp_path / "a")).stdout
+    assert compare(commands, str(tmp_path / "a"), str(tmp_path)).returncode == 3

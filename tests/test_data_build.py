@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,8 @@ from dist_llm.data.sealed import checked, seal
 from dist_llm.data.store import TokenStore
 from dist_llm.data.tokenizer import Tokenizer, bytes_tokenizer
 from dist_llm.errors import DataError
-from tests.commands import Commands
+from tests.commands import Commands, Result
 from tests.test_store import snapshot
-
-ROOT = Path(__file__).parent.parent
 
 
 class Counting(Tokenizer):
@@ -302,19 +298,17 @@ def test_many_at_once_make_one(tmp_path: Path, calm: dict[str, bytes]) -> None:
 # ---------------------------------------------------------------- through the shell
 
 
-def shell(folder: Path, fault: str = "") -> subprocess.CompletedProcess[str]:
+def shell(commands: Commands, folder: Path, fault: str = "") -> Result:
     where = ["configs/tiny.yaml", "data.source=skills", f"data.dir={folder}", "data.max_tokens=20_000"]
-    environment = {**os.environ, **({"DIST_LLM_FAULT": fault} if fault else {})}
-    command = [sys.executable, "-m", "dist_llm", "data", "build", *where]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, env=environment, check=False)
+    return commands.run("data", "build", *where, **({"DIST_LLM_FAULT": fault} if fault else {}))
 
 
-def test_killed_through_the_shell(tmp_path: Path) -> None:
-    assert shell(tmp_path / "data", "data.shard:0:0").returncode == -signal.SIGKILL
+def test_killed_through_the_shell(commands: Commands, tmp_path: Path) -> None:
+    assert shell(commands, tmp_path / "data", "data.shard:0:0").returncode == 128 + signal.SIGKILL
     (left,) = (tmp_path / "data").iterdir()
     assert left.name.startswith(".skills-") and left.name.endswith(".partial"), "nothing under the final name"
     for folder in ("data", "calm"):
-        done = shell(tmp_path / folder)
+        done = shell(commands, tmp_path / folder)
         assert done.returncode == 0, done.stderr
     assert snapshot(tmp_path / "data") == snapshot(tmp_path / "calm")
 

@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +21,8 @@ from dist_llm.data.sealed import check_seal
 from dist_llm.data.store import read_manifest
 from dist_llm.data.tokenizer import bytes_tokenizer
 from dist_llm.errors import DataError, render
+from tests.commands import Commands
 from tests.test_damage import CONTENTS, FILES, flip_each
-
-ROOT = Path(__file__).parent.parent
 
 
 class Data:
@@ -185,20 +182,16 @@ def test_whole_folders_lost_or_exchanged(data: Data, other: Data, tmp_path: Path
     data.take_up()
 
 
-def test_a_run_ends_before_its_first_step(tmp_path: Path) -> None:
+def test_a_run_ends_before_its_first_step(commands: Commands, tmp_path: Path) -> None:
     """Through the shell: exit 3, the shard named, no step and no checkpoint; `data build` says the same."""
     where = ["configs/tiny.yaml", f"data.dir={tmp_path / 'data'}", "data.max_tokens=20_000"]
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "dist_llm", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
-
-    assert run("data", "build", *where).returncode == 0
+    assert commands.run("data", "build", *where).returncode == 0
     (shard,) = (tmp_path / "data").glob("*/train/tokens-00000.bin")
     content = shard.read_bytes()
     shard.write_bytes(content[:-5] + bytes([content[-5] ^ 16]) + content[-4:])
-    trained = run("train", *where, "--steps", "2", "--run-dir", str(tmp_path / "run"), "--nproc", "2")
-    for done in (trained, run("data", "build", *where)):
+    trained = commands.run("train", *where, "--steps", "2", "--run-dir", str(tmp_path / "run"), "--nproc", "2")
+    for done in (trained, commands.run("data", "build", *where)):
         assert done.returncode == 3 and str(shard) in done.stderr and "sha256" in done.stderr and "Traceback" not in done.stderr, (
             done.stderr
         )

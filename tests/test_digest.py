@@ -68,7 +68,8 @@ FLIPS = [
 @pytest.mark.parametrize(("text", "victim", "place"), FLIPS)
 def test_a_flipped_bit_of_a_replica_is_named(ranks: Ranks, text: str, victim: int, place: int) -> None:
     layout = layout_of(text)
-    found = ranks.run(layout.world, "tests.test_digest:flipped", config(tied=True, batch=12), vars(layout), victim, place)
+    given = config(tied=True, batch=3 if layout.dp == 3 else 4)
+    found = ranks.run(layout.world, "tests.test_digest:flipped", given, vars(layout), victim, place)
     names = {name.split(" ", 1)[1] if " " in name else name for name in found[victim]["names"]}
     for one in found:
         assert one["failure"] is not None, "not found"
@@ -231,12 +232,12 @@ def examined(rank: int, world: int, say: Callable, given: dict[str, Any], layout
 @pytest.mark.parametrize("text", ["dp=2,zero=3", "dp=4", "tp=2", "pp=2", "dp=2,tp=2"])
 def test_a_batch_is_computed_again(ranks: Ranks, text: str) -> None:
     """The mean over the batch and the sample that stands out are those of one process, under every layout and on each rank."""
-    job = "tests.test_digest:examined", config(batch=8)
+    job = "tests.test_digest:examined", config(batch=4)
     (one,) = ranks.run(1, *job, vars(layout_of("dp=1")))
     layout = layout_of(text)
     for found in ranks.run(layout.world, *job, vars(layout)):
         assert found["replayed"] == pytest.approx(one["replayed"], rel=1e-12) and found["worst"] == pytest.approx(one["worst"], rel=1e-12)
-        assert found["samples"] == one["samples"] == [found["data_rank"] * 8 // layout.dp + found["micro_batch"]]
+        assert found["samples"] == one["samples"] == [found["data_rank"] * 4 // layout.dp + found["micro_batch"]]
 
 
 # --- never saved, never loaded -----------------------------------------------------------------------------------------

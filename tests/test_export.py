@@ -29,6 +29,7 @@ from tests.commands import Commands
 from tests.hugging_face_cases import SHAPES, save_theirs, tensors_of, their_model
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
 TEXTS = ("Hello, world!\n", "naïve café → 東京 😀\x00\t", "  def f(x):\n    return x", "", "a" * 300, "\u202e\ufeff")
 BIG = 10**12
 
@@ -76,7 +77,7 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`whole` and `split`: two steps of configs/tiny.yaml with a learned tokenizer, from one process and from four ranks."""
     home = tmp_path_factory.mktemp("runs")
     words = [f"data.dir={home / 'data'}", "data.tokenizer={kind: bpe, vocab: 300}", "data.max_tokens=20_000", "schedule.steps=2"]
-    config = load_config("configs/tiny.yaml", [*words, "data.validation=0"]).config
+    config = load_config("configs/tiny.yaml", [*words, "data.validation=0", "batch.micro=4"]).config
     prepare(config.data, seed=config.runtime.seed)
     for name, text in (("whole", "dp=1"), ("split", "dp=2,tp=2,zero=3,sp=off")):
         (home / name).mkdir()

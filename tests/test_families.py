@@ -13,6 +13,8 @@ from dist_llm.interop.families import Place, place, read_config, write_config
 from tests.family_oracles import MODELS, SMALL, model_of
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
+
 
 @pytest.fixture(scope="module")
 def differences(ranks: Ranks) -> dict[str, dict[str, Any]]:

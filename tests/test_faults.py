@@ -69,6 +69,7 @@ def words(home: Path, folder: Path, layout: str) -> list[str]:
     """A short run that saves and validates every second step."""
     settings = ["data.max_tokens=20_000", "schedule.steps=8", "save.keep=1", "track.validate_every=2", "track.validate_batches=1"]
     settings += [f"data.dir={home}/data", "runtime.device=cpu", "runtime.dtype=float32", "model.dropout=0.1"]
+    settings += [f"batch.micro={2 if 'dp=4' in layout or 'dp=2,pp=2' in layout else 4}"]
     flags = ["--layout", layout, "--run-dir", str(folder), "--save-every", "2"]
     return ["train", "configs/tiny.yaml", *flags, *settings, f"runtime.timeout_seconds={TIMEOUT}"]
 
@@ -381,7 +382,7 @@ def test_what_rank_0_of_torchrun_says_of_itself_is_said_once(commands: Commands,
 
 def test_a_slow_rank_is_named(commands: Commands, home: Path, tmp_path: Path) -> None:
     """Ten times slower from step 2 on: one note within 20 steps (F10)."""
-    first = [*words(home, tmp_path / "run", "dp=2"), "schedule.steps=24", "save.every=0", "track.validate_every=0"]
+    first = [*words(home, tmp_path / "run", "dp=2"), "schedule.steps=24", "save.every=0", "track.validate_every=0", "batch.micro=1"]
     result = commands.run(*first, DIST_LLM_FAULT="step.forward:1:2:SLOW")
     assert result.returncode == 0, result.stderr
     (note,) = [line for line in result.stdout.splitlines() if "is slow" in line]
@@ -497,7 +498,7 @@ def test_told_to_stop_while_the_ranks_meet(commands: Commands, home: Path, tmp_p
 def test_a_store_that_stands_still(commands: Commands, home: Path, tmp_path: Path) -> None:
     """The rank that serves it is stopped while they meet: torch waits without end for what it says of the timeout."""
     port, folder = free_port(), tmp_path / "run"
-    jobs = [commands.start(*words(home, folder, "dp=3"), "batch.global=6", **place(rank, 3, port)) for rank in range(2)]
+    jobs = [commands.start(*words(home, folder, "dp=3"), "batch.global=6", "batch.micro=2", **place(rank, 3, port)) for rank in range(2)]
     while not (folder / "logs/rank-1.flight").exists():
         time.sleep(0.01)
     time.sleep(1.0)
@@ -515,7 +516,7 @@ def test_the_first_of_those_that_came_tells_who_did_not(commands: Commands, home
     """Also where that is not rank 0: torchrun may serve the store."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     served = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    first = [*words(home, tmp_path / "run", "dp=3"), "batch.global=6"]
+    first = [*words(home, tmp_path / "run", "dp=3"), "batch.global=6", "batch.micro=2"]
     jobs = [commands.start(*first, **place(rank, 3, store.port), **served) for rank in (1, 2)]
     one, two = [job.wait() for job in jobs]
     did_not_meet(one, f"127.0.0.1:{store.port}", "rank 0 did not come")

@@ -11,8 +11,6 @@ import json
 import random
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +21,8 @@ import pytest
 from dist_llm.data.corpora import open_corpus
 from dist_llm.data.readers import BadLines
 from dist_llm.errors import DataError, render
+from tests.commands import Commands, Result
 
-ROOT = Path(__file__).parent.parent
 CASES, LONG_CASES, LINES = 5000, 100_000, 250  # lines; lines of a file
 BLANK, BAD = "blank", "bad"
 
@@ -371,26 +369,25 @@ SPOILT: tuple[bytes, ...] = (
 )
 
 
-def build(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def build(commands: Commands, file: Path, *words: str) -> Result:
     """`data build` in a process of its own."""
     where = ["configs/tiny.yaml", f"data.source={file}", f"data.dir={file.parent / 'data'}"]
-    command = [sys.executable, "-m", "dist_llm", "data", "build", *where, *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    return commands.run("data", "build", *where, *words)
 
 
-def test_bad_lines_through_the_shell(tmp_path: Path) -> None:
+def test_bad_lines_through_the_shell(commands: Commands, tmp_path: Path) -> None:
     """Twenty are told at once; with as many allowed as there are, all are listed and the rest is built."""
     file, good = tmp_path / "x.jsonl", [b'{"text": "good %d"}' % number for number in range(len(SPOILT))]
     file.write_bytes(b"\n".join([*(line for pair in zip(SPOILT, good, strict=True) for line in pair), *good]) + b"\n")
-    failed = build(file, "--json")
+    failed = build(commands, file, "--json")
     error = json.loads(failed.stdout)["error"]
     assert failed.returncode == 3 and error["code"] == 3 and error["where"] == f"{file}:1", failed.stderr
     assert [int(line.split(":")[1]) for line in error["details"]] == list(range(1, 41, 2))
     block = failed.stderr[failed.stderr.index("error: ") :].splitlines()
     assert len(block) <= 12 and "more" in block[-2] and all(line.isprintable() for line in block) and "Traceback" not in failed.stderr
-    short = build(file, "--max-bad-lines", str(len(SPOILT) - 1))
+    short = build(commands, file, "--max-bad-lines", str(len(SPOILT) - 1))
     assert short.returncode == 3 and f"{len(SPOILT)} lines cannot be read and {len(SPOILT) - 1} may be skipped" in short.stderr
-    built = build(file, "--json", "--max-bad-lines", str(len(SPOILT)))
+    built = build(commands, file, "--json", "--max-bad-lines", str(len(SPOILT)))
     assert built.returncode == 0, built.stderr
     (home,) = {Path(store["folder"]).parent for store in json.loads(built.stdout)["stores"]}
     skipped = [int(place.rsplit(":", 1)[1]) for place in json.loads((home / "skipped.json").read_text())]
@@ -399,9 +396,9 @@ def test_bad_lines_through_the_shell(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", range(len(SPOILT)))
-def test_each_bad_line_through_the_shell(tmp_path: Path, number: int) -> None:
+def test_each_bad_line_through_the_shell(commands: Commands, tmp_path: Path, number: int) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "first"}\n' + SPOILT[number] + b"\n")
-    done = build(tmp_path / "x.jsonl")
+    done = build(commands, tmp_path / "x.jsonl")
     assert done.returncode == 3 and f"{tmp_path / 'x.jsonl'}:2" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) <= 12 and all(line.isprintable() for line in done.stderr.splitlines())
 

@@ -108,6 +108,7 @@ def test_prefixes_and_buffers_that_mean_nothing(home: Path, tmp_path: Path) -> N
         assert torch.equal(one.whole(row.name), other.whole(row.name))
 
 
+@pytest.mark.usefixtures("with_transformers")
 def test_a_special_token_may_have_no_row_while_nothing_says_it(home: Path, commands: Commands, tmp_path: Path) -> None:
     """As in Gemma 3's models of text, whose tokenizer has one for images behind the last row: text is trained and made as ever."""
     folder = copied(home / "tied", tmp_path / "in")

@@ -26,7 +26,7 @@ TEXTS = ["dp=1", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,tp=2,zero=1"
 @pytest.fixture(scope="module")
 def run(ranks: Ranks) -> Callable[..., Run]:
     """A proof run of a tied model, made once: three steps of AdamW and three of SGD with momentum."""
-    given = config(tied=True, batch=8)
+    given = config(tied=True)
 
     @cache
     def known(text: str, dtype: str = "float32", **options: Any) -> Run:

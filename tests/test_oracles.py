@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,23 @@ ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-10
 SGD = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "clip": 0.5}
 PLAIN = {"sequence": 16, "tokenizer": {"kind": "bpe", "vocab": None}}  # one document, positions counted on
+TWICE = {"global": 8, "micro": 2}  # two micro-batches on each of two ranks
 ADAMW = {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.1, "clip": 0.5}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A helper of this file alone: it imports once what every rank would import anew."""
+    helper = Ranks()
+    helper.prepare("tests.hugging_face_cases:bring")
+    yield helper
+    helper.close()
+
+
+@pytest.fixture(scope="module")
+def with_deepspeed(ranks: Ranks) -> None:
+    """DeepSpeed in that helper, from the first test on that needs it."""
+    ranks.prepare("tests.oracles:with_deepspeed")
 
 
 def layout(text: str) -> dict[str, Any]:
@@ -110,7 +127,7 @@ def test_ddp_and_fsdp2_train_as_we_do(ranks: Ranks, tmp_path: Path, model: dict[
     """Gradients, weights and moments of 3 steps, under AdamW and SGD: DDP is the reference, our ZeRO stages must follow it."""
     ours = ["dp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"]
     theirs = ["dp=2,engine=ddp", "dp=2,reduce=micro_batch,engine=ddp", *(f"dp=2,{keys},engine=fsdp2" for keys in FSDP2)]
-    runs = run_all(ranks, job(model), ours + theirs, tmp_path)
+    runs = run_all(ranks, job(model, batch=TWICE), ours + theirs, tmp_path)
     for text in ours + theirs[1:]:
         verdict = judge(runs[theirs[0]], runs[text], tolerance=TOLERANCE)
         assert verdict.equal, (text, verdict)
@@ -180,17 +197,20 @@ BFLOAT16_LATER = [*(f"dp=2,zero={stage},engine=deepspeed" for stage in (1, 3)), 
 STEEP = {"tied": True, "init_std": 0.3}  # gradients larger than 1
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.parametrize("offloaded", [DEEPSPEED_OFFLOADED[-1:], pytest.param(DEEPSPEED_OFFLOADED[:-1], marks=pytest.mark.long)], ids=len)
 def test_deepspeed_trains_as_we_do(ranks: Ranks, tmp_path: Path, offloaded: list[str]) -> None:
     """ZeRO 0-3, AdamW and SGD, float32: within 10 x the distance between our own float32 and float64 runs, kind by kind."""
-    wide, narrow = (run_all(ranks, job({"tied": True}, dtype=dtype), ["dp=1"], tmp_path)["dp=1"] for dtype in ("float64", "float32"))
+    works = {dtype: job({"tied": True}, dtype=dtype, batch=TWICE) for dtype in ("float64", "float32")}
+    wide, narrow = (run_all(ranks, work, ["dp=1"], tmp_path)["dp=1"] for work in works.values())
     bounds = {kind: 10 * distance for kind, distance in numbers(judge(wide, narrow)).items()}
     texts = [f"dp=2,zero={stage},engine=deepspeed" for stage in range(4)] + offloaded
-    for text, run in run_all(ranks, job({"tied": True}, dtype="float32"), texts, tmp_path).items():
+    for text, run in run_all(ranks, works["float32"], texts, tmp_path).items():
         for kind, difference in numbers(judge(wide, run)).items():
             assert difference < bounds[kind], (text, kind, difference, bounds[kind])
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.long
 def test_deepspeed_clips_as_the_config_says(ranks: Ranks, tmp_path: Path) -> None:
     """With clip 0 it does not, although it clips at 1.0 where nothing is said. Gradients and SGD show the factor, AdamW hides it."""
@@ -211,6 +231,7 @@ def test_deepspeed_clips_as_the_config_says(ranks: Ranks, tmp_path: Path) -> Non
                 assert wrong < 1e-4 if step == 0 else wrong > 1e-2, (text, step, wrong)
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.parametrize("others", [BFLOAT16, pytest.param(BFLOAT16_LATER, marks=pytest.mark.long)], ids=["plain", "the rest"])
 def test_bfloat16_gradients_are_summed_and_reduced_in_float32(ranks: Ranks, tmp_path: Path, others: list[str]) -> None:
     """trap 14: every engine takes the same bfloat16 gradients of its micro-batches and ranks; rounding their sums would show."""
@@ -229,11 +250,12 @@ TAKEN_OVER_LATER = [
 ]
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.parametrize("texts", [TAKEN_OVER, pytest.param(TAKEN_OVER_LATER, marks=pytest.mark.long)], ids=["plain", "the rest"])
 def test_an_engine_takes_over_the_state_of_another(ranks: Ranks, texts: list[str]) -> None:
     """load_state and evaluate of the engines around libraries: the next losses are the ones of the engine that went on."""
     rows = [layout(text) for text in texts]
-    found, other = ranks.run(2, "tests.oracles:resumed", job(dtype="float32"), rows, timeout_seconds=120)
+    found, other = ranks.run(2, "tests.oracles:resumed", job(dtype="float32", batch=TWICE), rows, timeout_seconds=120)
     assert found == other  # every rank knows the same losses
     for at, text in enumerate(texts):
         went_on, took_over = found[2 * at : 2 * at + 2]
@@ -300,6 +322,7 @@ def test_a_disk_needs_libaio_and_a_folder_of_its_own(tmp_path: Path) -> None:
         claim_disk(package(True), str(tmp_path / "file"), rank=0)
 
 
+@pytest.mark.usefixtures("with_deepspeed")
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="needs libaio's header")
 @pytest.mark.parametrize("offload", ["optimizer", "all"])

@@ -276,6 +276,7 @@ def test_nothing_leaks_between_conversations(tmp_path: Path) -> None:
         assert torch.equal(after[~there], before[~there]) and not torch.equal(after[there], before[there])
 
 
+@pytest.mark.usefixtures("with_transformers")
 def test_sft_is_that_of_transformers(ranks: Ranks, tmp_path: Path) -> None:
     """Loss and every gradient of a step, packed and through the engine, against transformers on each conversation alone."""
     store_of(tmp_path / "s", chats(40, seed=11, weights=(0.0, 0.0, 1.0)))

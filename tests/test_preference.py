@@ -76,6 +76,7 @@ def said(prepared: Prepared, number: int) -> tuple[str, str]:
 # --- the loss ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("with_transformers")
 def test_against_transformers(ranks: Ranks) -> None:
     """Loss, every gradient and the figures of each kind of loss, in float64: sides alone there, packed in micro-batches here."""
     (found,) = ranks.run(1, "tests.preference_cases:against_transformers", timeout_seconds=120)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from dist_llm.errors import UsageError
 from dist_llm.model.products import E4M3, E5M2, Products, cast, largest, scaled_product
 from dist_llm.plan.predict import shape_of
 from dist_llm.plan.traffic import sent_bytes
-from dist_llm.train.proof import MadeUp
+from dist_llm.train.proof import MadeUp, Run
 from dist_llm.train.setup import refuse_fp8
 from tests.engine_cases import build, config, layout_of, prove
 from tests.ranks import Ranks
@@ -177,18 +179,24 @@ def test_a_run_follows_bfloat16(kind: str) -> None:
     assert found == pytest.approx(plain, rel=0.04)
 
 
+@pytest.fixture(scope="module")
+def proved(ranks: Ranks) -> Callable[[str, str], Run]:
+    """A proof run of a kind of products and a layout, made once."""
+    return cache(lambda kind, text: prove(ranks, given(kind), text, dtype="bfloat16"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["dp=2,zero=3", "dp=4,zero=1", "pp=2"])
-def test_layouts_that_split_no_product_are_equal_to_the_bit(ranks: Ranks, kind: str, text: str) -> None:
-    alone, found = (prove(ranks, given(kind), layout, dtype="bfloat16") for layout in ("dp=1", text))
+def test_layouts_that_split_no_product_are_equal_to_the_bit(proved: Callable[[str, str], Run], kind: str, text: str) -> None:
+    alone, found = (proved(kind, layout) for layout in ("dp=1", text))
     assert [loss.hex() for loss in found.record.losses] == [loss.hex() for loss in alone.record.losses]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["tp=2", "tp=2,sp=off", "dp=2,tp=2,zero=1,recompute=full"])
-def test_tensor_parallel_ranks_follow_one_process(ranks: Ranks, kind: str, text: str) -> None:
+def test_tensor_parallel_ranks_follow_one_process(proved: Callable[[str, str], Run], kind: str, text: str) -> None:
     """A sum of two bfloat16 parts is rounded otherwise than one sum, and a few numbers then fall to the other side of an 8-bit step."""
-    alone, found = (prove(ranks, given(kind), layout, dtype="bfloat16") for layout in ("dp=1", text))
+    alone, found = (proved(kind, layout) for layout in ("dp=1", text))
     assert found.record.losses[0] == pytest.approx(alone.record.losses[0], rel=2e-4)
     assert found.record.norms[0] == pytest.approx(alone.record.norms[0], rel=5e-3)
     assert found.record.losses == pytest.approx(alone.record.losses, rel=5e-3)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from dist_llm.cli.train import profile_window
 from dist_llm.errors import UsageError
 from dist_llm.train.memory_page import BEFORE, POINTS, memory_page, place, timeline
 from dist_llm.train.profile import Profile
+from tests.commands import Commands
 
-ROOT = Path(__file__).parent.parent
 MIB = 2**20
 
 
@@ -33,11 +31,10 @@ def test_windows_that_are_none(text: str) -> None:
     assert "from 1 to 20" in str(caught.value.expected)
 
 
-def test_every_rank_of_a_run_writes_its_trace(tmp_path: Path) -> None:
+def test_every_rank_of_a_run_writes_its_trace(commands: Commands, tmp_path: Path) -> None:
     words = ["configs/tiny.yaml", "--layout", "dp=2,zero=2", "--steps", "4", "--profile", "2:3", "--run-dir", str(tmp_path / "run")]
     words += ["runtime.device=cpu", f"data.dir={tmp_path / 'data'}", "data.max_tokens=20_000"]
-    command = [sys.executable, "-m", "dist_llm", "train", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = commands.run("train", *words, "batch.micro=4")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         names = {event.get("name") for event in json.loads((tmp_path / f"run/logs/trace-rank-{rank}.json").read_text())["traceEvents"]}

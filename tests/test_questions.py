@@ -17,7 +17,7 @@ TASKS = ["copy", "last", "count"]
 WORDS = [
     *("data.source=skills", f"data.skills.tasks=[{','.join(TASKS)}]", "data.skills.length=[1, 3]", "data.skills.apart=true"),
     *("data.chat.template=plain", "data.sequence=64", "data.max_tokens=20000", "data.validation=0.2"),
-    *("track.questions=4", "track.validate_batches=2", "batch.global=4", "batch.micro=1", "schedule.steps=3", "schedule.kind=constant"),
+    *("track.questions=4", "track.validate_batches=2", "batch.global=4", "batch.micro=2", "schedule.steps=3", "schedule.kind=constant"),
     *("optimizer.lr=0.02", "runtime.device=cpu"),
 ]
 

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,8 @@ import pytest
 
 from dist_llm.errors import Code, DataError, Failure, MemoryFailure, PeerError
 from dist_llm.ranks import known_failure, memory_kills, run_ranks
+from tests.commands import Commands, Job
 from tests.ranks import Ranks
-
-ROOT = Path(__file__).parent.parent
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from dist_llm.errors import Failure
-from dist_llm.ranks import run_ranks
-from tests import cases
-work, folder, world, logs = sys.argv[1:5]
-heard = []
-try:
-    hear = lambda rank, value: heard.append([rank, value])
-    results = run_ranks(int(world), getattr(cases, work), folder, log_dir=Path(logs), on_message=hear)
-    print(json.dumps({"results": results, "heard": heard}))
-except Failure as failure:
-    print(json.dumps({"failure": failure.as_dict()}))
-except KeyboardInterrupt:
-    print("interrupted")
-"""
 
 
 def traces(folder: Path, world: int, seconds: float = 20.0) -> list[dict[str, Any]]:
@@ -180,15 +160,13 @@ def test_the_harness_works_after_every_failure(ranks: Ranks) -> None:
     assert ranks.run(2, "tests.cases:gathered_json")[0][1] == [{"rank": 0}, {"rank": 1}]
 
 
-def start(work: str, folder: Path, world: int) -> subprocess.Popen[str]:
+def start(commands: Commands, work: str, folder: Path, world: int) -> Job:
     """A launcher in a process of its own."""
-    arguments = [sys.executable, "-c", SCRIPT, work, str(folder), str(world), str(folder / "logs")]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return commands.start(work, str(folder), str(world), str(folder / "logs"), main="tests.cases:launch")
 
 
-def test_results_messages_and_logs(tmp_path: Path) -> None:
-    process = start("rank_returns", tmp_path, 3)
-    answer = json.loads(process.communicate(timeout=60)[0])
+def test_results_messages_and_logs(commands: Commands, tmp_path: Path) -> None:
+    answer = json.loads(start(commands, "rank_returns", tmp_path, 3).wait().stdout)
     assert [result["rank"] for result in answer["results"]] == [0, 1, 2]
     assert all(len(result["large"]) == 300_000 for result in answer["results"])
     assert answer["results"][2]["numbers"] == [2 / 3, float("inf")]
@@ -199,25 +177,25 @@ def test_results_messages_and_logs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_log_without_room_changes_nothing_that_is_told(tmp_path: Path, world: int) -> None:
+def test_a_log_without_room_changes_nothing_that_is_told(commands: Commands, tmp_path: Path, world: int) -> None:
     """The traceback that found no room in the log once took the place of the failure, and left "exit code 0" as all there was to tell."""
-    told = json.loads(start("rank_without_room", tmp_path, world).communicate(timeout=60)[0])["failure"]
+    told = json.loads(start(commands, "rank_without_room", tmp_path, world).wait().stdout)["failure"]
     assert told["code"] == Code.SPACE and told["where"] == "metrics.jsonl" and told["found"] == "No space left on device"
     assert (tmp_path / "logs/rank-0.log").read_text() == ""
 
 
-def test_a_signal_cuts_no_message(tmp_path: Path) -> None:
+def test_a_signal_cuts_no_message(commands: Commands, tmp_path: Path) -> None:
     """As SIGTERM may, while a rank tells the launcher of a long sample."""
-    answer = json.loads(start("rank_says_much", tmp_path, 1).communicate(timeout=60)[0])
+    answer = json.loads(start(commands, "rank_says_much", tmp_path, 1).wait().stdout)
     assert [(value["turn"], len(value["text"])) for _, value in answer["heard"]] == [(turn, 1_000_000) for turn in range(20)]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_ranks_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> None:
-    process = start("rank_waits", tmp_path, 2)
+def test_ranks_end_with_their_parent(commands: Commands, tmp_path: Path, sign: signal.Signals) -> None:
+    job = start(commands, "rank_waits", tmp_path, 2)
     known = traces(tmp_path, 2)
-    os.kill(process.pid, sign)
-    out, _ = process.communicate(timeout=20)
+    job.send(sign)
+    out = job.wait(timeout=20).stdout
     end = time.monotonic() + 5
     while any(running(trace["pid"]) for trace in known):
         assert time.monotonic() < end, "a rank outlived its parent"

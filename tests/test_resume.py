@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """configs/tiny.yaml in float32 as people train, with its data built."""
     home = tmp_path_factory.mktemp("tiny")
     overrides = [f"data.dir={home}", "runtime.dtype=float32", f"schedule.steps={STEPS}", "save.every=2", "save.keep=0", "model.dropout=0.1"]
-    config = load_config("configs/tiny.yaml", [*overrides, "data.max_tokens=20_000", "data.validation=0"]).config
+    config = load_config("configs/tiny.yaml", [*overrides, "data.max_tokens=20_000", "data.validation=0", "batch.micro=4"]).config
     prepare(config.data, seed=config.runtime.seed)
     return config
 
@@ -77,20 +77,33 @@ def digest(opened: Checkpoint) -> str:
     return found.hexdigest()
 
 
+@pytest.fixture(scope="module")
+def calm(tiny: Config, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the run that nothing happens to, for a layout."""
+    known: dict[str, Path] = {}
+
+    def of(layout: str) -> Path:
+        if layout not in known:
+            known[layout] = tmp_path_factory.mktemp("calm") / "run"
+            train(ranks, tiny, layout, known[layout])
+        return known[layout]
+
+    return of
+
+
 # --- the same layout ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_cut_at_either_place_is_the_run(layout: str, tiny: Config, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_run_cut_at_either_place_is_the_run(layout: str, tiny: Config, ranks: Ranks, calm: Callable[[str], Path], tmp_path: Path) -> None:
     """Every loss and norm to the bit, and every weight and moment at the end; the run goes on from what was saved in the background."""
-    train(ranks, tiny, layout, tmp_path / "calm")
-    calm = losses(tmp_path / "calm")
-    assert [step for step, *_ in calm] == list(range(1, STEPS + 1))
+    whole = losses(calm(layout))
+    assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
     for cut in CUTS:
         folder = tmp_path / str(cut)
-        train(ranks, tiny, layout, folder, resume=str(tmp_path / f"calm/checkpoints/step-{cut:08d}"))
-        assert losses(folder) == calm[cut:], cut
-        assert digest(open_checkpoint(folder)) == digest(open_checkpoint(tmp_path / "calm"))
+        train(ranks, tiny, layout, folder, resume=str(calm(layout) / f"checkpoints/step-{cut:08d}"))
+        assert losses(folder) == whole[cut:], cut
+        assert digest(open_checkpoint(folder)) == digest(open_checkpoint(calm(layout)))
 
 
 # --- any other layout ----------------------------------------------------------------------------------------------------------
@@ -124,7 +137,7 @@ def take_up(rank: int, world: int, say: Callable, config: dict, layout: dict, so
 
 
 def test_thirteen_pairs_of_layouts_have_the_same_state_and_samples(tiny: Config, ranks: Ranks, tmp_path: Path) -> None:
-    wide = changed(tiny, {"batch.global": 12})
+    wide = changed(tiny, {"batch.global": 12, "batch.micro": 1})
     prepare(wide.data, seed=wide.runtime.seed)
     train(ranks, changed(wide, {"schedule.steps": 2}), PAIRS[0][0], tmp_path / "0")
     expected, samples = digest(open_checkpoint(tmp_path / "0")), None
@@ -149,28 +162,13 @@ SAVING = [point for point in faults.POINTS if point.startswith(("save.", "retain
 KILLS = [(point, True) for point in SAVING] + [("save.write", False), ("save.commit", False), ("retain.delete", False)]
 
 
-@pytest.fixture(scope="module")
-def calm(tiny: Config, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list]:
-    """The losses of the run that nothing happens to, for a layout."""
-    known: dict[str, list] = {}
-
-    def of(layout: str) -> list:
-        if layout not in known:
-            folder = tmp_path_factory.mktemp("calm") / "run"
-            train(ranks, tiny, layout, folder)
-            known[layout] = losses(folder)
-        return known[layout]
-
-    return of
-
-
 LATER = {(point, False) for point in ("save.commit", "retain.delete")}
 MARKED = [pytest.param(*kill, marks=pytest.mark.long) if kill in LATER else kill for kill in KILLS]
 
 
 @pytest.mark.parametrize(("point", "background"), MARKED)
 def test_killed_in_every_phase_of_a_save(
-    point: str, background: bool, tiny: Config, ranks: Ranks, calm: Callable[[str], list], tmp_path: Path
+    point: str, background: bool, tiny: Config, ranks: Ranks, calm: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """kill -9: what was committed before is the newest or newer, opens, and the run that goes on is the calm one."""
     number = KILLS.index((point, background))
@@ -188,7 +186,7 @@ def test_killed_in_every_phase_of_a_save(
     there.verify()
     assert there.step == (4 if point in ("save.rename", "retain.rename", "retain.delete") else 2), step_folders(folder)
     train(ranks, config, layout, folder, resume="auto")
-    assert losses(folder) == calm(layout)
+    assert losses(folder) == losses(calm(layout))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000006"]
 
 
@@ -199,7 +197,7 @@ def test_what_a_user_sees(commands: Commands, tiny: Config, tmp_path: Path) -> N
     """A rank killed in a save: exit 5. A damaged checkpoint: passed over, by name. Nothing sound: exit 4, nothing trained."""
     folder = tmp_path / "run"
     words = ["train", "configs/tiny.yaml", "--layout", "dp=2", "--run-dir", str(folder), "--save-every", "2", "runtime.device=cpu"]
-    words += [f"data.dir={tiny.data.dir}", "data.max_tokens=20_000", "data.validation=0", "schedule.steps=6"]
+    words += [f"data.dir={tiny.data.dir}", "data.max_tokens=20_000", "data.validation=0", "schedule.steps=6", "batch.micro=4"]
     killed = commands.run(*words, DIST_LLM_FAULT="save.sync:1:6")
     assert killed.returncode == 5 and "a rank died" in killed.stderr and "rank 1" in killed.stderr, killed.stderr
     newest, older = step_folders(folder)
@@ -231,6 +229,7 @@ def test_what_cannot_be_taken_up_is_told_of_and_kept(commands: Commands, tiny: C
     folder, steps = tmp_path / "run", {number: tmp_path / f"run/checkpoints/step-{number:08d}" for number in (2, 4, 6, 8, 10)}
     words = ["train", "configs/tiny.yaml", "--run-dir", str(folder), "--save-every", "2", "runtime.device=cpu", "save.keep=0"]
     words += [f"data.dir={tiny.data.dir}", "data.max_tokens=20_000", "data.validation=0", "runtime.dtype=float32", "save.async=false"]
+    words += ["batch.micro=4"]
 
     def told(*more: str, code: int) -> str:
         result = commands.run(*words, *more)

@@ -36,7 +36,7 @@ Usage = namedtuple("Usage", "total used free")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
     home = tmp_path_factory.mktemp("tiny")
     overrides = [f"data.dir={home}", "runtime.dtype=float32", "schedule.steps=6", "save.every=2", "save.keep=2", "data.validation=0"]
-    config = load_config("configs/tiny.yaml", [*overrides, "data.max_tokens=20_000"]).config
+    config = load_config("configs/tiny.yaml", [*overrides, "data.max_tokens=20_000", "batch.micro=4"]).config
     prepare(config.data, seed=config.runtime.seed)
     return config
 

@@ -127,7 +127,7 @@ def test_collectives_through_copies(ranks: Ranks, case: str, world: int) -> None
 
 @pytest.mark.parametrize("text", ["dp=2,zero=1", "dp=2,zero=3", "tp=2", "pp=2", "dp=2,pp=2,zero=2", "dp=4,zero=3,shard=2"])
 def test_layouts_through_copies_are_equal_to_the_bit(ranks: Ranks, text: str) -> None:
-    given = config(tied=True, batch=8)
+    given = config(tied=True)
     direct, staged = (prove(ranks, given, text, dtype="float32", work=work) for work in ("", "tests.engine_cases:staged_rank"))
     assert different(direct, staged) == []
 
