@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from torch import Tensor
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.data.batches import MicroBatch
+from dist_llm.engines import graph
 from dist_llm.model.cost import step_flops_per_token
 from dist_llm.model.products import E4M3, Products, cast, largest
 from dist_llm.model.table import num_parameters, table
 from dist_llm.train.hardware import peak_flops
+from dist_llm.train.setup import make_engine, make_mesh, settle_rank
+from dist_llm.train.trainer import Trainer
 
-WARM, TIMED = 3, 5  # steps
+WARM = 2  # steps before the clock starts; a graph is recorded in a third one
+LEAST, MOST, SPREAD = 3, 5, 0.01  # steps timed: more than the least while they lie further apart than this part of their median
 STATE = 18  # bytes of a parameter: bfloat16 weight; float32 gradient, master and two moments
 KEPT = 16  # tensors of (tokens, dim) that a block keeps, about (docs/performance.md), with its feed-forward's width counted in
 SPARE = 12 * 2**30  # bytes left for logits, buffers and the compiler
@@ -87,12 +92,12 @@ class RandomTokens:
 # --- clocks ----------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device, *, warm: int = WARM, timed: int = TIMED) -> list[float]:
+def seconds_of(call: Callable[[], Any], device: torch.device, *, warm: int = WARM, least: int = LEAST) -> list[float]:
     """Wall seconds of a call that has been warmed up, the device waited for before and after."""
     for _ in range(warm):
         call()
-    found = []
-    for _ in range(timed):
+    found: list[float] = []
+    while len(found) < least or (len(found) < MOST and max(found) - min(found) > SPREAD * statistics.median(found)):
         _wait(device)
         start = time.perf_counter()
         call()
@@ -149,7 +154,7 @@ def _cast_already(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def _rate(call: Callable[[], Any], device: torch.device, flops: float) -> float:
-    return flops / min(seconds_of(call, device, timed=20))
+    return flops / min(seconds_of(call, device, least=20))
 
 
 def _attention(device: torch.device, sequence: int) -> dict[str, Any]:
@@ -187,7 +192,7 @@ def fitting_depth(model: ModelConfig, tokens: int, device: torch.device) -> int:
     """Blocks that fit on the device with their whole state and activations, beside the two ends."""
     block = sum(row.numel for row in table(model) if row.unit == "blocks.0")
     ends = num_parameters(model) - block * model.layers
-    room = torch.cuda.mem_get_info(device)[0] - SPARE - ends * STATE
+    room = torch.cuda.mem_get_info(device)[1] - SPARE - ends * STATE  # of all its memory, so that every part has as many
     return max(1, int(room // (block * STATE + KEPT * tokens * model.dim * 2)))
 
 
@@ -201,9 +206,6 @@ def fitted(job: Job, device: torch.device) -> ModelConfig:
 
 def train_ours(device: torch.device, job: Job) -> dict[str, Any]:
     """Steps of our trainer."""
-    from dist_llm.train.setup import make_engine, make_mesh, settle_rank
-    from dist_llm.train.trainer import Trainer
-
     model = fitted(job, device)
     config = job.config(device, model)
     settle_rank(config.runtime)
@@ -211,12 +213,13 @@ def train_ours(device: torch.device, job: Job) -> dict[str, Any]:
     engine = make_engine(config, mesh, device=device, dtype=torch.bfloat16)
     trainer, steps = Trainer(config, mesh, engine, RandomTokens(job, model.vocab)), iter(range(10**6))
     losses: list[float] = []
-    times = seconds_of(lambda: losses.append(trainer.step(next(steps)).loss), device)
+    warm = graph.WARM + 1 if config.runtime.cuda_graph else WARM
+    times = seconds_of(lambda: losses.append(trainer.step(next(steps)).loss), device, warm=warm)
     return {**rates(times, job, model, device), "losses": losses}
 
 
 def train_transformers(device: torch.device, job: Job, *, compiled: bool) -> dict[str, Any]:
-    """The same of LlamaForCausalLM under autocast, with torch's fused AdamW."""
+    """The same of LlamaForCausalLM under autocast, with torch's fused AdamW. compiled: as torchtitan compiles its own, layers and loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = job.model()
@@ -227,8 +230,9 @@ def train_transformers(device: torch.device, job: Job, *, compiled: bool) -> dic
     with device:
         module = LlamaForCausalLM(LlamaConfig(**shape))
     module.train()
+    if compiled:
+        compile_regions(module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    forward = torch.compile(module) if compiled else module
     windows = RandomTokens(job, model.vocab).windows.to(device)
     losses: list[float] = []
 
@@ -237,7 +241,7 @@ def train_transformers(device: torch.device, job: Job, *, compiled: bool) -> dic
         for some in windows:
             with torch.autocast(device.type, torch.bfloat16):
                 labels = some[:, 1:].contiguous()
-                loss = forward(input_ids=some[:, :-1].contiguous(), labels=labels, shift_labels=labels, use_cache=False).loss
+                loss = module(input_ids=some[:, :-1].contiguous(), labels=labels, shift_labels=labels, use_cache=False).loss
             (loss / len(windows)).backward()
             total += loss.detach() / len(windows)
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -247,6 +251,13 @@ def train_transformers(device: torch.device, job: Job, *, compiled: bool) -> dic
 
     times = seconds_of(step, device)
     return {**rates(times, job, model, device), "losses": losses}
+
+
+def compile_regions(module: Any) -> None:
+    """Each decoder layer, which all share one graph, and the loss of a LlamaForCausalLM. Compiled whole, 16 layers take minutes."""
+    for layer in module.model.layers:
+        layer.compile(fullgraph=True)
+    module.loss_function = torch.compile(module.loss_function)
 
 
 def ends(device: torch.device, job: Job) -> dict[str, Any]:
@@ -319,6 +330,14 @@ def _judged(reference: Any, run: Any) -> dict[str, Any]:
 
     verdict = judge(reference, run)
     return {**asdict(verdict), "equal": verdict.equal}
+
+
+def bring(what: str, *, compiled: bool) -> None:
+    """Imports the rest of what a part needs, and touches no device. `shared` forks its ranks: no threads may be there before."""
+    if compiled:
+        import_module("torch._inductor.compile_fx")
+    if what.startswith("transformers"):
+        import_module("transformers.models.llama.modeling_llama")
 
 
 def on(device: str) -> torch.device:

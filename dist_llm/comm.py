@@ -5,14 +5,16 @@ all_gather and reduce_scatter (n-1)/n V, all_reduce 2 (n-1)/n V, point to point 
 ZeRO, arXiv:1910.02054, section 7). A group of one rank communicates nothing: the same lines run, nothing is sent.
 
 `start_` begins a transfer and returns a `Pending`; its `finish()` waits and returns the result. A buffer belongs
-to the transfer until then.
+to the transfer until then. A thread of gloo holds it a moment longer, how long depends on the load of the machine; where
+memory is counted (`Ledger.lending`) `finish()` waits for that too.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +33,15 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass
 class Ledger:
-    """What this rank sent: bytes per axis, and calls as (name, axis, start, end, bytes) while `recording`."""
+    """What this rank sent: bytes per axis, and calls as (name, axis, start, end, bytes) while `recording`.
+
+    lending: tensors are only lent to the backend, a transfer is finished when it has given them back.
+    """
 
     sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     calls: list[tuple[str, str, float, float, float]] = field(default_factory=list)
     recording: bool = False
+    lending: bool = False
 
     def book(self, axis: str, sent: float) -> None:
         """Adds bytes to an axis."""
@@ -71,12 +77,17 @@ class Pending:
     result: Callable[[], Tensor]
     note: tuple[str, str, float, float] = ("", "", 0.0, 0.0)
     number: int = -1  # in the flight recorder
+    lent: Sequence[tuple[Tensor, weakref.ref]] = ()  # held as the work holds it; the storage that the backend has of it, while it does
 
     def finish(self) -> Tensor:
         """Waits for the transfer and returns its result."""
         if self.work is not None:
             with _waiting(self.number):
                 self.work.wait()
+                if self.lent:
+                    self.work = None  # it holds the backend's storages too
+                while any(storage() is not None for _, storage in self.lent):
+                    time.sleep(0)  # the backend's thread has told of the end already, and is about to let go
             name, axis, start, sent = self.note
             if ledger.recording:
                 ledger.calls.append((name, axis, start, time.perf_counter(), sent))
@@ -121,10 +132,17 @@ def _through_host(x: Tensor, group: Group) -> bool:
     return x.is_cuda and dist.get_backend(group.handle) == "gloo"
 
 
-def _begin(name: str, group: Group, x: Tensor, sent: float, post: Callable[[], Any], result: Callable[[], Tensor]) -> Pending:
+def _begin(
+    name: str, group: Group, sent: float, call: Callable[..., Any], tensors: Sequence[Tensor], result: Callable[[], Tensor], **how: Any
+) -> Pending:
+    """Begins call(*tensors, group=..., **how); the last tensor is what the flight recorder tells of."""
     ledger.book(group.axis, sent)
-    number = _recorded(name, group, x)
-    return Pending(post(), result, (name, group.axis, time.perf_counter(), sent), number)
+    number, given, lent = _recorded(name, group, tensors[-1]), tensors, []
+    if ledger.lending:
+        given = [torch.from_dlpack(x.detach()) for x in tensors]  # the same memory, by a storage that is the backend's alone
+        lent = [(x, weakref.ref(its.untyped_storage())) for x, its in zip(tensors, given, strict=True)]
+    work = call(*given, group=group.handle, **how)
+    return Pending(work, result, (name, group.axis, time.perf_counter(), sent), number, lent)
 
 
 def _done(x: Tensor) -> Pending:
@@ -137,7 +155,7 @@ def start_all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
         return _done(x)
     assert x.is_contiguous()
     sent, by = 2 * (group.size - 1) * x.nbytes / group.size, _by(x, group)
-    return _begin("all_reduce", group, x, sent, lambda: by.all_reduce(x, op=_OPERATIONS[op], group=group.handle, async_op=True), lambda: x)
+    return _begin("all_reduce", group, sent, by.all_reduce, [x], lambda: x, op=_OPERATIONS[op], async_op=True)
 
 
 def all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
@@ -153,7 +171,7 @@ def start_all_gather(x: Tensor, group: Group, *, out: Tensor | None = None) -> P
         return _done(x if out is None else out)
     whole = x.new_empty((group.size * x.shape[0], *x.shape[1:])) if out is None else out
     sent, by = (group.size - 1) * whole.nbytes / group.size, _by(x, group)
-    return _begin("all_gather", group, x, sent, lambda: by.all_gather_single(whole, x, group=group.handle, async_op=True), lambda: whole)
+    return _begin("all_gather", group, sent, by.all_gather_single, [whole, x], lambda: whole, async_op=True)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -174,9 +192,7 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
     shard = x.new_empty(x.shape[0] // group.size, *x.shape[1:]) if out is None else out
     sent, by = (group.size - 1) * x.nbytes / group.size, _by(x, group)
     if not fixed:
-        return _begin(
-            "reduce_scatter", group, x, sent, lambda: by.reduce_scatter_single(shard, x, group=group.handle, async_op=True), lambda: shard
-        )
+        return _begin("reduce_scatter", group, sent, by.reduce_scatter_single, [shard, x], lambda: shard, async_op=True)
     parts = torch.empty_like(x)
 
     def add_in_rank_order() -> Tensor:
@@ -186,9 +202,7 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
             shard.view(-1).add_(part)
         return shard
 
-    return _begin(
-        "reduce_scatter", group, x, sent, lambda: by.all_to_all_single(parts, x, group=group.handle, async_op=True), add_in_rank_order
-    )
+    return _begin("reduce_scatter", group, sent, by.all_to_all_single, [parts, x], add_in_rank_order, async_op=True)
 
 
 def reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True) -> Tensor:
@@ -199,13 +213,13 @@ def reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True) -> Tensor:
 def start_send(x: Tensor, channel: Group) -> Pending:
     """Sends a tensor to the other rank of a channel; `x` stays alive until finished."""
     peer = channel.ranks[1 - channel.index]
-    return _begin("send", channel, x, x.nbytes, lambda: _by(x, channel).isend(x, dst=peer, group=channel.handle), lambda: x)
+    return _begin("send", channel, x.nbytes, _by(x, channel).isend, [x], lambda: x, dst=peer)
 
 
 def start_recv(out: Tensor, channel: Group) -> Pending:
     """Receives into `out` from the other rank of a channel."""
     peer = channel.ranks[1 - channel.index]
-    return _begin("recv", channel, out, 0, lambda: _by(out, channel).irecv(out, src=peer, group=channel.handle), lambda: out)
+    return _begin("recv", channel, 0, _by(out, channel).irecv, [out], lambda: out, src=peer)
 
 
 def barrier(group: Group) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -472,11 +473,11 @@ def _mean_over_dp(body: Callable) -> Callable:
     return reduce
 
 
-def _counted_on_every_rank(flat: FlatUnit) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+def _counted_on_every_rank(flat: FlatUnit) -> dict[str, torch.Tensor]:
+    found: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     for piece in flat.plan.pieces(flat.group.index):
-        total += flat.own_run(flat.gradient, piece).double().square().sum()
-    return total
+        found[piece.slot.row.half] += flat.own_run(flat.gradient, piece).double().square().sum()
+    return found
 
 
 def _own_part(flat: FlatUnit, shard: torch.Tensor) -> comm.Pending:
@@ -497,7 +498,7 @@ def mutated_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: d
     bugs: dict[str, tuple[Any, str, Any]] = {
         "no partial sum over tp": (FlatUnit, "_sum_partial", lambda flat, buffer: None),
         "mean instead of sum over dp": (comm, "start_reduce_scatter", _mean_over_dp(comm.start_reduce_scatter)),
-        "norm counted on every rank": (FlatUnit, "square_sum", _counted_on_every_rank),
+        "norm counted on every rank": (FlatUnit, "square_sums", _counted_on_every_rank),
         "replicas not summed": (FlatUnit, "_start_sum_of_replicas", _own_part),
         "tied gradients not exchanged": (FlatUnit, "start_finish", lambda flat: _without(flat, "tied", start_finish)),
         "one micro-batch lost": (FlatUnit, "start_reduce", lambda flat, use: (flat.whole[use].mul_(7 / 8), start_reduce(flat, use))[1]),

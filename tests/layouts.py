@@ -309,6 +309,27 @@ NAMED += [
     ("gemma3", "tp=2,pp=2,schedule=gpipe"),
 ]
 
+# Five blocks over two stages: the end of the first lies inside the third. Adapters on both halves of a block, and on one alone.
+HALVED: dict[str, dict[str, Any]] = {
+    "halved": {**MODELS["llama"], "layers": 5, "bias": True, "dropout": 0.1, "vocab": 67},
+    "halved, tied": {**WIDER["gemma2"], "layers": 5, "tied": True},
+    "halved lora": {**MODELS["lora on some"], "layers": 5, "adapter": {"rank": 3, "targets": ["q", "v"], "dora": True}},
+    "halved nf4": {**MODELS["nf4"], "layers": 5, "vocab": 59},
+}
+HALVED_ROWS: list[tuple[str, str]] = [
+    ("halved", "pp=2"),
+    ("halved", "pp=2,schedule=gpipe,recompute=selective"),
+    ("halved", "pp=2,schedule=interleaved,recompute=full"),
+    ("halved", "tp=2,pp=2"),
+    ("halved", "dp=2,pp=2,zero=3"),
+    ("halved, tied", "tp=2,pp=2,sp=off,recompute=selective"),
+    ("halved, tied", "pp=3"),
+    ("halved lora", "tp=2,pp=2"),
+    ("halved lora", "dp=2,pp=2,zero=3,unshard=micro_batch"),
+    ("halved nf4", "pp=2,recompute=full"),
+]
+NAMED += HALVED_ROWS
+
 # Of those the ones that run behind `long`: what they alone show is little beside the others.
 LATER: set[tuple[str, str]] = {
     *(("qwen3", text) for text in ("tp=4", "dp=2,tp=2,zero=2")),
@@ -356,7 +377,7 @@ LATER: set[tuple[str, str]] = {
 def config_of(model: str) -> Config:
     """The config of one of the models."""
     sections = {"data": DATA, "batch": BATCH, "optimizer": OPTIMIZER, "schedule": {"kind": "constant", "steps": 4}}
-    return Config.model_validate({"model": {**MODELS, **WIDER}[model], **sections, **EXTRA.get(model, {})})
+    return Config.model_validate({"model": {**MODELS, **WIDER, **HALVED}[model], **sections, **EXTRA.get(model, {})})
 
 
 def concrete(text: str) -> Layout:

@@ -25,7 +25,7 @@ from dist_llm.engines.whole import Whole
 from dist_llm.mesh import Mesh
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, make_context
-from dist_llm.parallel.compose import stage_units
+from dist_llm.schedule.cut import cut
 from dist_llm.train.proof import FLOOR, MadeUp, proof_rank
 from dist_llm.train.setup import make_engine, make_mesh
 from dist_llm.train.trainer import Trainer
@@ -311,9 +311,8 @@ def torch_pipeline(rank: int, world: int, say: Say, job: dict[str, Any], folder:
     for schedule in (ScheduleGPipe, Schedule1F1B):
         whole = Whole(model, dtype=WIDE, device=CPU, seed=config.runtime.seed)
         names = {id(parameter): name for name, parameter in whole.by_name.items()}
-        lengths = [len(part) for part in stage_units(model, Layout(pp=world), data.sequence)]
-        start = sum(lengths[:rank])
-        part = Part(whole, model, list(whole.units[start : start + lengths[rank]]))
+        units = cut([1.0] * len(whole.units), world)[rank]
+        part = Part(whole, model, list(whole.units[units.start : units.stop]))
         stage = PipelineStage(part, rank, world, CPU)
         runner = schedule(stage, len(micro), loss_fn=loss_of, scale_grads=False)
         losses: list[Tensor] = []

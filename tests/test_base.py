@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dist_llm.cli import main
 from dist_llm.config.layout import Layout, parse_layout, resolve, world_of
 from dist_llm.config.load import load_text
 from dist_llm.config.schema import Config
@@ -165,6 +166,17 @@ def test_contradictions_are_refused_with_both_values(home: Path) -> None:
     assert any("model.family: qwen3 here, llama in the base" in line for line in caught.value.details), caught.value.details
     with pytest.raises(CheckpointError, match="no base"):
         config_of(home / "nowhere")
+
+
+@pytest.mark.parametrize("base", ["llama", "ours-llama"])
+def test_check_reads_the_tokenizer_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    """A large one takes seconds: the vocabulary, the base and the chat template are held against one reading."""
+    data = "data: {source: talks.jsonl, sequence: 32, chat: {format: messages, template: plain}}\nbatch: {global: 12, micro: 1}\n"
+    (tmp_path / "run.yaml").write_text(f"base: {home / base}\n{data}")
+    read: list[Path] = []
+    monkeypatch.setattr("dist_llm.data.tokenizer.load", lambda path: read.append(path) or load(path))
+    assert main.run(["check", str(tmp_path / "run.yaml")]) == 0
+    assert len(read) == 1
 
 
 def test_another_tokenizer_is_refused(home: Path, commands: Commands, tmp_path: Path) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 
 from dist_llm import comm
 from dist_llm.comm import Ledger
+from dist_llm.mesh import Group
+from dist_llm.train.memory import LiveMemory
 from tests.cases import DTYPES
 from tests.ranks import Ranks
 
@@ -74,3 +82,31 @@ def test_a_failure_leaves_the_books_in_order(monkeypatch: pytest.MonkeyPatch) ->
         raise ZeroDivisionError
     comm.ledger.book("dp", 2.0)
     assert comm.ledger.take() == {"control": 8, "dp": 3}
+
+
+class Late:
+    """A backend whose transfers are done at once, while a thread of its own holds their tensors some time more, as gloo's may."""
+
+    def __getattr__(self, name: str) -> Callable[..., Late]:
+        def call(*tensors: torch.Tensor, **how: Any) -> Late:
+            threading.Thread(target=lambda kept: time.sleep(0.1), args=[tensors]).start()
+            return self
+
+        return call
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+@pytest.mark.parametrize(
+    "start", [comm.start_all_reduce, comm.start_all_gather, comm.start_reduce_scatter, comm.start_send, comm.start_recv]
+)
+def test_a_transfer_that_is_finished_holds_no_memory_that_is_counted(monkeypatch: pytest.MonkeyPatch, start: Callable) -> None:
+    """However long a thread of the backend holds its tensors."""
+    monkeypatch.setattr(comm, "_direct", Late())
+    with LiveMemory() as live:
+        x = torch.ones(1000)
+        made = start(x, Group("dp", (0, 1), 0)).finish()
+        del x, made
+        assert live.now == 0 < live.peak
+    assert not comm.ledger.lending

@@ -64,15 +64,11 @@ def block_of(changes: dict[str, Any], roles: type[TensorRoles]) -> tuple[ModelCo
     """A block on one rank; the same weights every time, of which the table's trained ones collect gradients."""
     given = {"family": "llama", "layers": 1, "dim": DIM, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab": VOCAB, **changes}
     model, source = ModelConfig(**given), torch.Generator().manual_seed(0)
-    rows = {row.name: row for row in table(model)}
-
-    def make(name: str) -> torch.nn.Parameter | None:
-        if name not in rows:
-            return None
-        values = torch.randn(rows[name].shape, generator=source, dtype=torch.float64)
-        return torch.nn.Parameter(values, requires_grad=rows[name].trained)
-
-    unit = build_unit("blocks.0", model, make, roles(build_mesh(Layout(), 0).tp, sp=False, vocab=VOCAB, first=0))
+    weights = {}
+    for row in table(model):  # of a size that leaves the softmax its digits
+        values = torch.randn(row.shape, generator=source, dtype=torch.float64) * (0.3 if len(row.shape) == 2 else 1.0)
+        weights[row.name] = torch.nn.Parameter(values, requires_grad=row.trained)
+    unit = build_unit("blocks.0", model, weights.get, roles(build_mesh(Layout(), 0).tp, sp=False, vocab=VOCAB, first=0))
     assert isinstance(unit, Block)
     return model, unit
 

@@ -235,6 +235,26 @@ def test_golden_override_messages(override: str, line: str) -> None:
     assert refused("optimizer: {lr: 1}", override) == [line]
 
 
+@pytest.mark.parametrize(
+    ("override", "way"),
+    [
+        ("optimizer.kind=adam", "the same command with optimizer.kind=adamw"),
+        ("preference.loss=dpo", "the same command with preference.loss=sigmoid"),
+        ("model.layers=many", "the same command with model.layers=VALUE"),
+        ("model.dim=[", "the same command with model.dim=VALUE"),
+        ("model.adapter.targets=[qq]", "the same command with model.adapter.targets=VALUE"),  # q is one of a list
+        ("layout=dp=2,tq=2", "the same command with layout=VALUE"),
+        ("model.layres=3", "dist-llm check run.yaml --explain lists every key"),
+        ("layout.tp=2", "dist-llm check run.yaml --explain lists every key"),  # no value of it goes with layout as text
+    ],
+)
+def test_the_remedy_of_an_override(override: str, way: str) -> None:
+    """The value that mends it, where one does."""
+    with pytest.raises(UsageError) as caught:
+        load_text("layout: dp=2", [override], name="run.yaml")
+    assert caught.value.next == way
+
+
 def test_all_linear_is_all_targets() -> None:
     whole = ("q", "k", "v", "o", "gate", "up", "down")
     for word in ("all-linear", "[all-linear]"):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, ROOT, apart
+from benchmarks.gpu_parts import named
+from benchmarks.gpu_worker import ROOT, Workers
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.model.fused import fuse
@@ -61,12 +63,22 @@ def test_ranks_that_share_the_device_equal_one(ranks: Ranks, text: str) -> None:
 
 
 def test_every_engine_and_stage_on_one_rank_with_nccl() -> None:
-    found = apart(next(part for part in PARTS if part.name == "stages"), 300.0, DEVICE.type, False)
+    with Workers(DEVICE.type, False) as workers:
+        (found,) = workers.run([replace(part, limit=300.0) for part in named("stages")], 300.0)
     assert "result" in found, found
     runs = found["result"]["losses"]
     for text, run in runs.items():
         missing = isinstance(run, dict) and "deepspeed" in text  # where it is not installed
         assert missing or run == pytest.approx(runs["zero=0"], rel=1e-5), (text, run)
+
+
+@pytest.mark.parametrize("what", ["ours", "transformers-compiled", "shared"])
+def test_a_benchmark_s_process_gets_ready_without_the_device(what: str) -> None:
+    """It does so while another one is measured there."""
+    lines = "import torch; from benchmarks import gpu_work; gpu_work.bring('{}', compiled={}); print(torch.cuda.is_initialized())"
+    command = [sys.executable, "-c", lines.format(what, what != "shared")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(("dtype", "room"), [("float32", 1e-4), ("bfloat16", 1e-2)])

@@ -18,7 +18,8 @@ from dist_llm.data.template_files import load_template
 from dist_llm.data.tokenizer import load, train_bpe
 from dist_llm.errors import CheckpointError, NumericError, UsageError
 from dist_llm.interop.ends import ends_of_answers
-from dist_llm.interop.exporting import Subject, _generation, cut, export_checkpoint, export_model, planned, rounded
+from dist_llm.interop.exporting import Subject, cut, export_checkpoint, export_model, planned, rounded
+from dist_llm.interop.exporting_texts import generation
 from dist_llm.interop.families import read_config
 from dist_llm.interop.hugging_face import HuggingFaceFolder
 from dist_llm.interop.importing import import_folder
@@ -198,7 +199,7 @@ def test_what_was_exported_comes_in_again(runs: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_there_and_words_that_make_no_sense(runs: Path, commands: Commands, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
-    cases = [((str(tmp_path),), "there already"), ((str(link),), "there already"), ((str(tmp_path / "a"), "--dtype", "int4"), "dtype")]
+    cases = [((str(tmp_path),), "already there"), ((str(link),), "already there"), ((str(tmp_path / "a"), "--dtype", "int4"), "dtype")]
     cases += [((str(tmp_path / "a"), "--shard-size", size), "size of a shard") for size in ("5XB", "0", "-1GB", "9" * 40, "1.5.5GB")]
     for words, said in cases:
         done = commands.run("export", str(runs / "whole"), *words)
@@ -218,13 +219,13 @@ def test_a_model_that_transformers_does_not_have_is_refused_with_the_field(runs:
 def test_other_logits_and_damage_leave_nothing(runs: Path, tmp_path: Path) -> None:
     """Exit 6 where transformers computes something else from the folder, exit 4 for a changed byte; no folder and no workshop is left."""
     opened = open_checkpoint(runs / "whole")
-    model, tokens = opened.config.model, range(300)
+    model, prompts = opened.config.model, [[*range(64)]]
 
     def other(folder: Path) -> None:
         values: dict[str, Any] = json.loads((folder / "config.json").read_text())
         values["rope_parameters"]["rope_theta"] = 9999.0
         (folder / "config.json").write_text(json.dumps(values))
-        compare_logits(folder, opened.parts, model, tokens=tokens)
+        compare_logits(folder, opened.parts, model, prompts=prompts)
 
     with pytest.raises(NumericError, match="other logits") as caught:
         export_checkpoint(opened, tmp_path / "out", shard_size=BIG, check=other)
@@ -273,9 +274,9 @@ def test_longer_sequences_leave_the_rotary_scaling(tmp_path: Path) -> None:
 
 
 def test_generation_settings_that_are_none_are_left_alone() -> None:
-    assert _generation(b"[]", {}, (3,), anew=False) is None and _generation(b'{"eos_token_id": null}', {}, (), anew=False) is None
-    assert json.loads(_generation(b'{"eos_token_id": null, "top_k": 5}', {}, (3,), anew=False) or b"") == {"eos_token_id": 3, "top_k": 5}
-    assert json.loads(_generation(None, {"bos_token_id": 1, "eos_token_id": None}, (), anew=True) or b"") == {
+    assert generation(b"[]", {}, (3,), anew=False) is None and generation(b'{"eos_token_id": null}', {}, (), anew=False) is None
+    assert json.loads(generation(b'{"eos_token_id": null, "top_k": 5}', {}, (3,), anew=False) or b"") == {"eos_token_id": 3, "top_k": 5}
+    assert json.loads(generation(None, {"bos_token_id": 1, "eos_token_id": None}, (), anew=True) or b"") == {
         "bos_token_id": 1,
         "eos_token_id": None,
     }

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "schedule"),
     ("model.table",),
     ("model.cost", "sharding", "interop.kinds", "interop.safe_file"),
-    ("parallel.flat", "interop.families"),
+    ("model.stages", "parallel.flat", "interop.families"),
     ("interop.hugging_face",),  # to here: no torch
     ("staging", "random"),
     ("mesh",),

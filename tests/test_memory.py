@@ -71,6 +71,11 @@ CASES: list[Case] = [
     ("pp=2,schedule=interleaved", "float32", {"layers": 4, "batch": 8}),
     ("pp=4", "float32", {"layers": 6, "batch": 8}),
     ("dp=2,pp=2,zero=3", "float32", {"micro": 1}),
+    ("pp=2,recompute=selective", "float32", {"layers": 5, "dropout": 0.1}),  # five blocks: each stage has half of the third
+    ("pp=2,recompute=full", "float32", {"layers": 1, "vocab": 128}),  # one block: half of it beside each end
+    ("pp=2", "bfloat16", {"layers": 1, "sequence": 64}),
+    ("pp=2", "float32", {"layers": 5, "family": "olmo2"}),
+    ("tp=2,pp=2", "float32", {"layers": 1, "adapter": {"rank": 8, "targets": ["q", "v", "up"]}}),
     ("dp=2,tp=2,zero=2", "float32", {}),
     ("tp=2,pp=2,recompute=full", "float32", {"layers": 4}),
     ("dp=1", "float32", {"adapter": {"rank": 8}}),
@@ -107,8 +112,6 @@ def check(ranks: Ranks, case: Case) -> None:
     wanted = pytest.approx([found["total"] for found in parts], rel=WITHIN)
     assert all(found["total"] == sum(found[name] for name in PARTS) + found["host"] for found in parts)  # the CPU is host and device
     measured = ranks.run(layout.world, "tests.memory_cases:peaks", given, vars(layout), dtype)
-    if measured != wanted and layout.world > 1:  # a thread of gloo may hold a transfer's buffer a moment longer
-        measured = ranks.run(layout.world, "tests.memory_cases:peaks", given, vars(layout), dtype, 4)
     assert measured == wanted, parts
 
 
@@ -167,7 +170,7 @@ def test_a_chunk_of_logits_on_a_gpu_is_a_gibibyte() -> None:
 )
 def test_a_gpu_s_norm_of_bfloat16_makes_no_float32_copies(norm: str, device: str, tensors: int) -> None:
     given = Config.model_validate(run_of(norm=norm))
-    found = units.Tensors(shape_of(given, layout_of("dp=1"), dtype="bfloat16", device=device), pp=0, tp=0)
+    found = units.Tensors(shape_of(given, layout_of("dp=1"), dtype="bfloat16", device=device), tp=0)
     assert found.norm_backward(found.stream) == tensors * found.stream
 
 
@@ -192,7 +195,7 @@ def test_host_memory_counts_where_the_device_is_the_host() -> None:
 
 def test_the_fullest_rank_is_told() -> None:
     """In this 1f1b pipeline the second: the first keeps one micro-batch more, but fewer blocks."""
-    shape = shape_of(Config.model_validate(run_of(layers=6, batch=16)), layout_of("pp=4"), dtype="float32")
+    shape = shape_of(Config.model_validate(run_of(layers=7, batch=16)), layout_of("pp=4"), dtype="float32")
     each = [peak_bytes(shape, pp=pp) for pp in range(4)]
     assert predicted(shape)["memory_bytes"] == each[1] == max(each, key=lambda parts: parts["total"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from dist_llm.model.kernels import rotated
 from dist_llm.model.loss import IGNORED
 from dist_llm.model.parts import Norm
 from dist_llm.model.roles import Roles
-from dist_llm.model.table import Row, num_parameters, table, unit_names, uses
+from dist_llm.model.table import HALVES, Row, half_names, num_parameters, rows_of, table, unit_names, uses
 from dist_llm.model.transformer import Attention, Context, Dropout, attend, build_unit, make_context, rotary_table
 
 SIZES: dict[str, Any] = {"layers": 2, "dim": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": 53, "max_positions": 24}
@@ -104,12 +105,12 @@ def sharpen(plain: Plain) -> Plain:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def asked(model: ModelConfig) -> tuple[dict[str, list[str]], dict[str, list[tuple[str, torch.Size]]]]:
+def asked(model: ModelConfig, units: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[tuple[str, torch.Size]]]]:
     """On the meta device: the names that each unit's module asks for, and the parameters that it then has."""
     rows = {row.name: row for row in table(model)}
     wanted: dict[str, list[str]] = {}
     held: dict[str, list[tuple[str, torch.Size]]] = {}
-    for unit in unit_names(model):
+    for unit in units:
         names = wanted[unit] = []
 
         def make(name: str, names: list[str] = names) -> nn.Parameter | None:
@@ -125,11 +126,11 @@ def asked(model: ModelConfig) -> tuple[dict[str, list[str]], dict[str, list[tupl
 def test_the_table_and_the_modules_agree(model: dict[str, Any]) -> None:
     config = ModelConfig(**model)
     rows = {row.name: row for row in table(config)}
-    wanted, held = asked(config)
-    for unit in unit_names(config):
-        expected = [row.name for row in table(config) if row.unit in uses(config, unit)]
+    wanted, held = asked(config, (*unit_names(config), *half_names(config)))
+    for unit in wanted:
+        expected = [row.name for part in uses(config, unit) for row in rows_of(config, part)]
         assert sorted(name for name in wanted[unit] if name in rows) == sorted(expected)
-        prefix = f"{unit}." if unit.startswith("blocks.") else ""
+        prefix = ".".join([*unit.split(".")[:2], ""]) if unit.startswith("blocks.") else ""
         shared = {"head.weight": "embedding.weight"} if config.tied else {}
         own = {shared.get(name, prefix + name): shape for name, shape in held[unit]}
         assert own == {name: torch.Size(rows[name].shape) for name in expected}
@@ -140,7 +141,13 @@ def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
     assert num_parameters(ModelConfig(preset=preset)) == PUBLISHED[preset]
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+ADAPTED: list[dict[str, Any]] = [
+    {"adapter": {"rank": 2, "targets": ["q", "v"]}},
+    {"adapter": {"rank": 2, "targets": ["down"], "quantize": "int8", "block": 16, "modules_to_save": ["head"]}},
+]
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS, *ADAPTED], ids=str)
 def test_rows_are_unique_and_in_units(changes: dict[str, Any]) -> None:
     model = config(**changes)
     names = [row.name for row in table(model)]
@@ -148,6 +155,16 @@ def test_rows_are_unique_and_in_units(changes: dict[str, Any]) -> None:
     units = list(dict.fromkeys(row.unit for row in table(model)))
     assert set(units) == {unit for walk in unit_names(model) for unit in uses(model, walk)}
     assert [row.unit for row in table(model)] == [unit for unit in units for row in table(model) if row.unit == unit]  # no unit is torn
+    for walk in unit_names(model):
+        for unit in uses(model, walk):
+            assert rows_of(model, unit) == tuple(row for row in table(model) if row.unit == unit)
+    for layer in range(model.layers):  # the halves of a block's units, each once, in the table's order
+        halves = [rows_of(model, unit) for half in HALVES for unit in uses(model, f"blocks.{layer}.{half}")]
+        whole = [rows_of(model, unit) for unit in uses(model, f"blocks.{layer}")]
+        assert all(halves) and sorted(row.name for rows in halves for row in rows) == sorted(row.name for rows in whole for row in rows)
+        assert all(
+            {row.unit for row in rows} <= {unit[0].unit for unit in whole} and len({row.unit for row in rows}) == 1 for rows in halves
+        )
 
 
 def test_decay_goes_to_matrices_alone() -> None:

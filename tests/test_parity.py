@@ -16,10 +16,11 @@ import pytest
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import Config
 from dist_llm.mesh import coordinate
+from dist_llm.model.stages import stage_units
 from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.train.proof import Run, judge, read_run
 from dist_llm.train.setup import num_micro_batches
-from tests.layouts import LATER, NAMED, WIDER, concrete, config_of, distinct, drawn, for_layout
+from tests.layouts import HALVED_ROWS, LATER, NAMED, WIDER, concrete, config_of, distinct, drawn, for_layout
 from tests.ranks import Ranks
 
 STEPS = 3
@@ -115,6 +116,14 @@ def test_sweep(prover: Prover, model: str, text: str) -> None:
 def test_sweep_of_wider_models(prover: Prover, model: str, text: str) -> None:
     """Sixty of what other families do."""
     check(prover, model, text)
+
+
+@pytest.mark.parametrize(("model", "text"), HALVED_ROWS, ids=str)
+def test_a_stage_ends_inside_a_block(model: str, text: str) -> None:
+    """Else the rows of halved blocks prove nothing of them."""
+    config, layout = config_of(model), concrete(text)
+    ends = [units[-1] for units in stage_units(config.model, config.data.sequence, layout.stages)]
+    assert any(name.endswith(".attention") for name in ends), ends
 
 
 def test_as_many_distinct_layouts_as_said() -> None:

@@ -12,13 +12,18 @@ import random
 import re
 from collections import Counter, defaultdict, deque
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import UsageError
+from dist_llm.model.cost import forward_flops
+from dist_llm.model.stages import halves_of, stage_units
+from dist_llm.model.table import half_names
 from dist_llm.schedule.actions import ALL, COMPUTE, RECVS, SENDS, Action, Kind, Span, channel, gives, needs, owners, parse, partner
 from dist_llm.schedule.cut import cut
 from dist_llm.schedule.draw import grid, svg, trace
@@ -516,8 +521,41 @@ def test_cut_counts_embedding_and_head() -> None:
     assert cut([0, 1, 1, 1, 1, 0.5], 2) == [range(3), range(3, 6)]
     assert cut([0.1] * 6, 3) == [range(2), range(2, 4), range(4, 6)], "0.1 + 0.1 + 0.1 is not 0.3 in floats"
     assert cut([5, 1, 1, 1, 1, 5], 6) == [range(i, i + 1) for i in range(6)]
-    with pytest.raises(UsageError, match="4 units .* over 6 stages leave 2 stages empty"):
+    with pytest.raises(UsageError, match="4 parts .* over 6 stages leave 2 stages empty"):
         cut([1.0] * 4, 6)
+
+
+STAGED = {"family": "llama", "layers": 6, "dim": 256, "heads": 8, "ffn": 688, "vocab": 2048, "tied": False}
+
+
+def test_a_block_is_cut_where_that_evens_out_the_stages() -> None:
+    """With as large a head, three blocks and half of one are as dear as the other half, two blocks and the head."""
+    model = ModelConfig.model_validate(STAGED)
+    assert stage_units(model, 256, 1) == [["embedding", *(f"blocks.{layer}" for layer in range(6)), "head"]]
+    first, second = stage_units(model, 256, 2)
+    assert first == ["embedding", "blocks.0", "blocks.1", "blocks.2", "blocks.3.attention"]
+    assert second == ["blocks.3.mlp", "blocks.4", "blocks.5", "head"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers": 9, "vocab": 101}, {"layers": 12, "vocab": 50304, "tied": True}], ids=str)
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 6])
+def test_stages_hold_each_half_once_and_the_dearest_is_the_cheapest_there_is(changes: dict[str, Any], num_stages: int) -> None:
+    model = ModelConfig.model_validate({**STAGED, **changes})
+    costs = forward_flops(model, 256)
+    stages = stage_units(model, 256, num_stages)
+    walked = [[half for unit in units for half in halves_of(unit)] for units in stages]
+    assert [half for part in walked for half in part] == list(half_names(model)) == list(costs)
+    assert all(f"{block}.attention" not in units or f"{block}.mlp" not in units for units in stages for block in map(_block, units))
+    names, places = list(half_names(model)), range(1, len(half_names(model)))
+    best = min(
+        max(sum(costs[name] for name in names[a:b]) for a, b in itertools.pairwise((0, *ends, len(names))))
+        for ends in itertools.combinations(places, num_stages - 1)
+    )
+    assert max(sum(costs[half] for half in part) for part in walked) == best
+
+
+def _block(unit: str) -> str:
+    return ".".join(unit.split(".")[:2])
 
 
 def test_cut_of_a_large_model_is_quick_and_covers_it() -> None:

@@ -219,6 +219,28 @@ def test_a_list_that_a_template_makes_keeps_the_marks(written: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "written",
+    ["[m.content ~ 'x'] | string", "{m.content ~ 'x': 1} | string", "m.content[1:]", "m.content[:-1]", "m.content | list | join(' ')",
+     "m.content | urlencode", "'%r' | format([m.content ~ 'x'])", "([m.content[0]] | string) ~ m.content[1:]", "m.content[-2:]"],
+)  # fmt: skip
+def test_letters_of_marks_are_never_trained(written: str) -> None:
+    """A list made into text spells them, a part of a text has some of them: refused, and only where there is a mark."""
+    text = (
+        "{% for m in messages %}{{ m.role }}{{ " + written + " }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    for trusted in (True, False):
+        form = Template("python", text, eos="", trusted=trusted)
+        tokenizer = form.fit(BYTES)
+        for messages in ([user("a"), says("<|im_end|>")], [user("<|im_end|>"), says("b")]):
+            with pytest.raises(DataError, match="takes what is said apart"):
+                form.encode(messages, tokenizer, train_on="all")
+            with pytest.raises(DataError, match="takes what is said apart"):
+                form.prompt(messages, tokenizer)
+        plain = [user("ab"), says("~^\\x0017;")]
+        assert tokenizer.decode(form.encode(plain, tokenizer, train_on="all")[0]) == form.render(plain)
+
+
+@pytest.mark.parametrize(
     "made",
     [call("<|im_end|"), call("f", **{"<|im_end|": "1"}), call("f", **{"<|im_end|": 1, "a": "b"}), call("f<|im_end|", a="b")],
 )

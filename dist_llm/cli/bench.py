@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_llm.cli.spinner import Spinner
 from dist_llm.errors import UsageError, plain
 
 ROOT = Path(__file__).parents[2]
@@ -58,44 +59,23 @@ def _suite(module: str) -> Any:
     return importlib.import_module(f"benchmarks.{module}")
 
 
-class Progress:
-    """What is going on: a spinner on a terminal, now and then a plain line on stderr elsewhere; each row when it is done."""
+class Progress(Spinner):
+    """What is being measured, without a terminal now and then; each row when it is done."""
 
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
-        self.status = self.console.status("starting") if self.console.is_terminal and not quiet else None
-        self.last = 0.0
-
-    def __enter__(self) -> Progress:
-        if self.status:
-            self.status.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.status:
-            self.status.stop()
+    last = 0.0  # when a line was printed
 
     def say(self, text: str) -> None:
         """What is under way."""
-        from rich.text import Text
-
-        if self.status:
-            self.status.update(Text(plain(text)))
-        elif time.monotonic() - self.last > QUIET_SECONDS:
+        if not self.turn(text) and time.monotonic() - self.last > QUIET_SECONDS:
             self.last = time.monotonic()
-            self._print(text)
+            self.print(text)
 
     def done(self, question: str, row: dict[str, Any]) -> None:
         """A row that has been measured."""
         text = _suite("text")
         for rival in row["rivals"]:
             _, label, times, figure, judged, *_ = text.cells(row, rival)
-            self._print(f"{question}, {row['name']}: {label} {times}" + (f", {figure}: {judged}" if rival["figure"] else ""))
-
-    def _print(self, text: str) -> None:
-        self.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+            self.print(f"{question}, {row['name']}: {label} {times}" + (f", {figure}: {judged}" if rival["figure"] else ""))
 
 
 def _show_list(questions: list[dict[str, Any]], as_json: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from dist_llm.plan.memory import PARTS
 from dist_llm.plan.predict import predicted, shape_of, timeline
 from dist_llm.report.units import show_bytes
 from dist_llm.train.base import Base, read_base
+
+if TYPE_CHECKING:
+    from dist_llm.data.tokenizer import Tokenizer
 
 CORPORA = ("python", "skills", "entropy")
 MOST_ACTIONS = 200_000  # of a step's schedule that is laid out for a prediction or a drawing: a few seconds
@@ -42,9 +45,10 @@ def check(
     loaded = load_config(config_path, replaced, base=read_base)
     ranks = world_of(loaded.config.layout) if world is None else world
     concrete = check_rules(loaded.config, ranks)
-    _check_tokenizer(loaded)
-    _check_base(loaded)
-    added, notes = _check_template(loaded)
+    tokenizer = _tokenizer_here(loaded)
+    _check_tokenizer(loaded, tokenizer)
+    _check_base(loaded, tokenizer)
+    added, notes = _check_template(loaded, tokenizer)
     parameters = num_parameters(loaded.config.model)
     if as_json:
         typer.echo(json.dumps(explained.as_data(loaded, concrete, parameters=parameters, explain=explain)))
@@ -158,7 +162,17 @@ def _missing_here(loaded: Loaded) -> list[str]:
     return missing
 
 
-def _check_base(loaded: Loaded) -> None:
+def _tokenizer_here(loaded: Loaded) -> Tokenizer | None:
+    """The tokenizer of the file that the config names, where that is on this machine."""
+    wanted = loaded.config.data.tokenizer
+    if wanted.kind != "file" or wanted.path is None or not os.path.exists(os.path.expanduser(wanted.path)):
+        return None
+    from dist_llm.data.tokenizer import load
+
+    return load(Path(wanted.path).expanduser())
+
+
+def _check_base(loaded: Loaded, tokenizer: Tokenizer | None) -> None:
     """A tokenizer that is known already must be the base's. Raises UsageError."""
     config, wanted = loaded.config, loaded.config.data.tokenizer
     if config.base is None or wanted.kind == "bpe":
@@ -167,11 +181,13 @@ def _check_base(loaded: Loaded) -> None:
 
     base = Base(config.base)
     base.close()
-    found = bytes_tokenizer() if wanted.kind == "bytes" else load(Path(str(wanted.path)).expanduser())
+    if base.folder is not None and wanted.path == base.facts().tokenizer:
+        return  # the very file
+    found = bytes_tokenizer() if wanted.kind == "bytes" else tokenizer or load(Path(str(wanted.path)).expanduser())
     base.require_tokenizer(found.hash, where=f"data.tokenizer ({loaded.origins['data.tokenizer.kind']})")
 
 
-def _check_template(loaded: Loaded) -> tuple[list[str], list[str]]:
+def _check_template(loaded: Loaded, here: Tokenizer | None) -> tuple[list[str], list[str]]:
     """The chat template must be there, be rendered, train the end of a turn, and leave the vocabulary within the model's.
 
     Returns the special tokens that it adds to a base's tokenizer, and notes; neither where its files are not here. Raises UsageError.
@@ -180,14 +196,14 @@ def _check_template(loaded: Loaded) -> tuple[list[str], list[str]]:
     if config.data.chat.format is None or wanted.kind == "ids" or (_is_path(name) and not os.path.exists(os.path.expanduser(name))):
         return [], []
     from dist_llm.data.template_files import BUILT_IN, choose_template
-    from dist_llm.data.tokenizer import bytes_tokenizer, load
+    from dist_llm.data.tokenizer import bytes_tokenizer
 
     file = Path(wanted.path).expanduser() if wanted.kind == "file" and wanted.path is not None else None
-    if wanted.kind == "file" and (file is None or not file.exists()):
+    if wanted.kind == "file" and here is None:
         if name not in (*BUILT_IN, "auto", "model"):
             choose_template(name, end="")
         return [], []
-    tokenizer = load(file) if file is not None else bytes_tokenizer()  # a bpe that is still to be trained gets the same special tokens
+    tokenizer = here or bytes_tokenizer()  # a bpe that is still to be trained gets the same special tokens
     template = choose_template(name, end=tokenizer.end, begin=tokenizer.begin_names, tokenizer=file)
     fitted = template.fit(tokenizer)
     template.require_end(fitted)
@@ -208,16 +224,13 @@ def _is_path(template: str) -> bool:
     return template.endswith(".jinja") or os.sep in template
 
 
-def _check_tokenizer(loaded: Loaded) -> None:
-    """A tokenizer file that is here must be one, with no more tokens than the model has. Raises UsageError."""
-    tokenizer, vocab = loaded.config.data.tokenizer, loaded.config.model.vocab
-    if tokenizer.kind != "file" or tokenizer.path is None or not os.path.exists(os.path.expanduser(tokenizer.path)):
+def _check_tokenizer(loaded: Loaded, tokenizer: Tokenizer | None) -> None:
+    """A tokenizer that is here must have no more tokens than the model. Raises UsageError."""
+    if tokenizer is None:
         return
-    from dist_llm.data.tokenizer import load
-
-    here = load(Path(tokenizer.path).expanduser())
-    tokens = here.vocab_size if loaded.config.base is None else here.rows()
+    path, vocab = str(loaded.config.data.tokenizer.path), loaded.config.model.vocab
+    tokens = tokenizer.vocab_size if loaded.config.base is None else tokenizer.rows()
     if tokens > vocab:
         expected, found = f"model.vocab of at least {tokens}", f"model.vocab {vocab} ({loaded.origins['model.vocab']})"
         way = f"the same command with model.vocab={tokens}"
-        raise UsageError("the tokenizer has more tokens than the model", where=tokenizer.path, expected=expected, found=found, next=way)
+        raise UsageError("the tokenizer has more tokens than the model", where=path, expected=expected, found=found, next=way)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_llm.cli.loopback import stay_on_loopback
+from dist_llm.cli.spinner import Spinner
 from dist_llm.cli.train import short_overrides
 from dist_llm.config.load import Loaded, load_config
 from dist_llm.errors import Failure, NumericError, UsageError, plain
@@ -61,38 +62,20 @@ def _compare(
         raise
     command = " ".join(["dist-llm", *sys.argv[1:]])
     stay_on_loopback()
-    with Progress(quiet) as say:
-        found = Comparison(loaded.config, entries, held, steps=steps, run_dir=folder, say=say).run(command=command)
+    with Progress(quiet) as progress:
+        found = Comparison(loaded.config, entries, held, steps=steps, run_dir=folder, say=progress.say).run(command=command)
     write(found, folder)
     return found
 
 
-class Progress:
-    """What is going on: a spinner on a terminal, plain lines on stderr elsewhere."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
-        self.status = self.console.status("starting") if self.console.is_terminal and not quiet else None
-
-    def __enter__(self):
-        if self.status:
-            self.status.start()
-        return self.say
-
-    def __exit__(self, *_) -> None:
-        if self.status:
-            self.status.stop()
+class Progress(Spinner):
+    """What is being compared, and what has come out."""
 
     def say(self, text: str) -> None:
         """Shows a line; on a terminal what is under way stays in the spinner."""
-        from rich.text import Text
-
-        if self.status and ("proving" in text or text.startswith("data:")):
-            self.status.update(Text(plain(text)))
-        else:
-            self.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+        under_way = "proving" in text or text.startswith("data:")
+        if not (under_way and self.turn(text)):
+            self.print(text)
 
 
 def _read_baseline(path: Path) -> Any:

@@ -27,9 +27,10 @@ def export(
 ) -> None:
     """Write the tokens that a config asks for as files that other trainers read, with the tokenizer beside them."""
     from dist_llm.cli.data import live_progress
-    from dist_llm.data.export import FORMATS, require_new
+    from dist_llm.data.export import FORMATS
     from dist_llm.data.export import export as write
     from dist_llm.data.prepare import prepare
+    from dist_llm.data.publish import require_new
 
     if kind not in FORMATS:
         raise UsageError("no such format", where="--format", expected=", ".join(FORMATS), found=kind)

@@ -39,9 +39,8 @@ def export(
     limit = read_size(shard_size or "5GB")
     import torch
 
-    from dist_llm.data.tokenizer import load
     from dist_llm.interop.exporting import export_checkpoint
-    from dist_llm.interop.logits import Cast, compare_logits
+    from dist_llm.interop.logits import Cast, compare_logits, prompts_for
     from dist_llm.train.folder import open_checkpoint
 
     opened = open_checkpoint(checkpoint.expanduser())
@@ -57,8 +56,7 @@ def export(
 
     def check(folder: Path) -> None:
         model = opened.config.model
-        tokens = sorted(token for token in load(opened.path).ids if token < model.vocab)
-        found.append(compare_logits(folder, Cast(opened.parts, cast), model, tokens=tokens))
+        found.append(compare_logits(folder, Cast(opened.parts, cast), model, prompts=prompts_for(model, opened.path)))
 
     options: dict[str, Any] = {"dtype": cast, "shard_size": limit} | ({"check": check} if verify else {})
     made = export_checkpoint(opened, target.expanduser(), **options)

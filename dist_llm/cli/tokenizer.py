@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dist_llm.errors import UsageError, plain
+from dist_llm.errors import plain
 
 app = typer.Typer(help="Make a tokenizer, and see how it fits a text.", no_args_is_help=True)
 
@@ -32,20 +32,12 @@ def train(
 ) -> None:
     """Train a byte-level BPE on a text and write its tokenizer.json."""
     from dist_llm.data import tokenizer as tokens
-    from dist_llm.data.publish import publish
+    from dist_llm.data.publish import publish, require_new
 
-    there = UsageError(
-        "the folder is already there",
-        where=f"--out {out}",
-        expected="a new folder",
-        found="one that is there",
-        next="name another folder, or remove this one",
-    )
-    if out.exists():
-        raise there
+    require_new(out, where=f"--out {out}")
     texts = _texts(source, text_key=text_key, megabytes=megabytes, seed=seed)
     if not publish(out, lambda folder: tokens.train_bpe(texts, vocab=vocab).save(folder)):
-        raise there
+        require_new(out, where=f"--out {out}")
     made = tokens.load(out)
     if as_json:
         typer.echo(json.dumps({"version": 1, "path": str(out / "tokenizer.json"), "vocab": made.vocab_size, "hash": made.hash}))

@@ -114,8 +114,14 @@ def shown(value: Any) -> str:
 
 def did_you_mean(word: str, known: tuple[str, ...] | list[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [name for name in known if len(word) > 1 and word in name][:1]
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(word: str, known: tuple[str, ...] | list[str]) -> str | None:
+    """The known name that `word` is nearly, or a part of."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [name for name in known if len(word) > 1 and word in name]
+    return near[0] if near else None
 
 
 def resolve(layout: LayoutConfig, world: int) -> Layout:

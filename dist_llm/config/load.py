@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pydantic.fields import FieldInfo
 from dist_llm.config import layout as layouts
 from dist_llm.config.base import ReadBase
 from dist_llm.config.base import take as take_base
-from dist_llm.config.layout import did_you_mean
+from dist_llm.config.layout import did_you_mean, nearest
 from dist_llm.config.presets import fill_model
 from dist_llm.config.schema import Config, MixItem, Section, fill_across
 from dist_llm.config.yaml_file import MAX_DEPTH, MAX_FAULTS, Fault, Node, Place, dump, flow, read, read_file
@@ -113,20 +112,18 @@ def load_text(data: bytes | str, overrides: Sequence[str] = (), *, name: str, ba
 def _refusal(faults: list[Fault], name: str) -> UsageError:
     faults = sorted(faults, key=lambda fault: (not fault.place.line, fault.place.line, fault.place.column))
     count, first = "1 error" if len(faults) == 1 else f"{len(faults)} errors", faults[0].place
-    key, equals, _ = first.name.removeprefix("override ").partition("=")
     way = f"dist-llm check {shlex.quote(name)} --explain lists every key"
     if first.line:
         way = f"mend {first if len(faults) == 1 else f'these lines of {name}'}, then the same command again"
-    elif equals and key in KNOWN + ("layout",) and not faults[0].text.startswith("unknown key"):
-        near = re.search(r"did you mean '([\w.-]+)'\?$|it is called (\w+) here$", faults[0].text if key != "layout" else "")
-        way = f"the same command with {key}={(near[1] or near[2]) if near else 'VALUE'}"
+    elif first.key in (*KNOWN, "layout") and faults[0].value is not None:
+        way = f"the same command with {first.key}={faults[0].value}"
     return UsageError(f"{count} in {name}", where=plain(first), details=[plain(fault) for fault in faults], next=way)
 
 
 def _override(root: Node, text: str) -> list[Fault]:
     """Write `a.b=value` into the tree; the value is YAML. Returns what is wrong with it."""
-    place = Place(f"override {text}")
     name, equals, word = text.partition("=")
+    place = Place(f"override {text}", key=name.strip() if equals else "")
     parts = name.strip().split(".")
     if not equals or not all(parts):
         return [Fault(place, "expected a.b=value")]
@@ -145,7 +142,7 @@ def _override(root: Node, text: str) -> list[Fault]:
         if below is not None and below.value is None:
             below.value = {}  # `model:` with nothing under it
         if below is None or not isinstance(below.value, dict):
-            return [Fault(place, f"{part} is not a section")]
+            return [Fault(place, f"{part} is not a section", value=None)]
         at = below
     at.value[parts[-1]] = _placed(value, place)
     return []
@@ -187,7 +184,7 @@ class _Walk:
             if len(self.faults) >= MAX_FAULTS:
                 break
             if name not in known:
-                self.faults.append(Fault(child.place, unknown_key(name, known, dotted(key))))
+                self.faults.append(Fault(child.place, unknown_key(name, known, dotted(key)), value=None))
                 continue
             below, kind_below = (*key, name), _section_kind(fields.get(name))
             values[name] = self.section(child, kind_below, below) if kind_below else self.value(child, below)
@@ -245,7 +242,9 @@ def _validated(tree: dict[str, Any], walk: _Walk) -> Config | None:
             first.setdefault(_known_part(item["loc"], item.get("ctx", {}).get("key"), walk.places), item)
         for key, item in first.items():
             if not any(other[: len(key)] == key for other in first if other != key):  # a list is not at fault for its entry
-                walk.faults.append(Fault(walk.places.get(key, Place("the config")), f"{dotted(key)}: {_sentence(item, key)}"))
+                place, fault = walk.places.get(key, Place("the config")), f"{dotted(key)}: {_sentence(item, key)}"
+                meant = _meant(item, key) if place.key == dotted(key) else None
+                walk.faults.append(Fault(place, fault, value=meant) if meant else Fault(place, fault))
         return None
 
 
@@ -268,18 +267,27 @@ def _sentence(item: Any, key: Key) -> str:
     if kind == "missing":
         return "expected 2 values" if isinstance(item["loc"][-1], int) else f"{item['loc'][-1]} is missing"
     if kind == "literal_error":
-        choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        near = ""
-        if isinstance(found, str):
-            called = OTHER_VALUES.get(dotted(key), {}).get(found.lower())
-            near = f": it is called {called} here" if called else did_you_mean(found, choices)
-        return f"expected one of {', '.join(choices)}, found {_found(found)}{near}"
+        meant, known = _meant(item, key), isinstance(found, str) and found.lower() in OTHER_VALUES.get(dotted(key), {})
+        near = f": it is called {meant} here" if known else f"; did you mean {meant!r}?" if meant else ""
+        return f"expected one of {', '.join(_choices(item))}, found {_found(found)}{near}"
     if key == ("data", "source"):
         return f"expected a corpus name, a path, or a list of them, found {'an empty list' if found in ([], ()) else _found(found)}"
     hint = f" (write {int(found)})" if kind == "int_type" and isinstance(found, float) and found.is_integer() and abs(found) < 1e18 else ""
     bound = next((context[name] for name in ("ge", "gt", "le", "lt") if name in context), None)
     limit = f"{bound:g}" if isinstance(bound, float) else str(bound)
     return f"expected {_EXPECTED[kind].format(bound=limit) if kind in _EXPECTED else item['msg']}, found {_found(found)}{hint}"
+
+
+def _choices(item: Any) -> list[str]:
+    """Of a literal_error."""
+    return item["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+
+
+def _meant(item: Any, key: Key) -> str | None:
+    """The choice that a word was to be which is none: by another name, or the nearest."""
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return None
+    return OTHER_VALUES.get(dotted(key), {}).get(item["input"].lower()) or nearest(item["input"], _choices(item))
 
 
 _EXPECTED = {

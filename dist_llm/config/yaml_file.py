@@ -56,11 +56,12 @@ _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a key or value was written. Lines and columns count from 1; line 0 means an override."""
+    """Where a key or value was written. Lines and columns count from 1; line 0 means an override, of `key`."""
 
     name: str
     line: int = 0
     column: int = 0
+    key: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}:{self.line}:{self.column}" if self.line else self.name
@@ -79,10 +80,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong, and where."""
+    """One thing wrong, and where. value: what an override is to give its key instead; None where no value mends it."""
 
     place: Place
     text: str
+    value: str | None = "VALUE"
 
     def __str__(self) -> str:
         return f"{self.place}: {self.text}"

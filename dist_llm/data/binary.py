@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dist_llm.data.readers import unreadable
 from dist_llm.errors import DataError
 
 
@@ -26,9 +27,7 @@ class BinaryFile:
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(
-                "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
-            ) from error
+            raise unreadable(path, error) from error
         try:
             state = os.fstat(handle)
             if not stat.S_ISREG(state.st_mode):
@@ -36,9 +35,7 @@ class BinaryFile:
             self.size = state.st_size
             self._map = mmap.mmap(handle, self.size, prot=mmap.PROT_READ) if self.size else b""
         except OSError as error:
-            raise DataError(
-                "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
-            ) from error
+            raise unreadable(path, error) from error
         finally:
             os.close(handle)
 

@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 import zstandard
 
-from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack
-from dist_llm.data.templates import TrainOn as Trained
+from dist_llm.data.readers import MAX_TOLD, Take, is_json, is_table, parse_object, printable, records, type_name, unpack, unreadable
+from dist_llm.data.templates import Trained
 from dist_llm.data.turns import Turn, WrongError, beside, joined, reasoning_of, says, spelled_calls, tools_of, wanted_text, weight_of
 from dist_llm.errors import DataError, Failure, UsageError
 
@@ -142,7 +142,7 @@ def first_object(files: Sequence[Path]) -> tuple[dict[str, Any] | None, str, lis
                         shown = printable(line[:200].decode("utf-8", "backslashreplace"), 60)
                         faults.append(f"{place}: {why}" + (f": {shown}" if shown else ""))
         except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError("the file cannot be read", where=str(path), expected="a file that can be read", found=str(error)) from error
+            raise unreadable(path, error) from error
     return None, "", faults
 
 

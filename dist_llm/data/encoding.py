@@ -11,8 +11,7 @@ import numpy as np
 
 from dist_llm.data.chat import TrainOn, conversation_of, key_of, said
 from dist_llm.data.readers import BadLines, Document
-from dist_llm.data.templates import Template
-from dist_llm.data.templates import TrainOn as Trained
+from dist_llm.data.templates import Template, Trained
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_llm.data.megatron import write_indexed
-from dist_llm.data.publish import publish
+from dist_llm.data.publish import publish, require_new
 from dist_llm.data.store import TokenStore
 from dist_llm.data.token_stream import write_headed, write_plain
-from dist_llm.errors import SpaceError, UsageError
+from dist_llm.errors import SpaceError
 
 if TYPE_CHECKING:
     from dist_llm.data.prepare import Prepared
@@ -32,18 +32,6 @@ class Exported:
     tokens: int
     documents: int
     share: int
-
-
-def require_new(folder: Path) -> None:
-    """Raises UsageError where something has the name of the folder to be made."""
-    if folder.exists() or folder.is_symlink():
-        raise UsageError(
-            "the folder is already there",
-            where=str(folder),
-            expected="a new folder",
-            found="one that is there",
-            next="name another folder, or remove this one",
-        )
 
 
 def export(prepared: Prepared, folder: Path, *, kind: str) -> list[Exported]:

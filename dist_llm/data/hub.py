@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_llm.config.hub import FORM, Reference, parse
 from dist_llm.data.chat import way_of
-from dist_llm.data.parquet import OTHER, Row, excerpt, taken
+from dist_llm.data.parquet import OTHER, Row, documents_of
 from dist_llm.data.readers import BadLines, Document, Take
 from dist_llm.data.sealed import checked, read_small, with_checksum, write_durably
 from dist_llm.errors import HIDDEN, DataError, UsageError, plain
@@ -77,17 +77,9 @@ def documents(reference: Reference, commit: str, *, text_key: str, bad: BadLines
 
     take: makes texts of whole rows.
     """
-    blank = 0
-    for row in rows(reference, commit, columns=(text_key,) if take is None else None):
-        text, why = taken(row, text_key=text_key, take=take)
-        if why:
-            bad.add(row.place, why, excerpt(row, text_key))
-        elif text.strip():
-            yield Document(text, row.place)
-        else:
-            blank += 1
-            bad.blank[str(reference)] = max(blank, bad.blank.get(str(reference), 0))
-    bad.check()
+    found = rows(reference, commit, columns=(text_key,) if take is None else None)
+    for document, _ in documents_of(found, str(reference), text_key=text_key, bad=bad, take=take):
+        yield document
 
 
 def rows(reference: Reference, commit: str, *, columns: tuple[str, ...] | None = None) -> Iterator[Row]:

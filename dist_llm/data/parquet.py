@@ -8,7 +8,8 @@ lines give the same documents. Everything that the library cannot read, checksum
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,25 @@ def read_table(path: Path, *, text_key: str, bad: BadLines, take: Take | None = 
 
     take: makes texts of whole rows; what is null in them counts as left out.
     """
-    size, blank = size_of(path), 0
-    for row in read_rows(path, columns=(text_key,) if take is None else None):
+    size, rows = size_of(path), read_rows(path, columns=(text_key,) if take is None else None)
+    for document, row in documents_of(rows, str(path), text_key=text_key, bad=bad, take=take):
+        yield document, int(row.done * size)
+
+
+def documents_of(
+    rows: Iterable[Row], where: str, *, text_key: str, bad: BadLines, take: Take | None = None
+) -> Iterator[tuple[Document, Row]]:
+    """The documents of a table's rows, each with its row; `bad` counts the rows skipped. Raises DataError for too many of them."""
+    blank = 0
+    for row in rows:
         text, why = taken(row, text_key=text_key, take=take)
         if why:
             bad.add(row.place, why, excerpt(row, text_key))
         elif text.strip():
-            yield Document(text, row.place), int(row.done * size)
+            yield Document(text, row.place), row
         else:
             blank += 1
-            bad.blank[str(path)] = max(blank, bad.blank.get(str(path), 0))
+            bad.blank[where] = max(blank, bad.blank.get(where, 0))
     bad.check()
 
 
@@ -111,18 +121,26 @@ def column_names(path: Path) -> list[str]:
     try:
         if path.suffix.lower() == ".parquet":
             return list(pyarrow.parquet.read_schema(path).names)
-        with pyarrow.memory_map(str(path)) as source:
-            whole = source.read(6) == b"ARROW1"
-            source.seek(0)
-            return list((pyarrow.ipc.open_file if whole else pyarrow.ipc.open_stream)(source).schema.names)
+        with _arrow(path) as (_, reader, _):
+            return list(reader.schema.names)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError("the table cannot be read", where=str(path), found=plain(error)[:160]) from error
 
 
+@contextmanager
+def _arrow(path: Path) -> Iterator[tuple[Any, Any, bool]]:
+    """The mapped file, its reader, and whether that knows where each batch is; a stream of batches has no such list."""
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(path)) as source:
+        whole = source.read(6) == b"ARROW1"
+        source.seek(0)
+        yield source, (ipc.open_file if whole else ipc.open_stream)(source), whole
+
+
 def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
     """Record batches, and how much of the file is read after each."""
-    import pyarrow
-    from pyarrow import ipc, parquet
+    from pyarrow import parquet
 
     if path.suffix.lower() == ".parquet":
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file:
@@ -132,10 +150,7 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, f
                 done += batch.num_rows
                 yield batch, min(1.0, done / total)
         return
-    with pyarrow.memory_map(str(path)) as source:
-        whole = source.read(6) == b"ARROW1"
-        source.seek(0)
-        reader = ipc.open_file(source) if whole else ipc.open_stream(source)
+    with _arrow(path) as (source, reader, whole):
         _require_columns(reader.schema, columns, path)
         batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if whole else iter(reader)
         for number, batch in enumerate(batches):

@@ -26,11 +26,11 @@ MADE = "made"
 NOTE = "note.json"  # beside made/: how far `make` has come, when it can go on from there
 
 
-def require_new(target: Path) -> None:
+def require_new(target: Path, *, where: str | None = None) -> None:
     """Raises UsageError where there is something under the name of a folder that is to be made, a link that leads nowhere too."""
     if target.exists() or target.is_symlink():
-        way = "name another folder, or remove this one"
-        raise UsageError("the folder is there already", where=str(target), expected="a new folder", found="one that is there", next=way)
+        what, expected, way = "the folder is already there", "a new folder", "name another folder, or remove this one"
+        raise UsageError(what, where=where or str(target), expected=expected, found="one that is there", next=way)
 
 
 def publish(home: Path, make: Callable[[Path], object], *, waiting: Callable[[], object] = lambda: None) -> bool:

@@ -183,11 +183,15 @@ def read_file(path: Path, *, text_key: str, bad: BadLines, take: Take | None = N
             "the compressed file is damaged or cut short", where=str(path), expected="a whole file", found=str(error)
         ) from error
     except OSError as error:
-        raise DataError(
-            "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
-        ) from error
+        raise unreadable(path, error) from error
     if is_json(path):
         bad.check()
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """What says that a file is there and cannot be read."""
+    found = getattr(error, "strerror", None) or str(error)
+    return DataError("the file cannot be read", where=str(path), expected="a file that can be read", found=found)
 
 
 def size_of(path: Path) -> int:
@@ -195,9 +199,7 @@ def size_of(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise DataError(
-            "the file cannot be read", where=str(path), expected="a file that can be read", found=error.strerror or str(error)
-        ) from error
+        raise unreadable(path, error) from error
 
 
 def is_json(path: Path) -> bool:

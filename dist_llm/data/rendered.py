@@ -3,6 +3,9 @@
 No message holds a NUL, so that one in a rendered text is ours: `NUL <` and `NUL >` around what is trained, `NUL 17 ;` in the place of the
 name of special token 17 inside a message, `NUL ! 17 ;` and `NUL ! ;` beside
 what a template must show (shown.py), which is never encoded.
+
+A template may take the mark of a name apart, or spell its letters (`['\\x0017;']`). So a conversation that has some is rendered once more
+with marks of which every letter is another one, and both texts must be the same but for whole marks: then no letter of one is in them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from dist_llm.errors import DataError
 
 MARK = re.compile("\x00([<>])")
 LITERAL = re.compile("\x00([0-9]+);")  # the place of a special token's name in a message
+SIGNS = (*"~^`@$#=+*", *map(chr, range(0x2190, 0x2C00)))  # what may stand in the place of NUL, the first that is in no text
+OTHER_DIGITS, DIGITS = str.maketrans("0123456789", "5678901234"), str.maketrans("5678901234", "0123456789")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,29 @@ def guarded_all(value: Any, tokenizer: Tokenizer | None) -> Any:
     if isinstance(value, dict):
         return {guarded(key, tokenizer): guarded_all(one, tokenizer) for key, one in value.items()}
     return [guarded_all(one, tokenizer) for one in value] if isinstance(value, list) else value
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, names of keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from texts_in(one)
+
+
+def respelled(value: Any, sign: str) -> Any:
+    """A value with the marks of names in other letters, all of them."""
+    if isinstance(value, str):
+        return LITERAL.sub(lambda match: sign + match[1].translate(OTHER_DIGITS) + sign, value)
+    if isinstance(value, dict):
+        return {respelled(key, sign): respelled(one, sign) for key, one in value.items()}
+    return [respelled(one, sign) for one in value] if isinstance(value, list) else value
+
+
+def spelled_back(text: str, sign: str) -> str:
+    """What was respelled as it was."""
+    return re.sub(f"{re.escape(sign)}([0-9]+){re.escape(sign)}", lambda match: f"\x00{match[1].translate(DIGITS)};", text)
 
 
 def restored(text: str, names: Sequence[str]) -> str:

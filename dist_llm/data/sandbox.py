@@ -36,7 +36,10 @@ MEMORY = 1 << 30  # bytes of address space
 
 
 class TemplateFault(Exception):
-    """Why a conversation was not rendered. kind: `refused` by the template itself, else `broken`, `size` or `memory`."""
+    """Why a conversation was not rendered.
+
+    kind: `refused` by the template itself, else `broken`, `size`, `memory`, `ended` or, where marks did not stay whole, `spelled`.
+    """
 
     def __init__(self, text: str, kind: str) -> None:
         super().__init__(text)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dist_llm.data.readers import printable
-from dist_llm.data.rendered import Span, guarded_all
+from dist_llm.data.rendered import LITERAL, Span, guarded_all, respelled, texts_in
 from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.data.turns import REASONING, reasoning_of
 
@@ -50,6 +51,15 @@ class Talk:
     def plain(self) -> bool:
         """Whether it has nothing but contents of a system, a user and the assistant."""
         return not self.tools and all(len(message) == 2 and message["role"] != "tool" for message in self.messages)
+
+    @cached_property
+    def names_tokens(self) -> bool:
+        """Whether a mark stands in it for the name of a special token."""
+        return any(LITERAL.search(text) for text in texts_in([self.messages, self.tools]))
+
+    def respelled(self, sign: str) -> Talk:
+        """The same with those marks in other letters."""
+        return replace(self, messages=respelled(self.messages, sign), tools=respelled(self.tools, sign))
 
 
 def read_by_template(

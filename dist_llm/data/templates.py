@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from dist_llm.data.rendered import Span, end_of_turn, last_special, restored, tokens, unmarked
+from dist_llm.data.rendered import SIGNS, Span, end_of_turn, last_special, restored, spelled_back, texts_in, tokens, unmarked
 from dist_llm.data.renderer import Apart, Here, Renderer
 from dist_llm.data.sandbox import TemplateFault, has_generation
 from dist_llm.data.shown import Talk, Witness, read_by_template
@@ -27,7 +27,7 @@ from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError, Failure, UsageError, plain
 
 Message = Mapping[str, Any]
-TrainOn = Literal["assistant", "all", "last"]
+Trained = Literal["assistant", "all", "last"]  # of one conversation; "each" (chat.py) makes several of one
 
 NAMES = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")  # what looks like a special token in a template
 PROBE = "What is it?", "It is this.", "And that?", "That too."
@@ -96,11 +96,11 @@ class Template:
 
         Raises UsageError where the template cannot be rendered, DataError where it refuses the conversation.
         """
-        (text,) = self._render(self._talk(messages, tools, None), [(len(messages), add_generation_prompt)])
-        return restored(unmarked(self._sound(text))[0], ())
+        ((text, _),) = self._texts(self._talk(messages, tools, None), [(len(messages), add_generation_prompt)])
+        return restored(text, ())
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: TrainOn = "assistant", tools: Sequence[Message] = ()
+        self, messages: Sequence[Message], tokenizer: Tokenizer, *, train_on: Trained = "assistant", tools: Sequence[Message] = ()
     ) -> tuple[list[int], list[float]]:
         """(ids, weights) of a conversation: the weight of a token is that of the loss of predicting it, 0 where it is only read.
 
@@ -117,7 +117,7 @@ class Template:
         conversations: Sequence[Sequence[Message]],
         tokenizer: Tokenizer,
         *,
-        train_on: TrainOn = "assistant",
+        train_on: Trained = "assistant",
         tools: Sequence[Message] = (),
     ) -> list[Encoded | DataError]:
         """Each conversation encoded, or what is wrong with it; tools: of all. Raises UsageError where the template is at fault."""
@@ -126,8 +126,7 @@ class Template:
     def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Message] = ()) -> list[int]:
         """The ids after which the assistant's next turn is to be generated. Raises UsageError or DataError."""
         talk = self._talk(messages, tools, tokenizer)
-        (marked,) = self._render(talk, [(len(messages), True)])
-        text, spans = unmarked(self._sound(marked))
+        ((text, spans),) = self._texts(talk, [(len(messages), True)])
         if not self.marked:
             try:
                 spans = self._differences(text, talk, tokenizer, _assistants(talk, "assistant"))
@@ -166,6 +165,16 @@ class Template:
 
     def _render(self, talk: Talk, wanted: Sequence[tuple[int, bool]]) -> list[str | TemplateFault]:
         """Texts of the first messages of a conversation, so many each, and whether they ask for the next turn; with marks."""
+        texts = self._as_written(talk, wanted)
+        if not talk.names_tokens:
+            return texts
+        said = "".join((self.text, self.bos, self.eos, *texts_in([talk.messages, talk.tools])))
+        sign = next(one for one in SIGNS if one not in said)
+        others = self._as_written(talk.respelled(sign), wanted)
+        return [_unspelled(text, other, sign) for text, other in zip(texts, others, strict=True)]
+
+    def _as_written(self, talk: Talk, wanted: Sequence[tuple[int, bool]]) -> list[str | TemplateFault]:
+        """As the template gives them, whatever it does with the marks."""
         rest = {"bos_token": self.bos, "eos_token": self.eos, **({"tools": talk.tools} if talk.tools else {})}
         asked = [{"messages": talk.messages[:count], "add_generation_prompt": generation, **rest} for count, generation in wanted]
         return self._renderer.render(asked)
@@ -174,21 +183,26 @@ class Template:
         """The text. Raises what a fault means."""
         if not isinstance(text, TemplateFault):
             return text
+        if text.kind == "spelled":
+            what = "the chat template takes what is said apart: the name of a special token in it would not be trained as its letters"
+            raise DataError(what, where=self.where, found=plain(text), next=self._others())
         if text.kind == "refused":
             raise DataError("the chat template refuses the conversation", where=self.where, found=plain(text), next=self._others())
         raise UsageError(
             "the chat template cannot be rendered", where=self.where, expected="a Jinja template", found=plain(text), next=self._others()
         )
 
+    def _texts(self, talk: Talk, wanted: Sequence[tuple[int, bool]]) -> list[tuple[str, list[Span]]]:
+        """As `_render`, without the marks of what is trained, and where they were. Raises what a fault means."""
+        return [unmarked(self._sound(text)) for text in self._render(talk, wanted)]
+
     def _encoded(
-        self, messages: Sequence[Message], tools: Sequence[Message], tokenizer: Tokenizer, train_on: TrainOn
+        self, messages: Sequence[Message], tools: Sequence[Message], tokenizer: Tokenizer, train_on: Trained
     ) -> Encoded | DataError:
         try:
             talk = self._talk(messages, tools, tokenizer)
             shown = None if talk.plain else self._shown(talk, tokenizer)
-            (whole,) = self._render(talk, [(len(messages), False)])
-            text, marked = unmarked(self._sound(whole))
-            spans = self._spans(text, marked, talk, tokenizer, train_on)
+            text, spans = self._trained(talk, tokenizer, train_on)
             if shown is not None:
                 self._require_shown(shown, text, talk, tokenizer, train_on)
             if train_on != "all":
@@ -206,7 +220,12 @@ class Template:
 
     # --- what is trained ---------------------------------------------------------------------------------------------------
 
-    def _spans(self, text: str, marked: list[Span], talk: Talk, tokenizer: Tokenizer, train_on: TrainOn) -> list[Span]:
+    def _trained(self, talk: Talk, tokenizer: Tokenizer, train_on: Trained) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the parts of it that are trained. Raises UsageError or DataError."""
+        ((text, marked),) = self._texts(talk, [(len(talk.messages), False)])
+        return text, self._spans(text, marked, talk, tokenizer, train_on)
+
+    def _spans(self, text: str, marked: list[Span], talk: Talk, tokenizer: Tokenizer, train_on: Trained) -> list[Span]:
         """The parts of the text that are trained, those of weight 0 left out."""
         if train_on == "all":
             if set(talk.weights) == {1.0}:
@@ -230,7 +249,7 @@ class Template:
     def _differences(self, text: str, talk: Talk, tokenizer: Tokenizer, chosen: Mapping[int, float]) -> list[Span]:
         """What each chosen turn adds to the text that asks for it. Raises UsageError where earlier text changes with it."""
         wanted = [pair for at in chosen for pair in ((at, True), (at + 1, False))]
-        rendered = [unmarked(self._sound(one))[0] for one in self._render(talk, wanted)]
+        rendered = [text for text, _ in self._texts(talk, wanted)]
         spans = []
         for (at, weight), before, after in zip(chosen.items(), rendered[::2], rendered[1::2], strict=True):
             if not after.startswith(before):
@@ -250,7 +269,7 @@ class Template:
         """What each message adds to the text, with its weight; what tools say in a row is one, as templates put it in one turn."""
         roles = [message["role"] for message in talk.messages]
         ends = [at for at, role in enumerate(roles) if role != "tool" or roles[at + 1 : at + 2] != ["tool"]]
-        rendered = [unmarked(self._sound(one))[0] for one in self._render(talk, [(at + 1, False) for at in ends])]
+        rendered = [text for text, _ in self._texts(talk, [(at + 1, False) for at in ends])]
         spans, before, first = [], "", 0
         for at, after in zip(ends, rendered, strict=True):
             if not after.startswith(before) or not text.startswith(after):
@@ -276,7 +295,7 @@ class Template:
         return witness, found, spans
 
     def _require_shown(
-        self, shown: tuple[Witness, str, list[Span]], text: str, talk: Talk, tokenizer: Tokenizer, train_on: TrainOn
+        self, shown: tuple[Witness, str, list[Span]], text: str, talk: Talk, tokenizer: Tokenizer, train_on: Trained
     ) -> None:
         """Raises DataError where reasoning that is to be trained is not shown, or something outside of the marks of what is trained,
         or where what is said becomes a special token by what stands beside it."""
@@ -324,12 +343,10 @@ class Template:
         for rounds in (1, 2):
             roles = ("user", "assistant") * rounds
             messages = [{"role": role, "content": content} for role, content in zip(roles, PROBE, strict=False)]
-            train_on: TrainOn = "assistant" if self.marked or rounds == 1 else "last"  # one that rewrites is told where it matters
+            train_on: Trained = "assistant" if self.marked or rounds == 1 else "last"  # one that rewrites is told where it matters
             talk = self._talk(messages, (), tokenizer)
             try:
-                (whole,) = self._render(talk, [(len(messages), False)])
-                text, marked = unmarked(self._sound(whole))
-                spans = self._spans(text, marked, talk, tokenizer, train_on)
+                text, spans = self._trained(talk, tokenizer, train_on)
             except DataError as fault:
                 raise UsageError(
                     "the chat template refuses a plain conversation",
@@ -357,8 +374,7 @@ class Template:
         """
         talk, found = self._talk(CALLING, TOOLS, tokenizer), set()
         try:
-            text, marked = unmarked(self._sound(self._render(talk, [(2, False)])[0]))
-            spans = self._spans(text, marked, talk, tokenizer, "assistant")
+            text, spans = self._trained(talk, tokenizer, "assistant")
         except Failure:
             return set()
         for span in spans:
@@ -377,7 +393,17 @@ NEEDS = {
 }
 
 
-def _assistants(talk: Talk, train_on: TrainOn) -> dict[int, float]:
+def _unspelled(text: str | TemplateFault, other: str | TemplateFault, sign: str) -> str | TemplateFault:
+    """The text, where it is `other` but for whole marks, which are in other letters there: then no letter of a mark is in it."""
+    if isinstance(text, TemplateFault):
+        return text
+    again = other if isinstance(other, TemplateFault) else spelled_back(other, sign)
+    if text == again:
+        return text
+    return TemplateFault("a text that depends on how such a name is spelled", "spelled")
+
+
+def _assistants(talk: Talk, train_on: Trained) -> dict[int, float]:
     """Places of the assistant's turns that are trained, and their weights; those of weight 0 are left out."""
     found = {at: talk.weights[at] for at, message in enumerate(talk.messages) if message["role"] == "assistant"}
     if train_on == "last":

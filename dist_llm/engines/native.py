@@ -89,7 +89,7 @@ class NativeEngine:
         self.ferry = Ferry(self.flats, device) if layout.offload == "optimizer" else None
         self.optimizer, self.clip = Optimizer(optimizer, HOST if self.ferry else device), optimizer.clip
         self.moments = [self.optimizer.moments(flat.master) for flat in self.flats]
-        self.units = list(dict.fromkeys(row.unit for row in table(model)))
+        self.halves = list(dict.fromkeys(row.half for row in table(model)))
         shape = (len(FIGURES),) if options.pairs else ()
         self.loss = torch.zeros(shape, dtype=torch.float64, device=device)
         self.scale = torch.zeros(shape, dtype=torch.float64, device=device)  # the slope of the first number alone
@@ -146,15 +146,15 @@ class NativeEngine:
     def finish_gradients(self) -> Totals:
         """Leaves with global gradients on the ranks that own them; returns the summed loss and the norm, equal on all ranks.
 
-        Sums of squares are float64 per unit and added in the order of units, so that the cut into stages cannot change a bit.
+        Sums of squares are float64 per half of a block and added in the table's order, so that the cut into stages cannot change a bit.
         """
         totals, self.totals = self._finish() if self.totals is None else self.totals, None
-        numbers, units = totals.tolist(), len(self.units)  # the host waits for the device here
-        self.norm = sum(numbers[:units]) ** 0.5
-        return Totals(numbers[units], self.norm, numbers[-1] > 0, tuple(numbers[units + 1 : -1]))
+        numbers, count = totals.tolist(), len(self.halves)  # the host waits for the device here
+        self.norm = sum(numbers[:count]) ** 0.5
+        return Totals(numbers[count], self.norm, numbers[-1] > 0, tuple(numbers[count + 1 : -1]))
 
     def _finish(self) -> Tensor:
-        """Global gradients on the ranks that own them -> each unit's sum of squares, the summed loss, ranks that are to stop: float64."""
+        """Global gradients on the ranks that own them -> the halves' sums of squares, the summed loss, ranks that are to stop: float64."""
         flight.enter("reduce")
         for flat in reversed(self.flats):  # as backward has begun them
             flat.start_crossing()
@@ -162,11 +162,12 @@ class NativeEngine:
             flat.finish(pending)
         for held in self.frozen:
             held.end_step()
-        totals = torch.zeros(len(self.units) + self.loss.numel() + 1, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(len(self.halves) + self.loss.numel() + 1, dtype=torch.float64, device=self.device)
         for flat in self.flats:
-            totals[self.units.index(flat.plan.unit)] += flat.square_sum()
+            for half, squares in flat.square_sums().items():
+                totals[self.halves.index(half)] += squares
         if self.mesh.at.tp == 0:
-            totals[len(self.units) : -1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
+            totals[len(self.halves) : -1] = self.loss  # the last stage's tensor-parallel ranks all hold the same sum
         totals[-1] = self.stop
         return comm.all_reduce(totals, self.mesh.world)
 

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout becomes a Hugging Face folder: safetensors shards, config.json, tokenizer, chat template, generation config.
+"""A checkpoint of any layout becomes a Hugging Face folder: safetensors shards, and the texts of exporting_texts.py.
 
 Tensors pass through one after the other, each block of the checkpoint compared with its hash on the way; the folder appears complete
 or not at all.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,25 +17,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_llm.config.base import FREE
 from dist_llm.config.schema import ModelConfig
 from dist_llm.data.publish import publish, require_new
-from dist_llm.data.tokenizer import Tokenizer, load
-from dist_llm.errors import Failure, NumericError
-from dist_llm.interop.ends import GENERATION, ends_of_answers, named_ends
-from dist_llm.interop.families import Place, read_config, write_config
-from dist_llm.interop.hugging_face import CONFIG, INDEX, ONE, places_of, stored_shapes
+from dist_llm.data.tokenizer import load
+from dist_llm.errors import NumericError
+from dist_llm.interop.ends import ends_of_answers
+from dist_llm.interop.exporting_texts import as_json, texts_of
+from dist_llm.interop.families import Place, write_config
+from dist_llm.interop.hugging_face import INDEX, ONE, places_of, stored_shapes
 from dist_llm.interop.slices import NAMES, PIECE, TORCH
 from dist_llm.model.table import Row, table
 from dist_llm.sharding import Box
-from dist_llm.strict import strict_json
 from dist_llm.train.durable import Bytes, Disk
 from dist_llm.train.folder import Checkpoint
 from dist_llm.train.nonfinite import finite
 from dist_llm.train.storage import storing
 
-TOKENIZER = "tokenizer_config.json"
-OURS = {"eos_token", "bos_token", "chat_template"}  # all that a tokenizer_config.json of ours says
 WORDS = {TORCH[name]: word for name, word in (("F64", "float64"), ("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"))}
 
 
@@ -121,15 +118,15 @@ def export_model(
     model = opened.model
     values = write_config(model)
     require_new(target)
-    beside = opened.beside
     wholes = planned(model, dtype_of=lambda name: dtype or opened.weights.dtype("weight", name))
     shards = cut(wholes, shard_size)
     names = [ONE] if len(shards) == 1 else [f"model-{at + 1:05d}-of-{len(shards):05d}.safetensors" for at in range(len(shards))]
     sizes = [sum(one.bytes for one in shard) for shard in shards]
-    texts = _texts(opened, values, beside, dtype=_common(wholes))
+    about: dict[str, Any] = {"values": values, "dtype": _common(wholes), "sequence": opened.sequence, "ends": opened.ends}
+    texts = texts_of(model, opened.beside, tokenizer=load(opened.path), **about)
     if len(shards) > 1:
         weight_map = {one.key: name for name, shard in zip(names, shards, strict=True) for one in shard}
-        texts[INDEX] = _json({"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))})
+        texts[INDEX] = as_json({"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))})
 
     def make(made: Path) -> None:
         disk = Disk()
@@ -143,9 +140,6 @@ def export_model(
         publish(target, make)
     parameters = sum(prod(one.shape) for one in wholes)
     return Exported(target, values["model_type"], parameters, sum(sizes), len(names) + len(texts))
-
-
-# --- tensors -----------------------------------------------------------------------------------------------------------------
 
 
 def planned(model: ModelConfig, *, dtype_of: Callable[[str], torch.dtype]) -> list[Whole]:
@@ -172,6 +166,14 @@ def cut(wholes: list[Whole], limit: int) -> list[list[Whole]]:
         shards[-1].append(one)
         size += one.bytes
     return [sorted(shard, key=lambda one: -one.dtype.itemsize) for shard in shards]
+
+
+def _common(wholes: list[Whole]) -> str:
+    """The dtype of most of the weights, as config.json calls it."""
+    counts: dict[torch.dtype, int] = {}
+    for one in wholes:
+        counts[one.dtype] = counts.get(one.dtype, 0) + prod(one.shape)
+    return WORDS[max(counts, key=lambda dtype: counts[dtype])]
 
 
 def _chunks(shard: list[Whole], opened: Subject) -> Iterator[Bytes]:
@@ -217,78 +219,3 @@ def _write(disk: Disk, path: Path, chunks: Iterator[Bytes]) -> None:
     back = disk.read_back(path)
     if (back.size, back.blocks) != (digest.size, digest.blocks):
         raise OSError(errno.EIO, "the disk gives back other bytes than were written", str(path))
-
-
-# --- texts -------------------------------------------------------------------------------------------------------------------
-
-
-def _texts(opened: Subject, values: dict[str, Any], beside: Mapping[str, bytes], *, dtype: str) -> dict[str, bytes]:
-    """name -> content of what lies beside the weights: what was carried along from an import as it was, the rest made here."""
-    texts = {name: content for name, content in beside.items() if name != CONFIG}
-    tokenizer, said = load(opened.path), strict_json(texts[TOKENIZER])
-    begin = _first_token(tokenizer, said)
-    longer = opened.model.positions == "rotary" and opened.sequence > opened.model.max_positions
-    # A scaling may take the length it was made for from the very number that is to be raised: only a new config says both.
-    known = None if longer and opened.model.rope_scaling != "none" else _still_true(beside.get(CONFIG), opened.model)
-    if known is not None:
-        values = known
-    else:
-        values = {**values, "bos_token_id": begin, "eos_token_id": tokenizer.end_id}
-    if longer:
-        values = {**values, "max_position_embeddings": opened.sequence}
-    values = {key: value for key, value in values.items() if key != "torch_dtype"} | {"dtype": dtype}
-    texts[CONFIG] = _json(values)
-    if said.keys() <= OURS:  # without a class transformers makes a tokenizer of the model's family of it, which cuts text in its own way
-        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.inner.id_to_token(begin)}
-        about |= {"eos_token": tokenizer.end, "clean_up_tokenization_spaces": False, "model_max_length": opened.sequence}
-        texts[TOKENIZER] = _json(about | said)
-    if (made := _generation(texts.get(GENERATION), values, opened.ends, anew=known is None)) is not None:
-        texts[GENERATION] = made
-    return texts
-
-
-def _first_token(tokenizer: Tokenizer, said: Mapping[str, Any]) -> int:
-    """The id after which texts begin: what the tokenizer's own rule puts there, what its files call BOS, or the end of the text before."""
-    named = said.get("bos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    found = tokenizer.inner.token_to_id(named) if isinstance(named, str) else None
-    return tokenizer.begin[-1] if tokenizer.begin else tokenizer.end_id if found is None else found
-
-
-def _generation(held: bytes | None, config: Mapping[str, Any], ends: Sequence[int], *, anew: bool) -> bytes | None:
-    """generation_config.json where it has to be made: a new one, or one that lacks a token which ends the answers that were trained.
-
-    held: the one that was carried along; config: config.json; anew: that was made here.
-    """
-    values = strict_json(held) if held is not None else {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
-    stops = named_ends(values)
-    lacking = [token for token in ends if token not in stops]
-    if not isinstance(values, dict) or (not lacking and (held is not None or not anew)):
-        return None
-    stops += lacking
-    return _json({**values, **({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})})
-
-
-def _still_true(content: bytes | None, model: ModelConfig) -> dict[str, Any] | None:
-    """The config.json that was carried along, where it says of the model what is true of it now."""
-    if content is None:
-        return None
-    try:
-        values = strict_json(content)
-        said = ModelConfig.model_validate(read_config(values, where=CONFIG))
-    except (Failure, ValueError, AttributeError, TypeError):
-        return None
-    left_out = {*FREE, "family"}
-    return values if said.model_dump(exclude=left_out) == model.model_dump(exclude=left_out) else None
-
-
-def _common(wholes: list[Whole]) -> str:
-    """The dtype of most of the weights, as config.json calls it."""
-    counts: dict[torch.dtype, int] = {}
-    for one in wholes:
-        counts[one.dtype] = counts.get(one.dtype, 0) + prod(one.shape)
-    return WORDS[max(counts, key=lambda dtype: counts[dtype])]
-
-
-def _json(values: Any) -> bytes:
-    return json.dumps(values, indent=2).encode() + b"\n"

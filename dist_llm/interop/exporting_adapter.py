@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dist_llm.data.tokenizer import load
 from dist_llm.interop.exporting import Subject, export_model, rounded
-from dist_llm.interop.logits import Cast, Compared, compare_logits
+from dist_llm.interop.logits import Cast, Compared, compare_logits, prompts_for
 from dist_llm.interop.peft_folder import write_adapter
 from dist_llm.train.base import Base
 from dist_llm.train.folder import Checkpoint
@@ -32,14 +31,13 @@ def export_adapter(
     tensors = tensors if dtype is None else {name: rounded(tensor, dtype, where=name) for name, tensor in tensors.items()}
 
     def check(folder: Path) -> None:
-        tokens = sorted(token for token in load(opened.path).ids if token < model.vocab)
         ours = overlay(base, plain, over=Cast(opened.parts, dtype))
         with storing(target), tempfile.TemporaryDirectory(prefix=".base-", dir=folder.parent) as beside:
             under = base.path
             if base.checkpoint is not None:
                 under = Path(beside) / "base"
                 export_model(Subject.of(base.checkpoint), under, shard_size=5 * 10**9)
-            found.append(compare_logits(under, ours, plain, tokens=tokens, adapter=folder))
+            found.append(compare_logits(under, ours, plain, prompts=prompts_for(plain, opened.path), adapter=folder))
 
     identities = {"identity": base.identity, "base_weights": base.weights}
     size = write_adapter(target, model, tensors, base=named, **identities, check=check if verify else lambda folder: None)

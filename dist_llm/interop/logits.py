@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dist_llm.config.schema import ModelConfig
+from dist_llm.data.tokenizer import load
 from dist_llm.errors import NumericError, UsageError
 from dist_llm.infer.model import Model, Weights
 from dist_llm.model.table import num_parameters
@@ -56,13 +57,14 @@ class Cast:
         return values if self.dtype is None else values.to(self.dtype)
 
 
-def compare_logits(folder: Path, weights: Weights, model: ModelConfig, *, tokens: Sequence[int], adapter: Path | None = None) -> Compared:
-    """Compares the logits of a Hugging Face folder, under an adapter of PEFT's, with ours on prompts of `tokens`, drawn by their number.
+def compare_logits(
+    folder: Path, weights: Weights, model: ModelConfig, *, prompts: Sequence[list[int]], adapter: Path | None = None
+) -> Compared:
+    """Compares the logits of a Hugging Face folder, under an adapter of PEFT's, with ours.
 
     Raises NumericError where they differ, UsageError where transformers or PEFT is not installed or cannot read its folder.
     """
     dtype = torch.float64 if num_parameters(model) <= LARGEST_WIDE else torch.float32
-    prompts = [draw(tokens, number=at, length=length) for at, length in enumerate(LENGTHS) if length <= model.max_positions]
     theirs = their_logits(folder, prompts, dtype, adapter=adapter)
     ours = Model(weights, model, dtype=dtype, device=torch.device("cpu"))
     worst = 0.0
@@ -81,10 +83,12 @@ def compare_logits(folder: Path, weights: Weights, model: ModelConfig, *, tokens
     return found
 
 
-def draw(tokens: Sequence[int], *, number: int, length: int) -> list[int]:
-    """Prompt `number`: `length` of the tokens, the same ones every time."""
-    places = uniform(torch.arange(length), key_of(0, "export", str(number))) * len(tokens)
-    return [tokens[int(place)] for place in places]
+def prompts_for(model: ModelConfig, tokenizer: Path) -> list[list[int]]:
+    """Prompts of the tokens that the model has a row for, drawn by their number: the same ones every time."""
+    tokens = sorted(token for token in load(tokenizer).ids if token < model.vocab)
+    lengths = [length for length in LENGTHS if length <= model.max_positions]
+    places = [uniform(torch.arange(length), key_of(0, "export", str(number))) * len(tokens) for number, length in enumerate(lengths)]
+    return [[tokens[int(place)] for place in prompt] for prompt in places]
 
 
 @torch.no_grad()

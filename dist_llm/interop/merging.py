@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from dist_llm.config.schema import AdapterConfig, ModelConfig
-from dist_llm.data.tokenizer import load
 from dist_llm.errors import UsageError
 from dist_llm.infer.model import Model
 from dist_llm.interop.ends import ends_of_answers
 from dist_llm.interop.exporting import Subject, Weights, export_model
 from dist_llm.interop.given import Given, file_hash, grown, merged_before, open_adapter, require_alike, require_apart
-from dist_llm.interop.logits import LENGTHS, Cast, all_logits, draw
+from dist_llm.interop.logits import Cast, all_logits, prompts_for
 from dist_llm.model.table import num_parameters, table
 from dist_llm.sharding import Box
 from dist_llm.sidefiles import MERGED
@@ -185,8 +184,7 @@ def _refuse_two_in_one_place(paths: Sequence[Path], opened: Sequence[Given]) -> 
 def _drift(beside: Any, model: ModelConfig, merged: Cast, plain: ModelConfig, tokenizer: Path) -> tuple[float, str]:
     """The largest difference of logits over drawn prompts, and the dtype in which both were computed."""
     dtype = torch.float64 if num_parameters(plain) <= 50_000_000 else torch.float32
-    tokens = sorted(token for token in load(tokenizer).ids if token < plain.vocab)
-    prompts = [draw(tokens, number=at, length=length) for at, length in enumerate(LENGTHS) if length <= plain.max_positions]
+    prompts = prompts_for(plain, tokenizer)
     before = Model(beside, model, dtype=dtype, device=torch.device("cpu"))
     expected = [all_logits(before, prompt) for prompt in prompts]
     after = Model(merged, plain, dtype=dtype, device=torch.device("cpu"))

@@ -10,20 +10,21 @@ from __future__ import annotations
 from typing import Literal
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.model.table import is_windowed, table, table_trained, unit_names
+from dist_llm.model.table import HALVES, half_names, is_windowed, rows_of, table, table_trained, uses
 
 Convention = Literal["full", "causal"]
 
 
 def forward_flops(model: ModelConfig, sequence: int, *, convention: Convention = "full") -> dict[str, float]:
-    """FLOP of the forward pass of one token, per walk unit. Looking up an embedding costs none."""
-    costs = dict.fromkeys(unit_names(model), 0.0)
-    for row in table(model):
-        if len(row.shape) == 2 and row.unit.startswith("blocks."):
-            costs[".".join(row.unit.split(".")[:2])] += 2.0 * row.numel
+    """FLOP of the forward pass of one token: of the embedding, the halves of blocks and the head. Looking up an embedding costs none."""
+    costs = dict.fromkeys(half_names(model), 0.0)
     for layer in range(model.layers):
+        for half in HALVES:
+            name = f"blocks.{layer}.{half}"
+            rows = (row for unit in uses(model, name) for row in rows_of(model, unit))
+            costs[name] = sum(2.0 * row.numel for row in rows if len(row.shape) == 2)
         pairs = sequence if convention == "full" else _seen(model, layer, sequence)
-        costs[f"blocks.{layer}"] += 4.0 * pairs * model.heads * model.head_dim
+        costs[f"blocks.{layer}.attention"] += 4.0 * pairs * model.heads * model.head_dim
     costs["head"] = 2.0 * model.vocab * model.dim
     return costs
 

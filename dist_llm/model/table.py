@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod, sqrt
 from typing import Literal
 
@@ -23,6 +24,7 @@ from dist_llm.config.schema import AdapterConfig, ModelConfig, SavedModule
 #   inside   whole, used where activations are split by head (q and k norms)
 Role = Literal["column", "row", "vocab", "outside", "inside"]
 ADAPTER = ".adapter"  # ends the names of the units that lie beside a block's own
+HALVES = ("attention", "mlp")  # of a block, each around the residual stream: the end of a stage may lie between them
 # The units of the two ends of a model, by what `model.adapter.modules_to_save` calls them: all of a unit is trained, or none of it.
 ENDS = {"tied": "embedding", "embedding": "embedding", "head": "head"}
 
@@ -51,6 +53,15 @@ class Row:
     def numel(self) -> int:
         """Number of elements of the global tensor."""
         return prod(self.shape)
+
+    @property
+    def half(self) -> str:
+        """The half of its unit that it belongs to, in a block; elsewhere the unit."""
+        if not self.unit.startswith("blocks."):
+            return self.unit
+        block, layer, part, *_ = self.name.split(".")  # part: attention, mlp_norm, ...
+        at = f"{block}.{layer}"
+        return f"{at}.{part.partition('_')[0]}{self.unit.removeprefix(at)}"
 
 
 def table(model: ModelConfig) -> tuple[Row, ...]:
@@ -84,12 +95,34 @@ def table_trained(model: ModelConfig, end: SavedModule) -> bool:
     return not model.adapter.rank or ("embedding" if model.tied else end) in model.adapter.modules_to_save
 
 
+def half_names(model: ModelConfig) -> tuple[str, ...]:
+    """The same in the smallest parts that a stage may have: blocks as `blocks.3.attention` and `blocks.3.mlp`."""
+    halves = (f"blocks.{layer}.{half}" for layer in range(model.layers) for half in HALVES)
+    return ("embedding", *halves, "head")
+
+
 def uses(model: ModelConfig, walk_unit: str) -> tuple[str, ...]:
-    """The parameter units that a walk unit reads: its own and, where weights are tied, the shared one."""
+    """The parameter units that a walk unit reads: its own and, where weights are tied, the shared one. Half a block has half its units."""
+    if walk_unit.startswith("blocks."):
+        units = (walk_unit, *_units_beside(walk_unit, model.adapter))
+        return tuple(unit for unit in units if rows_of(model, unit))  # an adapter may lie on one half alone
     tied = ("tied",) if model.tied and walk_unit in ("embedding", "head") else ()
     own = walk_unit != "embedding" or not model.tied or model.positions == "learned"
-    beside = _units_beside(walk_unit, model.adapter) if walk_unit.startswith("blocks.") else ()
-    return (*tied, walk_unit, *beside) if own else tied
+    return (*tied, walk_unit) if own else tied
+
+
+def rows_of(model: ModelConfig, unit: str) -> tuple[Row, ...]:
+    """The rows of a parameter unit, or of half of one (`blocks.3.mlp`, `blocks.3.mlp.adapter`), in the table's order."""
+    return _rows_by_unit(model).get(unit, ())
+
+
+@lru_cache(maxsize=16)
+def _rows_by_unit(model: ModelConfig) -> dict[str, tuple[Row, ...]]:
+    found: dict[str, tuple[Row, ...]] = {}
+    for row in table(model):
+        for unit in dict.fromkeys((row.unit, row.half)):
+            found[unit] = (*found.get(unit, ()), row)
+    return found
 
 
 def _units_beside(block: str, adapter: AdapterConfig) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ Legend: B batch, S sequence, D dim, H query heads, K key and value heads, E head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from dist_llm.model.preference import Pairs
 from dist_llm.model.roles import Roles
 from dist_llm.model.rotary import rotary_table as rotary_table
 from dist_llm.model.rotary import rotary_tables
-from dist_llm.model.table import is_windowed
+from dist_llm.model.table import HALVES, is_windowed
 from dist_llm.random import halves, key_of, place_of
 
 
@@ -230,29 +230,34 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """A middle unit: attention and feed-forward, each with its norms and around the residual stream."""
+    """A middle unit: attention and feed-forward, each with its norms and around the residual stream.
 
-    def __init__(self, make: Make, layer: int, model: ModelConfig, roles: Roles) -> None:
+    halves: what is here; where a stage of a pipeline ends inside a block, each half is a unit of its own.
+    """
+
+    def __init__(self, make: Make, layer: int, model: ModelConfig, roles: Roles, *, halves: Sequence[str] = HALVES) -> None:
         super().__init__()
-        name = f"blocks.{layer}"
+        name, self.halves = f"blocks.{layer}", tuple(halves)
         norm: dict[str, Any] = {"kind": model.norm, "eps": model.norm_eps}
-        self.attention_norm, self.mlp_norm = Norm(make, f"{name}.attention_norm", **norm), Norm(make, f"{name}.mlp_norm", **norm)
-        self.attention_post_norm = Norm(make, f"{name}.attention_post_norm", **norm)
-        self.mlp_post_norm = Norm(make, f"{name}.mlp_post_norm", **norm)
-        self.attention = Attention(make, f"{name}.attention", model, roles, windowed=is_windowed(model, layer))
-        self.mlp = Mlp(make, f"{name}.mlp", model, roles)
-        device = self.mlp.up.weight.device
-        self.drop_attention = Dropout(f"{name}.attention", model.dropout, roles, device)
-        self.drop_mlp = Dropout(f"{name}.mlp", model.dropout, roles, device)
+        if "attention" in halves:
+            self.attention_norm = Norm(make, f"{name}.attention_norm", **norm)
+            self.attention_post_norm = Norm(make, f"{name}.attention_post_norm", **norm)
+            self.attention = Attention(make, f"{name}.attention", model, roles, windowed=is_windowed(model, layer))
+            self.drop_attention = Dropout(f"{name}.attention", model.dropout, roles, self.attention.q.weight.device)
+        if "mlp" in halves:
+            self.mlp_norm, self.mlp_post_norm = Norm(make, f"{name}.mlp_norm", **norm), Norm(make, f"{name}.mlp_post_norm", **norm)
+            self.mlp = Mlp(make, f"{name}.mlp", model, roles)
+            self.drop_mlp = Dropout(f"{name}.mlp", model.dropout, roles, self.mlp.up.weight.device)
         self.run_mlp: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda run, x: run(x)  # a seam for recomputation
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        y = self.attention_post_norm(self.attention(x, self.attention_norm, context))
-        x = x + self.drop_attention(y, context)
-        del y  # a norm's output is needed nowhere else
-        draw = context.draw
-        return x + self.drop_mlp(self.run_mlp(lambda x: self.mlp_post_norm(self.mlp(x, self.mlp_norm, draw)), x), context)
+        if "attention" in self.halves:
+            x = x + self.drop_attention(self.attention_post_norm(self.attention(x, self.attention_norm, context)), context)
+        if "mlp" in self.halves:
+            draw = context.draw
+            x = x + self.drop_mlp(self.run_mlp(lambda x: self.mlp_post_norm(self.mlp(x, self.mlp_norm, draw)), x), context)
+        return x
 
 
 class Head(nn.Module):
@@ -276,9 +281,10 @@ class Head(nn.Module):
 
 
 def build_unit(name: str, model: ModelConfig, make: Make, roles: Roles) -> Embedding | Block | Head:
-    """The module of one unit of the walk ("embedding", "blocks.3", "head"); `make` gives its parameters."""
+    """The module of one unit of the walk ("embedding", "blocks.3" or half of it, "blocks.3.mlp", "head"); `make` gives its parameters."""
     if name == "embedding":
         return Embedding(make, model, roles)
     if name == "head":
         return Head(make, model, roles)
-    return Block(make, int(name.removeprefix("blocks.")), model, roles)
+    _, layer, *half = name.split(".")
+    return Block(make, int(layer), model, roles, halves=half or HALVES)

@@ -29,12 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_llm.config.layout import Layout
 from dist_llm.config.schema import ModelConfig
 from dist_llm.mesh import Mesh
-from dist_llm.model.cost import forward_flops
 from dist_llm.model.fused import fuse
-from dist_llm.model.table import table, unit_names, uses
+from dist_llm.model.stages import stage_units
+from dist_llm.model.table import rows_of, uses
 from dist_llm.model.transformer import Block, build_unit
 from dist_llm.parallel.adapted import AdaptedRoles
 from dist_llm.parallel.compiled import CompiledRoles, keep_little
@@ -46,16 +45,8 @@ from dist_llm.parallel.recompute import run_again
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.parallel.weights import FlatWeights
 from dist_llm.parallel.zero import FlatUnit
-from dist_llm.schedule.cut import cut
 from dist_llm.schedule.generate import stages_of
 from dist_llm.sharding import split_parts
-
-
-def stage_units(model: ModelConfig, layout: Layout, sequence: int) -> list[list[str]]:
-    """The walk units of each stage, cut so that the dearest stage is as cheap as it can be."""
-    names = unit_names(model)
-    costs = forward_flops(model, sequence)
-    return [[names[at] for at in part] for part in cut([costs[name] for name in names], layout.stages)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     kinds = {False: (TensorRoles, CompiledRoles), True: (AdaptedRoles, CompiledAdaptedRoles)}
     kind = kinds[model.adapter.rank > 0][options.compiled]
     roles = kind(mesh.tp, sp=layout.sp, vocab=model.vocab, first=first_row, smoothing=options.smoothing, fp8=options.fp8)
-    parts = stage_units(model, layout, options.sequence)
+    parts = stage_units(model, options.sequence, layout.stages)
     mine = stages_of(mesh.at.pp, layout.pp, layout.chunks, layout.schedule)
     walk = [name for index in mine for name in parts[index]]
     flats = _flat_units(model, mesh, walk, options)
@@ -125,9 +116,8 @@ def _flat_units(model: ModelConfig, mesh: Mesh, walk: Sequence[str], options: Op
         for unit in uses(model, name):
             if unit in flats:
                 continue
-            rows = [row for row in table(model) if row.unit == unit]
             split = {"shards": mesh.shard.size, "replicas": mesh.replica.size}
-            plan = pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=mesh.at.tp, **split)
+            plan = pack(rows_of(model, unit), unit=unit, tp=layout.tp, sp=layout.sp, coordinate=mesh.at.tp, **split)
             num_uses = sum(unit in uses(model, other) for other in walk)
             shared = unit == "tied" and layout.pp > 1
             given = {"dtype": dtype, "device": device, "num_uses": num_uses, "shared": shared}

@@ -191,21 +191,21 @@ class FlatUnit(FlatWeights):
                 for slot, part in zip(slots, joined.split([s.numel for s in slots]), strict=True):
                     buffer[slot.offset : slot.offset + slot.numel].copy_(part)
 
-    def square_sum(self) -> Tensor:
-        """Sum of the squares of this rank's shard of the gradient, float64; elements held twice are counted once.
+    def square_sums(self) -> dict[str, Tensor]:
+        """By half of a block, or unit: the sum of the squares of this rank's shard of the gradient, float64.
 
-        A replica that is not finite makes the sum NaN, so that no rank takes the update.
+        Elements held twice are counted once. A replica that is not finite makes the sum NaN, so that no rank takes the update.
         """
         assert self.gradient is not None
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        runs: dict[bool, list[Tensor]] = {True: [], False: []}
+        runs: dict[tuple[str, bool], list[Tensor]] = {}
         for piece in self.plan.pieces(self.group.index):
             once = self.counted and piece.slot.sharding.owner(self.mesh.at.tp)
-            runs[once].append(self.own_run(self.gradient, piece))
-        for once, some in runs.items():
-            if some:  # all in one kernel on a GPU, and without a float64 copy of the gradient
-                total += float(once) * torch.stack(torch._foreach_norm(some, 2, dtype=torch.float64)).square().sum()
-        return total
+            runs.setdefault((piece.slot.row.half, once), []).append(self.own_run(self.gradient, piece))
+        found: dict[str, Tensor] = {}
+        for (half, once), some in runs.items():  # all in one kernel on a GPU, and without a float64 copy of the gradient
+            squares = float(once) * torch.stack(torch._foreach_norm(some, 2, dtype=torch.float64)).square().sum()
+            found[half] = found[half] + squares if half in found else squares
+        return found
 
     # --- update ------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import Config
 from dist_llm.model.cost import forward_flops
+from dist_llm.model.stages import halves_of
 from dist_llm.plan.memory import peak_bytes
 from dist_llm.plan.traffic import Shape, sent_bytes
 from dist_llm.schedule.simulate import Simulation, simulate
@@ -50,6 +51,6 @@ def predicted(shape: Shape) -> dict[str, Any]:
 def timeline(shape: Shape) -> Simulation:
     """The schedule on a clock whose unit is the forward pass of the dearest stage; backward takes twice the forward."""
     costs = forward_flops(shape.model, shape.sequence)
-    forward = [sum(costs[name] for name in units) for units in shape.stage_units()]
+    forward = [sum(costs[half] for name in units for half in halves_of(name)) for units in shape.stage_units()]
     forward = [cost / max(forward) for cost in forward]
     return simulate(shape.lists(), forward=forward, backward=[2 * cost for cost in forward])

@@ -19,12 +19,11 @@ from functools import lru_cache
 
 from dist_llm.config.layout import Layout
 from dist_llm.config.preference import FIGURES
-from dist_llm.config.schema import ModelConfig
-from dist_llm.model.cost import forward_flops
-from dist_llm.model.table import Row, table, table_trained, unit_names, uses
+from dist_llm.config.schema import AdapterTarget, ModelConfig
+from dist_llm.model.stages import halves_of, stage_units
+from dist_llm.model.table import rows_of, table, table_trained, uses
 from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.schedule.actions import SENDS, Action, Kind
-from dist_llm.schedule.cut import cut
 from dist_llm.schedule.generate import generate, stages_of
 from dist_llm.schedule.lower import lower
 
@@ -119,16 +118,7 @@ def _lists(shape: Shape) -> list[list[Action]]:
 
 @lru_cache(maxsize=8)
 def _stage_units(shape: Shape) -> list[list[str]]:
-    names, costs = unit_names(shape.model), forward_flops(shape.model, shape.sequence)
-    return [[names[at] for at in part] for part in cut([costs[name] for name in names], shape.layout.stages)]
-
-
-@lru_cache(maxsize=8)
-def _rows(shape: Shape) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = defaultdict(list)
-    for row in table(shape.model):
-        found[row.unit].append(row)
-    return found
+    return stage_units(shape.model, shape.sequence, shape.layout.stages)
 
 
 @lru_cache(maxsize=512)
@@ -139,7 +129,7 @@ def _flat_plans(shape: Shape, pp: int, tp: int) -> dict[str, tuple[FlatPlan, int
             if unit in found:
                 found[unit] = (found[unit][0], found[unit][1] + 1)
                 continue
-            layout, rows = shape.layout, _rows(shape)[unit]
+            layout, rows = shape.layout, rows_of(shape.model, unit)
             split = {"shards": layout.shard, "replicas": shape.replicas}
             found[unit] = (pack(rows, unit=unit, tp=layout.tp, sp=layout.sp, coordinate=tp, **split), 1)
     return found
@@ -203,21 +193,28 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
     moved = (t - 1) / t * tokens * shape.model.dim * wide.weight  # one gather or scatter; an all_reduce is two
     scalars = 2 * (t - 1) / t * tokens * wide.statistic * (4 if shape.smoothing else 3)
     scalars *= 2 if shape.pairs and not shape.model.adapter.rank else 1  # logits are made twice where their table is trained
-    again = {"none": 0, "selective": 2, "full": 4}[layout.recompute]
-    per_block, per_head = (10 if layout.sp else 8) + again, 2
     per_embedding = 1 if layout.sp and not table_trained(shape.model, "embedding") else 2  # without a gradient no slope is gathered
-    for units in shape.rank_stages(pp).values():
-        for name in units:
-            each = per_embedding if name == "embedding" else per_head if name == "head" else per_block
-            total["tp"] += shape.micro_batches * (each * moved + (scalars if name == "head" else 0))
-            inside = _scales(shape) + _across(shape) + _lengths(shape)
-            total["tp"] += shape.micro_batches * (inside if name.startswith("blocks.") else 0)
+    ends = {"embedding": per_embedding * moved, "head": 2 * moved + scalars}
+    for name in (half for units in shape.rank_stages(pp).values() for unit in units for half in halves_of(unit)):
+        total["tp"] += shape.micro_batches * (ends[name] if name in ends else _half(shape, name.rpartition(".")[2], moved))
     for plan, num_uses in shape.trained_plans(pp, tp):
         reductions = 1 if layout.reduce == "step" else shape.micro_batches * num_uses
         for slot in plan.slots:
             if slot.sharding.partial:
                 sharing = len(slot.sharding.replicas(tp))
                 total["tp"] += reductions * 2 * (sharing - 1) / sharing * slot.numel * wide.gradient
+
+
+def _half(shape: Shape, half: str, moved: float) -> float:
+    """Bytes a micro-batch of half a block: its gathers and scatters, and what its operations know of all ranks.
+
+    A column's output is made where its input is, its backward adds up; a row's is the other way round. With sequence
+    parallelism a column's input is gathered again in backward.
+    """
+    layout = shape.layout
+    again = {"none": 0, "selective": 2 if half == "mlp" else 0, "full": 2}[layout.recompute]
+    across = _across(shape) if half == "attention" else 0.0
+    return ((5 if layout.sp else 4) + again) * moved + across + _scales(shape, half) + _lengths(shape, half)
 
 
 def _across(shape: Shape) -> float:
@@ -229,30 +226,30 @@ def _across(shape: Shape) -> float:
     return times * 2 * (layout.tp - 1) / layout.tp * 2 * shape.micro * shape.sequence * shape.widths.statistic
 
 
-def _lengths(shape: Shape) -> float:
-    """With DoRA: the sums of squares of the rows of o and down, float64, in each forward of theirs. Bytes a micro-batch and block."""
+def _lengths(shape: Shape, half: str) -> float:
+    """With DoRA: the sums of squares of the rows of o or down, float64, in each forward of theirs. Bytes a micro-batch."""
     model, layout = shape.model, shape.layout
-    if not model.adapter.dora:
+    target: AdapterTarget = "o" if half == "attention" else "down"
+    if not model.adapter.dora or target not in model.adapter.targets:
         return 0.0
-    again = {"none": (), "selective": ("down",), "full": ("o", "down")}[layout.recompute]
-    times = sum(target in model.adapter.targets for target in ("o", "down", *again))
+    times = 2 if layout.recompute == "full" or (layout.recompute == "selective" and half == "mlp") else 1
     return times * 2 * (layout.tp - 1) / layout.tp * model.dim * 8
 
 
-def _scales(shape: Shape) -> float:
-    """The largest magnitudes that a block's 8-bit products share over the tensor-parallel ranks, bytes a micro-batch.
+def _scales(shape: Shape, half: str) -> float:
+    """The largest magnitudes that the 8-bit products of half a block share over the tensor-parallel ranks, bytes a micro-batch.
 
     tensorwise: a number for each operand of a projection's forward, and again of its backward, where q, k and v have slopes apart.
     rowwise: a number for each row of what is cut along it (tokens, output features), one for a weight in a gradient by input.
     """
-    layout, tokens, dim = shape.layout, shape.micro * shape.sequence, shape.model.dim
+    layout, tokens, dim, attention = shape.layout, shape.micro * shape.sequence, shape.model.dim, half == "attention"
     if shape.fp8 == "tensorwise":
-        mlp_forward, forward, backward = 2 * 2, 2 * 4, (3 + 3 + 1) + 3 * 3
+        forward, backward = 2 * 2, (3 + 3 + 1) + 3 if attention else 3 + 3
     elif shape.fp8 == "rowwise":
-        mlp_forward, forward, backward = tokens + dim, 2 * (tokens + dim), 4 * (tokens + 1) + 2
+        forward, backward = tokens + dim, (3 if attention else 1) * (tokens + 1) + 1
     else:
         return 0.0
-    again = {"none": 0, "selective": mlp_forward, "full": forward}[layout.recompute]
+    again = {"none": 0, "selective": 0 if attention else forward, "full": forward}[layout.recompute]
     return 2 * (layout.tp - 1) / layout.tp * 4 * (forward + backward + again)
 
 
@@ -268,6 +265,7 @@ def _pipeline(total: defaultdict[str, float], shape: Shape, actions: Sequence[Ac
 
 
 def _control(total: defaultdict[str, float], shape: Shape) -> None:
-    """The norm with the loss, or all that pairs make of it, and the wish to stop: float64 each, one number per unit."""
-    world, numbers = shape.layout.world, len(_rows(shape)) + (len(FIGURES) if shape.pairs else 1) + 1
+    """The norm with the loss, or all that pairs make of it, and the wish to stop: float64 each, one number per half of a block."""
+    halves = len({row.half for row in table(shape.model)})
+    world, numbers = shape.layout.world, halves + (len(FIGURES) if shape.pairs else 1) + 1
     total["control"] += 2 * (world - 1) / world * numbers * 8

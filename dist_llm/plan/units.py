@@ -10,12 +10,14 @@ F local ffn, v local vocabulary rows. All in bytes, of one micro-batch on one ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_llm.config.presets import GATED
 from dist_llm.config.schema import SavedModule
-from dist_llm.model.table import table_trained
+from dist_llm.model.table import rows_of, table_trained, uses
 from dist_llm.plan.traffic import Shape
+from dist_llm.sharding import shard
 
 PIECE = 512  # tokens of an activation at once on a CPU (model/kernels.py: TOKENS)
 MEASURED = 1 << 20  # elements of a weight whose rows are measured at once (parallel/correction.py: PIECE)
@@ -43,7 +45,7 @@ class Holds:
 class Tensors:
     """The tensors that the moments below are sums of."""
 
-    def __init__(self, shape: Shape, *, pp: int, tp: int) -> None:
+    def __init__(self, shape: Shape, *, tp: int) -> None:
         model, layout, wide = shape.model, shape.layout, shape.widths
         self.model, self.layout, self.width, self.exact = model, layout, wide.weight, wide.statistic
         self.cpu, self.masked = shape.device == "cpu", shape.masked or bool(shape.model.sliding_window)
@@ -52,8 +54,10 @@ class Tensors:
         self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
         self.whole = self.tokens * model.dim * wide.weight  # (B, S, D): the same inside a region split by feature
         self.turned = shape.micro > 1  # (B, S, D) becomes (S, B, D) by a copy
-        plans = shape.flat_plans(pp, tp).values()
-        self.weights = {_inside(slot.name): slot.shape for plan, _ in plans for slot in plan.slots}  # all blocks are alike
+        units = {unit for name in ("embedding", "blocks.0", "head") for unit in uses(model, name)}  # all blocks are alike
+        rows = (row for unit in units for row in rows_of(model, unit))
+        boxes = ((_inside(row.name), shard(row, tp=layout.tp, sp=layout.sp).box(tp)) for row in rows)
+        self.weights = {name: tuple(stop - start for start, stop in box) for name, box in boxes}
 
     def features(self, *names: str) -> int:
         """(B, S, O) of the outputs of these projections, together."""
@@ -193,26 +197,40 @@ class Block:
         self.piece = self.mlp // len(names) * pieces // t.tokens  # (piece, F)
         self.num_pieces = len(names) + 1  # in backward: the slope, the activation; of a gated one also what it does to the gate
 
-    @property
-    def holds(self) -> Holds:
-        """As `Layout.recompute` says."""
-        t, recompute = self.t, self.t.layout.recompute
-        mlp = 0 if recompute == "selective" else self.mlp + self.post
-        made = self.attention + t.stream + mlp + t.mask  # with the residual between the halves
-        graph = self._forward(kept=True)
-        if recompute == "full":
-            return Holds(t.stream, 0, self._forward(kept=False), graph, made, self._backward(made))
-        return Holds(t.stream, made, graph, 0, made, self._backward(made))
+    def holds(self, name: str) -> Holds:
+        """Of the whole, or of the half that a walk unit is, as `Layout.recompute` says."""
+        half = name.rpartition(".")[2]
+        if half == "attention":
+            return self._holds(self.attention, self._attention_forward, max(self._attention_backward(0, residual=0)))
+        mlp = (0 if self.t.layout.recompute == "selective" else self.mlp + self.post) + self.t.mask
+        if half == "mlp":
+            return self._holds(mlp, self._mlp_half_forward, max(self._mlp_backward(mlp)))
+        made, narrow = self.attention + self.t.stream + mlp, self.t.exact != self.t.width  # with the residual between the halves
+        stay = narrow * (self.by_down + self.by_mlp)  # bfloat16 gradients of an adapter, until the unit is done
+        backward = max(*self._mlp_backward(made), *self._attention_backward(stay, residual=self.t.stream))
+        return self._holds(made, self._forward, backward)
 
-    def _forward(self, *, kept: bool) -> int:
-        """Both halves, each with its dropout and its sum. kept: a graph keeps what they leave for backward."""
-        t, selective = self.t, self.t.layout.recompute == "selective"
-        attention = self.attention - t.mask - self.post
+    def _holds(self, made: int, forward: Callable[[bool], int], backward: int) -> Holds:
+        """forward: the most at once in it, asked with whether a graph keeps what is left for backward."""
+        if self.t.layout.recompute == "full":
+            return Holds(self.t.stream, 0, forward(False), forward(True), made, backward)
+        return Holds(self.t.stream, made, forward(True), 0, made, backward)
+
+    def _forward(self, kept: bool) -> int:
+        """Both halves, one after the other."""
+        return max(self._attention_forward(kept), kept * self.attention + self.t.stream + self._mlp_half_forward(kept))
+
+    def _attention_forward(self, kept: bool) -> int:
+        """With its dropout and its sum."""
+        t, attention = self.t, self.attention - self.t.mask - self.post
         row, after = attention + self._row_forward(t.model.out_bias, "attention.o"), kept * (attention + self.post) + self._sum_forward()
-        measured = max(self.attention - t.mask - self.post + t.measuring("attention.o"), t.measuring(*self.into_qkv))
-        first = max(self._columns_forward(self.qkv, self.into_qkv), row, after, measured)
-        feed_forward = max(self._mlp_forward(), (self.mlp + self.post if kept and not selective else 0) + self._sum_forward())
-        return max(first, kept * self.attention + t.stream + feed_forward)
+        measured = max(attention + t.measuring("attention.o"), t.measuring(*self.into_qkv))
+        return max(self._columns_forward(self.qkv, self.into_qkv), row, after, measured)
+
+    def _mlp_half_forward(self, kept: bool) -> int:
+        """With its dropout and its sum."""
+        kept_mlp = self.mlp + self.post if kept and self.t.layout.recompute != "selective" else 0
+        return max(self._mlp_forward(), kept_mlp + self._sum_forward())
 
     def _columns_forward(self, outputs: int, names: tuple[str, ...]) -> int:
         """Norm, gather, product."""
@@ -244,15 +262,15 @@ class Block:
         products = t.stream + t.gathering + t.whole + max(gradients, low + t.scaling(*names))
         return max(products, by_weights + t.stream + t.norm_backward(t.stream))
 
-    def _backward(self, made: int) -> int:
-        """The larger half. Bfloat16 gradients of an adapter stay until the unit is done; a feed-forward run again holds its slope."""
+    def _mlp_backward(self, made: int) -> list[int]:
+        """Beside what was made so far; a feed-forward that is run again holds its slope."""
         t = self.t
         again = self._mlp_forward() if t.layout.recompute == "selective" else 0
         full = made + (self.mlp + self.post if again else 0)
         slope = self.post or t.dropped  # of the half's output
         inner = full - self.post + slope
-        narrow = t.exact != t.width
-        feed_forward = [
+        by_down = self.by_down if t.exact != t.width else 0
+        return [
             made + 2 * t.dropped,
             made + t.dropped + again,
             full + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
@@ -261,10 +279,9 @@ class Block:
             full
             - self.post
             + (t.dropped if again else 0)
-            + narrow * self.by_down
+            + by_down
             + self._columns_backward(self.by_mlp, self.low_mlp, t.product(*self.into_mlp), self.into_mlp),
         ]
-        return max(*feed_forward, *self._attention_backward(narrow * (self.by_down + self.by_mlp)))
 
     def _down_backward(self) -> int:
         """Beside the slope: that of the activation, the activation, its parts' slopes, which take their places.
@@ -276,9 +293,9 @@ class Block:
             return max(pieces, self.piece + t.product(down))
         return t.low(down) + max(pieces, 2 * self.piece + self.by_down + t.again(down), self.piece + t.scaling(down))
 
-    def _attention_backward(self, by: int) -> list[int]:
-        """Beside the new slope of the residual; `by` gradients by weights that stay."""
-        t, whole, o = self.t, self.t.stream + self.attention + by, "attention.o"
+    def _attention_backward(self, by: int, *, residual: int) -> list[int]:
+        """residual: the slope of the residual between the halves, where it was made here; by: gradients by weights that stay."""
+        t, whole, o = self.t, residual + self.attention + by, "attention.o"
         held = whole - self.post
         by_o = self.by_o if t.exact != t.width else 0
         turned = self.qkv if t.model.qk_norm else 0  # the products that the norms of queries and keys read
@@ -292,8 +309,8 @@ class Block:
             + self.q
             + max(self.by_o + t.product(o) + t.again(o), t.scaling(o)),  # the slope of attention's output
             held + by_o + self.q + self.repeated + self.qkv,  # and those of queries, keys and values
-            t.stream + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
-            t.stream + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv, t.product("attention.q"), self.into_qkv),
+            residual + by + by_o + turned + self.qkv + self.q + (t.norm_backward(self.q) if turned else 0),
+            residual + by + by_o + self.qkv + self._columns_backward(self.by_qkv, self.low_qkv, t.product("attention.q"), self.into_qkv),
         ]
 
 
@@ -335,9 +352,7 @@ def _head(t: Tensors) -> Holds:
 
 def unit_holds(shape: Shape, *, pp: int, tp: int) -> dict[str, Holds]:
     """Walk unit -> what it holds, of the rank at pipeline and tensor coordinates (pp, tp)."""
-    tensors = Tensors(shape, pp=pp, tp=tp)
+    tensors = Tensors(shape, tp=tp)
     names = [name for units in shape.rank_stages(pp).values() for name in units]
-    blocks = Block(tensors).holds if any(name.startswith("blocks.") for name in names) else None
-    ends = {"embedding": _embedding, "head": _head}
-    found = {name: ends[name](tensors) if name in ends else blocks for name in names}
-    return {name: each for name, each in found.items() if each is not None}
+    block, ends = Block(tensors), {"embedding": _embedding, "head": _head}
+    return {name: ends[name](tensors) if name in ends else block.holds(name) for name in names}

@@ -1,4 +1,4 @@
-"""Cutting a model into pipeline stages: consecutive units, the largest stage as cheap as it can be."""
+"""Cutting a model into pipeline stages: consecutive parts, the largest stage as cheap as it can be."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dist_llm.errors import UsageError
 
 
 def cut(costs: Sequence[float], num_stages: int) -> list[range]:
-    """The units of each stage, in order: `costs` holds one cost per unit (embedding first, then blocks, head last), any unit of measure.
+    """The parts of each stage, in order: `costs` holds one cost per part of the model (embedding first, head last), any unit of measure.
 
     Among all cuts into non-empty stages, the one whose dearest stage is cheapest; among those the most even one (least sum of
     squares); among those the one with the shortest first stage, then second, and so on, because early stages hold the most
-    micro-batches. Exact: costs are compared as whole numbers, so no rounding decides a tie. Raises UsageError for too few units.
+    micro-batches. Exact: costs are compared as whole numbers, so no rounding decides a tie. Raises UsageError for too few parts.
     """
     assert num_stages >= 1 and all(math.isfinite(cost) and cost >= 0 for cost in costs), (costs, num_stages)
     if len(costs) < num_stages:
         raise UsageError(
-            f"{len(costs)} units (embedding, blocks, head) over {num_stages} stages leave {num_stages - len(costs)} stages empty",
+            f"{len(costs)} parts (embedding, halves of blocks, head) over {num_stages} stages leave {num_stages - len(costs)} stages empty",
             expected=f"at most {len(costs)} stages (pp x chunks)",
             found=f"{num_stages} stages",
         )

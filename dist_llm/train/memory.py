@@ -2,7 +2,8 @@
 
 A CPU allocator keeps no such count. The mode sees the result of every operation and remembers its storage until that
 dies; it looks inside tensors made of tensors (DTensor), and it hears of storages that are emptied and filled again
-(ZeRO-3 here, FSDP2 elsewhere). It slows a step down, so it runs in a step of its own.
+(ZeRO-3 here, FSDP2 elsewhere). What a transfer still holds when it is finished depends on the load of the machine, so
+transfers only borrow tensors meanwhile (`comm.Ledger.lending`). It slows a step down, so it runs in a step of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from dist_llm import comm
 
 
 class LiveMemory(TorchDispatchMode):
@@ -49,12 +52,14 @@ class LiveMemory(TorchDispatchMode):
                 return out
 
             torch.UntypedStorage.resize_ = told  # type: ignore[method-assign, assignment]
+            comm.ledger.lending = True
         return super().__enter__()
 
     def __exit__(self, *details: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             del torch.UntypedStorage.resize_  # the method of its base is there again
+            comm.ledger.lending = False
         super().__exit__(*details)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -62,6 +67,8 @@ class LiveMemory(TorchDispatchMode):
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a tensor made of tensors: it runs first, and what it does to its parts comes here
         out = function(*args, **(kwargs or {}))
+        if function.namespace == "c10d":
+            return out  # of what was lent to a transfer: memory that is counted already
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._see(value)
