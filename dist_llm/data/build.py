@@ -16,6 +16,7 @@ from dist_llm.data.tokenizer import Tokenizer
 from dist_llm.errors import DataError
 
 ENCODED_AT_ONCE = 1_000_000  # characters of text
+CHARACTERS = 4  # of a token, about
 
 Progress = Callable[[str, float], None]  # a message, and how much of the work is done (0 to 1)
 
@@ -93,9 +94,12 @@ def encode(
         if progress:
             progress(f"{corpus.name}: {kept_tokens:,} tokens taken up from an interrupted build", place)
 
-    for group in _groups(_after(source, documents, tell)):
+    def left() -> int | None:
+        return None if max_tokens is None else max_tokens - tokens
+
+    for group in _groups(_after(source, documents, tell), left):
         batch = []
-        for one in encoder.encode(group, limit=None if max_tokens is None else max_tokens - tokens):
+        for one in encoder.encode(group, limit=left()):
             if one is not None:
                 batch.append(Encoded(**vars(one), number=documents))
                 tokens += len(one.ids) + added
@@ -152,15 +156,21 @@ def _after(documents: Iterator[Document], count: int, tell: Callable[[float], ob
     yield from documents
 
 
-def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about ENCODED_AT_ONCE characters."""
+def _groups(documents: Iterator[Document], left: Callable[[], int | None]) -> Iterator[list[Document]]:
+    """Documents in lists of about ENCODED_AT_ONCE characters; fewer where only so many tokens are `left` to be taken."""
+
+    def enough() -> int:
+        tokens = left()
+        return ENCODED_AT_ONCE if tokens is None else min(ENCODED_AT_ONCE, CHARACTERS * tokens)
+
     group: list[Document] = []
-    held = 0
+    held, most = 0, enough()
     for document in documents:
         group.append(document)
         held += len(document.text) if document.ids is None else len(document.ids)
-        if held >= ENCODED_AT_ONCE:
+        if held >= most:
             yield group
+            most = enough()
             group, held = [], 0
     if group:
         yield group
