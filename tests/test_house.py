@@ -94,7 +94,15 @@ BESIDE = {
     },
     "the batch": {"data/batches.py", "train/proof.py", "random.py"},
     "what is noted": {"flight.py", "train/nonfinite.py"},
-    "small tables": {"mesh.py", "config/layout.py", "sharding.py", "parallel/flat.py", "schedule/actions.py", "train/learning_rate.py"},
+    "small tables": {
+        "model/table.py",
+        "mesh.py",
+        "config/layout.py",
+        "sharding.py",
+        "parallel/flat.py",
+        "schedule/actions.py",
+        "train/learning_rate.py",
+    },
     "weights and gradients that a unit holds": {"parallel/weights.py", "model/sums.py"},
 }
 
