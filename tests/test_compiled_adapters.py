@@ -55,6 +55,9 @@ RUNS = [  # models and layouts of tests/layouts.py
             ("dora and table", "tp=2,pp=2"),
             ("lora pairs", "tp=2,zero=0"),
             ("dora dropped", "dp=2,zero=3"),
+            ("halved lora", "pp=2,recompute=full"),
+            ("halved", "pp=2"),  # nothing is on its weights: gradients by them go where products add them
+            ("halved", "tp=2,pp=2,recompute=full"),
         )
     ),
 ]

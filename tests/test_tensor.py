@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.mesh import build_mesh
 from dist_llm.model.kernels import activate
 from dist_llm.model.loss import CHUNK, Counted, Slice
-from dist_llm.model.sums import close_sums, open_sums
+from dist_llm.model.sums import summing, sums_of
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import compiled, tensor
@@ -180,7 +182,7 @@ def test_compiled_operations_add_gradients_by_weights_to_their_sums(name: str) -
         outs = operation(*leaves)
         return sum(((out * slope).sum() for out, slope in zip(outs if isinstance(outs, list) else [outs], slopes, strict=True)))
 
-    with summing(leaves[1:]) as sums:
+    with summed(leaves[1:]) as sums:
         torch.autograd.grad(value(), leaves, allow_unused=True)
         gradients = torch.autograd.grad(value(), leaves, allow_unused=True)
     for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -191,17 +193,22 @@ def test_compiled_operations_add_gradients_by_weights_to_their_sums(name: str) -
         torch.autograd.grad(value(), leaves, allow_unused=True)
 
 
+def test_a_backward_that_fails_leaves_no_sums_behind() -> None:
+    """Other weights may come to lie where these were: their gradients would go to a buffer that nobody reads."""
+    weights, sums = torch.zeros(12), torch.zeros(12)
+    with pytest.raises(MemoryError), summing([(weights, sums)]):
+        place = sums_of(weights[4:10].view(2, 3))
+        assert place is not None and place.data_ptr() == sums[4:].data_ptr() and place.shape == (2, 3)
+        raise MemoryError
+    assert sums_of(weights) is None
+
+
 @contextmanager
-def summing(parameters: Iterable[torch.Tensor]) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+def summed(parameters: Iterable[torch.Tensor]) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
     """Opens sums for the matrices among parameters, zeros in their own dtype."""
     sums = {parameter: torch.zeros_like(parameter) for parameter in parameters if parameter.dim() == 2}
-    for parameter, place in sums.items():
-        open_sums(parameter, place)
-    try:
+    with summing(sums.items()):
         yield sums
-    finally:
-        for parameter in sums:
-            close_sums(parameter)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
@@ -230,13 +237,13 @@ def block_of(changes: dict[str, Any], roles: type[TensorRoles]) -> tuple[ModelCo
     return model, build_unit("blocks.0", model, make, roles(mesh.tp, sp=False, vocab=model.vocab, first=0))
 
 
-def outputs(module: Any, block: torch.nn.Module, context: Context, *, summed: bool = True) -> list[torch.Tensor]:
-    """A block's output and all its gradients; summed: those by matrices are where products add them, else autograd's."""
+def outputs(module: Any, block: torch.nn.Module, context: Context, *, added: bool = True) -> list[torch.Tensor]:
+    """A block's output and all its gradients; added: those by matrices are where products add them, else autograd's."""
     entry = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     parameters = list(block.parameters())
-    with summing(parameters if summed else []) as sums:
+    with summed(parameters if added else []) as sums:
         out = module(entry, context)
-        by_entry, *gradients = torch.autograd.grad(out.square().sum(), [entry, *parameters], allow_unused=summed)
+        by_entry, *gradients = torch.autograd.grad(out.square().sum(), [entry, *parameters], allow_unused=added)
     found = [sums.get(parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True)]
     return [out, by_entry, *(gradient for gradient in found if gradient is not None)]
 
@@ -255,7 +262,7 @@ def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
     context = make_context(model, tokens, tokens, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    expected = outputs(plain, plain, context, summed=False)
+    expected = outputs(plain, plain, context, added=False)
     assert len(expected) == 2 + len(list(plain.parameters()))
     for found in (outputs(compiled, block, context), outputs(block, block, context), outputs(plain, plain, context)):
         same(found, expected)
@@ -272,6 +279,20 @@ def test_blocks_with_dropout_compile_for_all_steps() -> None:
         same(outputs(compiled, block, context), outputs(plain, plain, context))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[1]
+
+
+def test_what_is_compiled_and_kept_belongs_to_these_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's keys do not know what a backward of ours does: they are told of our sources, once."""
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "theirs")
+    compiled.tag_caches()
+    compiled.tag_caches()
+    source = Path(compiled.__file__).parent
+    assert torch.compiler.config.cache_key_tag == f"theirs dist_llm operations {compiled.sources_digest(source)}"
+    copy = shutil.copytree(source, tmp_path / "parallel", ignore=shutil.ignore_patterns("__pycache__"))
+    assert compiled.sources_digest(copy) == compiled.sources_digest(source)
+    with (copy / "tensor.py").open("a") as file:
+        file.write("\n")
+    assert compiled.sources_digest(copy) != compiled.sources_digest(source)
 
 
 def test_compiled_blocks_keep_no_more_than_others() -> None:

@@ -146,7 +146,8 @@ class NativeEngine:
     def finish_gradients(self) -> Totals:
         """Leaves with global gradients on the ranks that own them; returns the summed loss and the norm, equal on all ranks.
 
-        Sums of squares are float64 per half of a block and added in the table's order, so that the cut into stages cannot change a bit.
+        Sums of squares are float64 per half of a block and added in the table's order: where one rank
+        has all of a unit, no cut into stages changes a bit.
         """
         totals, self.totals = self._finish() if self.totals is None else self.totals, None
         numbers, count = totals.tolist(), len(self.halves)  # the host waits for the device here

@@ -10,20 +10,25 @@ So neighbours that one product serves are one place here too, and a compiled blo
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-_open: dict[int, Tensor] = {}  # by the storage of the weights
+_open: dict[int, Tensor] = {}  # by the storage of the weights, which lives at least as long
 
 
-def open_sums(weights: Tensor, sums: Tensor) -> None:
-    """From now on gradients by views of `weights` (padded,) are added into `sums` (padded,)."""
-    _open[weights.untyped_storage()._cdata] = sums
-
-
-def close_sums(weights: Tensor) -> None:
-    """From now on they are not."""
-    _open.pop(weights.untyped_storage()._cdata, None)
+@contextmanager
+def summing(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, gradients by views of weights (padded,) are added into the sums (padded,) beside them; one use of a weight at a time."""
+    opened = {weights.untyped_storage()._cdata: sums for weights, sums in pairs}
+    _open.update(opened)
+    try:
+        yield
+    finally:
+        for key in opened:
+            del _open[key]
 
 
 def sums_of(weight: Tensor) -> Tensor | None:

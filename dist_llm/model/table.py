@@ -96,7 +96,7 @@ def table_trained(model: ModelConfig, end: SavedModule) -> bool:
 
 
 def half_names(model: ModelConfig) -> tuple[str, ...]:
-    """The same in the smallest parts that a stage may have: blocks as `blocks.3.attention` and `blocks.3.mlp`."""
+    """The forward walk in the smallest parts that a stage may have: blocks as `blocks.3.attention` and `blocks.3.mlp`."""
     halves = (f"blocks.{layer}.{half}" for layer in range(model.layers) for half in HALVES)
     return ("embedding", *halves, "head")
 

@@ -9,7 +9,9 @@ Legend: as in `tensor.py`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,24 @@ def keep_little() -> None:
     from torch._functorch import config
 
     config.ban_recompute_materialized_backward = False
+
+
+def tag_caches() -> None:
+    """From now on what torch has compiled and kept on a disk is found again only by the same operations of ours.
+
+    Its keys hold the names that are called forward, not what their backward is: another version of ours would be served
+    the backward of this one.
+    """
+    from torch.compiler import config
+
+    tag = f"dist_llm operations {sources_digest(Path(__file__).parent)}"
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag = f"{config.cache_key_tag} {tag}".strip()
+
+
+def sources_digest(folder: Path) -> str:
+    """Of all Python files in a folder."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()[:16]
 
 
 def _split(group: str, sp: bool, fp8: str) -> Split:

@@ -36,7 +36,7 @@ from dist_llm.model.stages import stage_units
 from dist_llm.model.table import rows_of, uses
 from dist_llm.model.transformer import Block, build_unit
 from dist_llm.parallel.adapted import AdaptedRoles
-from dist_llm.parallel.compiled import CompiledRoles, keep_little
+from dist_llm.parallel.compiled import CompiledRoles, keep_little, tag_caches
 from dist_llm.parallel.compiled_adapted import CompiledAdaptedRoles
 from dist_llm.parallel.flat import FlatPlan, pack
 from dist_llm.parallel.pipeline import Stage, Unit
@@ -81,6 +81,7 @@ def compose(model: ModelConfig, mesh: Mesh, options: Options) -> list[Stage]:
     fuse(options.compiled and options.device.type == "cuda")
     if options.compiled:
         keep_little()
+        tag_caches()
     first_row = split_parts(model.vocab, layout.tp)[tp][0]
     kinds = {False: (TensorRoles, CompiledRoles), True: (AdaptedRoles, CompiledAdaptedRoles)}
     kind = kinds[model.adapter.rank > 0][options.compiled]

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dist_llm import comm, flight
 from dist_llm.mesh import Mesh
+from dist_llm.model.sums import summing
 from dist_llm.model.transformer import Context
 from dist_llm.parallel.weights import FlatWeights
 from dist_llm.parallel.zero import FlatUnit
@@ -94,7 +95,7 @@ class Stage:
         """
         kept: list[Kept] = []
         for at, unit in enumerate(self.units):
-            x = None if x is None else x.detach().requires_grad_(context.training)
+            x = None if x is None else x.detach().requires_grad_(context.training)  # always: gradients by weights come with the one by x
             if context.training and unit.deferred:
                 kept.append(Kept(x, None))
                 break
@@ -131,7 +132,8 @@ class Stage:
                 edge = get_gradient_edge(self._run(unit, x, context, again=True))
             for flat, use in unit.trained:
                 flat.begin_backward(use)
-            torch.autograd.backward((edge,), (slope,))
+            with summing((flat.weights, flat.whole[use]) for flat, use in unit.trained):
+                torch.autograd.backward((edge,), (slope,))
             kept[at] = Kept(None, None)
             unit.release()
             self._after_backward(unit, reduce)

@@ -26,6 +26,7 @@ accumulator per use, added once at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ from torch import Tensor
 from dist_llm import comm
 from dist_llm.mesh import Mesh
 from dist_llm.model.init import initialise
-from dist_llm.model.sums import close_sums, open_sums
 from dist_llm.parallel.flat import FlatPlan, Piece, Slot
 from dist_llm.parallel.weights import FlatWeights, flat_view
 
@@ -103,14 +103,12 @@ class FlatUnit(FlatWeights):
         assert use not in self.reducing, self.plan.unit
         if use not in self.whole:
             self.whole[use] = torch.zeros(self.plan.padded, dtype=self.gradient_dtype, device=self.device)
-        open_sums(self.weights, self.whole[use])
         if self.dtype == self.gradient_dtype:
             for slot in self.plan.slots:
                 self.parameters[use][slot.name].grad = flat_view(self.whole[use], slot)
 
     def end_backward(self, use: int) -> None:
         """Takes over what autograd has added up beside the place, because it is bfloat16."""
-        close_sums(self.weights)
         for slot in self.plan.slots:
             parameter = self.parameters[use][slot.name]
             if parameter.grad is not None and self.dtype != self.gradient_dtype:
@@ -191,18 +189,24 @@ class FlatUnit(FlatWeights):
                 for slot, part in zip(slots, joined.split([s.numel for s in slots]), strict=True):
                     buffer[slot.offset : slot.offset + slot.numel].copy_(part)
 
+    @cached_property
+    def _halves(self) -> list[tuple[str, bool, list[Piece]]]:
+        """The runs of this rank's shard by half of a block, or unit, and whether this rank counts them."""
+        found: dict[tuple[str, bool], list[Piece]] = {}
+        for piece in self.plan.pieces(self.group.index):
+            once = self.counted and piece.slot.sharding.owner(self.mesh.at.tp)
+            found.setdefault((piece.slot.row.half, once), []).append(piece)
+        return [(half, once, pieces) for (half, once), pieces in found.items()]
+
     def square_sums(self) -> dict[str, Tensor]:
         """By half of a block, or unit: the sum of the squares of this rank's shard of the gradient, float64.
 
         Elements held twice are counted once. A replica that is not finite makes the sum NaN, so that no rank takes the update.
         """
         assert self.gradient is not None
-        runs: dict[tuple[str, bool], list[Tensor]] = {}
-        for piece in self.plan.pieces(self.group.index):
-            once = self.counted and piece.slot.sharding.owner(self.mesh.at.tp)
-            runs.setdefault((piece.slot.row.half, once), []).append(self.own_run(self.gradient, piece))
         found: dict[str, Tensor] = {}
-        for (half, once), some in runs.items():  # all in one kernel on a GPU, and without a float64 copy of the gradient
+        for half, once, pieces in self._halves:
+            some = [self.own_run(self.gradient, piece) for piece in pieces]  # one kernel on a GPU, without a float64 copy of the gradient
             squares = float(once) * torch.stack(torch._foreach_norm(some, 2, dtype=torch.float64)).square().sum()
             found[half] = found[half] + squares if half in found else squares
         return found

@@ -48,7 +48,7 @@ class Tensors:
     def __init__(self, shape: Shape, *, tp: int) -> None:
         model, layout, wide = shape.model, shape.layout, shape.widths
         self.model, self.layout, self.width, self.exact = model, layout, wide.weight, wide.statistic
-        self.cpu, self.masked = shape.device == "cpu", shape.masked or bool(shape.model.sliding_window)
+        self.fp8, self.cpu, self.masked = shape.fp8, shape.device == "cpu", shape.masked or bool(shape.model.sliding_window)
         self.tokens, self.sequence = shape.micro * shape.sequence, shape.sequence
         self.elements = self.tokens // (layout.tp if layout.sp else 1) * model.dim
         self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
@@ -69,8 +69,8 @@ class Tensors:
         return sum(rows * columns for rows, columns in found) * self.width
 
     def product(self, *names: str) -> int:
-        """The product of these neighbours' gradients, before a CPU adds its bfloat16 to sums in float32; a GPU's product adds by itself."""
-        if self.model.adapter.rank or self.exact == self.width or not self.cpu:
+        """The bfloat16 product of these neighbours' gradients, before it goes to float32 sums. A GPU's adds by itself, but in 8 bits."""
+        if self.model.adapter.rank or self.exact == self.width or not (self.cpu or self.fp8 == "tensorwise"):
             return 0
         return sum(rows * columns for rows, columns in (self.weights[f"{name}.weight"] for name in names)) * self.width
 

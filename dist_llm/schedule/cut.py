@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from dist_llm.errors import UsageError
 
@@ -24,7 +25,7 @@ def cut(costs: Sequence[float], num_stages: int) -> list[range]:
             expected=f"at most {len(costs)} stages (pp x chunks)",
             found=f"{num_stages} stages",
         )
-    total = [0, *accumulate(_whole(costs))]  # cost of units i to j - 1 = total[j] - total[i]
+    total = [0, *accumulate(_whole(costs))]  # cost of parts i to j - 1 = total[j] - total[i]
     limit = _smallest_limit(total, num_stages)
     return _most_even(total, num_stages, limit)
 
@@ -37,27 +38,41 @@ def _whole(costs: Sequence[float]) -> list[int]:
 
 
 def _smallest_limit(total: list[int], num_stages: int) -> int:
-    """The cost of the dearest stage in a best cut. best[i] = the same for the first i units and the stages so far."""
-    best = list(total)
-    for stage in range(1, num_stages):
-        for end in range(len(total) - 1, stage, -1):
-            best[end] = min(max(best[start], total[end] - total[start]) for start in range(stage, end))
-    return best[-1]
+    """The cost of the dearest stage in a best cut: the least with which stages that take as much as they may come to the end."""
+    low, high = max(b - a for a, b in pairwise(total)), total[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if _reach(total, num_stages, middle)[-1] == len(total) - 1:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _reach(total: list[int], num_stages: int, limit: int) -> list[int]:
+    """The largest number of parts that 0, 1, ... stages of at most `limit` can hold, from the first part on."""
+    reached = [0]
+    for _ in range(num_stages):
+        reached.append(bisect_right(total, total[reached[-1]] + limit) - 1)
+    return reached
 
 
 def _most_even(total: list[int], num_stages: int, limit: int) -> list[range]:
     """The cut with no stage above `limit`, the least sum of squared stage costs, and the earliest boundaries among equals.
 
-    least[s][i] = the least sum of squares for units i and later in s stages, with the end of the first of them.
+    least[s][i] = the least sum of squares for parts i and later in s stages, with the end of the first of them; only for
+    parts that the stages before can have reached.
     """
-    units = len(total) - 1
-    none = (math.inf, units)
-    least: list[list[tuple[float, int]]] = [[none] * units + [(0, units)]]
+    parts, reached = len(total) - 1, _reach(total, num_stages, limit)
+    least: list[dict[int, tuple[int, int]]] = [{parts: (0, parts)}]
     for stages in range(1, num_stages + 1):
-        row = [none] * (units + 1)
-        for start in range(units):
-            ends = (end for end in range(start + 1, units + 1) if total[end] - total[start] <= limit)
-            row[start] = min(((least[stages - 1][end][0] + (total[end] - total[start]) ** 2, end) for end in ends), default=none)
+        row: dict[int, tuple[int, int]] = {}
+        before, after = num_stages - stages, least[-1]
+        for start in range(before, reached[before] + 1):
+            last = bisect_right(total, total[start] + limit) - 1
+            ends = (end for end in range(start + 1, last + 1) if end in after)
+            if best := min(((after[end][0] + (total[end] - total[start]) ** 2, end) for end in ends), default=None):
+                row[start] = best
         least.append(row)
     cuts, start = [], 0
     for stages in range(num_stages, 0, -1):
