@@ -23,7 +23,7 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import UsageError
 from dist_llm.model.cost import forward_flops
 from dist_llm.model.stages import halves_of, stage_units
-from dist_llm.model.table import half_names
+from dist_llm.model.table import half_names, unit_names
 from dist_llm.schedule.actions import ALL, COMPUTE, RECVS, SENDS, Action, Kind, Span, channel, gives, needs, owners, parse, partner
 from dist_llm.schedule.cut import cut
 from dist_llm.schedule.draw import grid, svg, trace
@@ -442,7 +442,32 @@ def drawn(name: str, p: int, m: int, v: int, **costs: float):
 def test_the_user_page_shows_what_is_built() -> None:
     page = (HERE.parent / "docs" / "schedules.md").read_text()
     shown = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
-    assert shown == [grid(drawn(*size).spans, ranks=size[1]) for size in (("gpipe", 4, 4, 1), ("1f1b", 4, 4, 1), ("interleaved", 2, 4, 2))]
+    *grids, cuts = shown
+    assert grids == [grid(drawn(*size).spans, ranks=size[1]) for size in (("gpipe", 4, 4, 1), ("1f1b", 4, 4, 1), ("interleaved", 2, 4, 2))]
+    letters = {"embedding": "E", "head": "H", "attention": "A", "mlp": "F"}
+    found = [
+        " ".join(f"{letters[name.rpartition('.')[2]]}{re.sub('[^0-9]', '', name)}" for name in part) for part in _walked(STAGED, 256, 2)
+    ]
+    assert f"[{' | '.join(found)}]" in cuts and "dearest stage: 1.04 of an even cut                          1.09" in cuts
+    assert [round(_dearest(STAGED, 256, 2, whole=whole), 2) for whole in (False, True)] == [1.04, 1.09]
+    for name, preset in (("Llama 3 8B", "llama3-8b"), ("Llama 3 70B", "llama3-70b"), ("Qwen3 8B", "qwen3-8b")):
+        pairs = [[f"{_dearest({'preset': preset}, 4096, pp, whole=whole):.2f}" for whole in (False, True)] for pp in (4, 8, 16)]
+        assert f"| {name} | {' | '.join(', '.join(pair) for pair in pairs)} |" in page
+
+
+def _walked(model: dict[str, Any], sequence: int, num_stages: int) -> list[list[str]]:
+    stages = stage_units(ModelConfig.model_validate(model), sequence, num_stages)
+    return [[half for unit in units for half in halves_of(unit)] for units in stages]
+
+
+def _dearest(model: dict[str, Any], sequence: int, num_stages: int, *, whole: bool) -> float:
+    """The cost of the dearest stage as a part of an even share. whole: of blocks that are not cut."""
+    costs = forward_flops(ModelConfig.model_validate(model), sequence)
+    stages = [sum(costs[half] for half in part) for part in _walked(model, sequence, num_stages)]
+    if whole:
+        units = [sum(costs[half] for half in halves_of(unit)) for unit in unit_names(ModelConfig.model_validate(model))]
+        stages = [sum(units[at] for at in part) for part in cut(units, num_stages)]
+    return max(stages) * num_stages / sum(costs.values())
 
 
 @pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
