@@ -11,6 +11,7 @@ memory is counted (`Ledger.lending`) `finish()` waits for that too.
 
 from __future__ import annotations
 
+import ctypes
 import time
 import weakref
 from collections import defaultdict
@@ -77,7 +78,7 @@ class Pending:
     result: Callable[[], Tensor]
     note: tuple[str, str, float, float] = ("", "", 0.0, 0.0)
     number: int = -1  # in the flight recorder
-    lent: Sequence[tuple[Tensor, weakref.ref]] = ()  # held as the work holds it; the storage that the backend has of it, while it does
+    lent: Sequence[tuple[Tensor, weakref.ref]] = ()  # held as the work holds it; what the backend has of it, while it does
 
     def finish(self) -> Tensor:
         """Waits for the transfer and returns its result."""
@@ -85,8 +86,8 @@ class Pending:
             with _waiting(self.number):
                 self.work.wait()
                 if self.lent:
-                    self.work = None  # it holds the backend's storages too
-                while any(storage() is not None for _, storage in self.lent):
+                    self.work = None  # it holds what the backend has
+                while any(buffer() is not None for _, buffer in self.lent):
                     time.sleep(0)  # the backend's thread has told of the end already, and is about to let go
             name, axis, start, sent = self.note
             if ledger.recording:
@@ -138,11 +139,16 @@ def _begin(
     """Begins call(*tensors, group=..., **how); the last tensor is what the flight recorder tells of."""
     ledger.book(group.axis, sent)
     number, given, lent = _recorded(name, group, tensors[-1]), tensors, []
-    if ledger.lending:
-        given = [torch.from_dlpack(x.detach()) for x in tensors]  # the same memory, by a storage that is the backend's alone
-        lent = [(x, weakref.ref(its.untyped_storage())) for x, its in zip(tensors, given, strict=True)]
+    if ledger.lending and all(x.numel() and x.device.type == "cpu" for x in tensors):
+        given, lent = zip(*(_lend(x) for x in tensors), strict=True)
     work = call(*given, group=group.handle, **how)
     return Pending(work, result, (name, group.axis, time.perf_counter(), sent), number, lent)
+
+
+def _lend(x: Tensor) -> tuple[Tensor, tuple[Tensor, weakref.ref]]:
+    """The memory of a tensor on the host as another one, flat, that holds nothing of the first; the first, and what dies with the other."""
+    buffer = (ctypes.c_char * x.nbytes).from_address(x.data_ptr())
+    return torch.frombuffer(buffer, dtype=x.dtype), (x, weakref.ref(buffer))
 
 
 def _done(x: Tensor) -> Pending:
