@@ -323,7 +323,7 @@ HALVED_ROWS: list[tuple[str, str]] = [
     ("halved", "tp=2,pp=2"),
     ("halved", "dp=2,pp=2,zero=3"),
     ("halved, tied", "tp=2,pp=2,sp=off,recompute=selective"),
-    ("halved, tied", "pp=3"),
+    ("halved, tied", "pp=2"),
     ("halved lora", "tp=2,pp=2"),
     ("halved lora", "dp=2,pp=2,zero=3,unshard=micro_batch"),
     ("halved nf4", "pp=2,recompute=full"),

@@ -445,12 +445,10 @@ def test_the_user_page_shows_what_is_built() -> None:
     *grids, cuts = shown
     assert grids == [grid(drawn(*size).spans, ranks=size[1]) for size in (("gpipe", 4, 4, 1), ("1f1b", 4, 4, 1), ("interleaved", 2, 4, 2))]
     letters = {"embedding": "E", "head": "H", "attention": "A", "mlp": "F"}
-    found = [
-        " ".join(f"{letters[name.rpartition('.')[2]]}{re.sub('[^0-9]', '', name)}" for name in part) for part in _walked(STAGED, 256, 2)
-    ]
-    assert f"[{' | '.join(found)}]" in cuts and "dearest stage: 1.04 of an even cut                          1.09" in cuts
-    assert [round(_dearest(STAGED, 256, 2, whole=whole), 2) for whole in (False, True)] == [1.04, 1.09]
-    for name, preset in (("Llama 3 8B", "llama3-8b"), ("Llama 3 70B", "llama3-70b"), ("Qwen3 8B", "qwen3-8b")):
+    found = [" ".join(f"{letters[name.rpartition('.')[2]]}{re.sub('[^0-9]', '', name)}" for name in part) for part in _walked(FIVE, 256, 2)]
+    assert f"[{' | '.join(found)}]" in cuts and "dearest stage: 1.06 of an even cut                 1.17" in cuts
+    assert [round(_dearest(FIVE, 256, 2, whole=whole), 2) for whole in (False, True)] == [1.06, 1.17]
+    for name, preset in (("Llama 3 8B", "llama3-8b"), ("Mistral 7B", "mistral-7b"), ("Qwen3 8B", "qwen3-8b")):
         pairs = [[f"{_dearest({'preset': preset}, 4096, pp, whole=whole):.2f}" for whole in (False, True)] for pp in (4, 8, 16)]
         assert f"| {name} | {' | '.join(', '.join(pair) for pair in pairs)} |" in page
 
@@ -550,16 +548,19 @@ def test_cut_counts_embedding_and_head() -> None:
         cut([1.0] * 4, 6)
 
 
+FIVE = {"family": "llama", "layers": 5, "dim": 256, "heads": 8, "ffn": 688, "vocab": 512, "tied": False}
 STAGED = {"family": "llama", "layers": 6, "dim": 256, "heads": 8, "ffn": 688, "vocab": 2048, "tied": False}
 
 
 def test_a_block_is_cut_where_that_evens_out_the_stages() -> None:
-    """With as large a head, three blocks and half of one are as dear as the other half, two blocks and the head."""
+    """And where it is worth it: with six blocks and as large a head it would save 4 % of the dearest stage, with five and less 9 %."""
     model = ModelConfig.model_validate(STAGED)
     assert stage_units(model, 256, 1) == [["embedding", *(f"blocks.{layer}" for layer in range(6)), "head"]]
-    first, second = stage_units(model, 256, 2)
-    assert first == ["embedding", "blocks.0", "blocks.1", "blocks.2", "blocks.3.attention"]
-    assert second == ["blocks.3.mlp", "blocks.4", "blocks.5", "head"]
+    assert stage_units(model, 256, 2) == [["embedding", "blocks.0", "blocks.1", "blocks.2"], ["blocks.3", "blocks.4", "blocks.5", "head"]]
+    first, second = stage_units(ModelConfig.model_validate(FIVE), 256, 2)
+    assert first == ["embedding", "blocks.0", "blocks.1", "blocks.2.attention"]
+    assert second == ["blocks.2.mlp", "blocks.3", "blocks.4", "head"]
+    assert len(stage_units(ModelConfig.model_validate({**STAGED, "layers": 2}), 256, 5)) == 5, "no whole blocks would do"
 
 
 @pytest.mark.parametrize("changes", [{}, {"layers": 9, "vocab": 101}, {"layers": 12, "vocab": 50304, "tied": True}], ids=str)
@@ -572,11 +573,14 @@ def test_stages_hold_each_half_once_and_the_dearest_is_the_cheapest_there_is(cha
     assert [half for part in walked for half in part] == list(half_names(model)) == list(costs)
     assert all(f"{block}.attention" not in units or f"{block}.mlp" not in units for units in stages for block in map(_block, units))
     names, places = list(half_names(model)), range(1, len(half_names(model)))
-    best = min(
-        max(sum(costs[name] for name in names[a:b]) for a, b in itertools.pairwise((0, *ends, len(names))))
-        for ends in itertools.combinations(places, num_stages - 1)
+    best, whole = (
+        min(
+            max(sum(costs[name] for name in names[a:b]) for a, b in itertools.pairwise((0, *ends, len(names))))
+            for ends in itertools.combinations(some, num_stages - 1)
+        )
+        for some in (places, places[::2])  # everywhere; before and behind whole blocks
     )
-    assert max(sum(costs[half] for half in part) for part in walked) == best
+    assert max(sum(costs[half] for half in part) for part in walked) == (best if best <= 0.95 * whole else whole)
 
 
 def _block(unit: str) -> str:

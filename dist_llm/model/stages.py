@@ -11,17 +11,33 @@ from collections.abc import Sequence
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.model.cost import forward_flops
-from dist_llm.model.table import HALVES, half_names
+from dist_llm.model.table import HALVES, half_names, unit_names
 from dist_llm.schedule.cut import cut
+
+WORTH = 0.05  # of the dearest stage: what a cut inside a block must save, because FLOPs tell costs no better than that
 
 
 def stage_units(model: ModelConfig, sequence: int, num_stages: int) -> list[list[str]]:
-    """The walk units of each stage, cut so that the dearest stage is as cheap as it can be: whole blocks, and halves at its ends.
+    """The walk units of each stage, cut so that the dearest stage is as cheap as it can be: whole blocks, or halves at its ends.
 
     Raises UsageError for too few parts.
     """
-    names, costs = half_names(model), forward_flops(model, sequence)
-    return [_joined([names[at] for at in part]) for part in cut([costs[name] for name in names], num_stages)]
+    costs = forward_flops(model, sequence)
+    finest = _cut([(name,) for name in half_names(model)], costs, num_stages)
+    units = [halves_of(unit) for unit in unit_names(model)]
+    whole = _cut(units, costs, num_stages) if len(units) >= num_stages else finest
+    best = finest if _dearest(finest, costs) <= (1.0 - WORTH) * _dearest(whole, costs) else whole
+    return [_joined(part) for part in best]
+
+
+def _cut(parts: Sequence[tuple[str, ...]], costs: dict[str, float], num_stages: int) -> list[list[str]]:
+    """Parts that stay together, in order -> the halves of each stage."""
+    weights = [sum(costs[half] for half in part) for part in parts]
+    return [[half for at in stage for half in parts[at]] for stage in cut(weights, num_stages)]
+
+
+def _dearest(stages: Sequence[Sequence[str]], costs: dict[str, float]) -> float:
+    return max(sum(costs[half] for half in halves) for halves in stages)
 
 
 def halves_of(unit: str) -> tuple[str, ...]:
