@@ -195,7 +195,7 @@ def test_host_memory_counts_where_the_device_is_the_host() -> None:
 
 def test_the_fullest_rank_is_told() -> None:
     """In this 1f1b pipeline the second: the first keeps one micro-batch more, but fewer blocks."""
-    shape = shape_of(Config.model_validate(run_of(layers=7, batch=16)), layout_of("pp=4"), dtype="float32")
+    shape = shape_of(Config.model_validate(run_of(layers=10, batch=16)), layout_of("pp=4"), dtype="float32")
     each = [peak_bytes(shape, pp=pp) for pp in range(4)]
     assert predicted(shape)["memory_bytes"] == each[1] == max(each, key=lambda parts: parts["total"])
 
