@@ -281,13 +281,13 @@ def test_blocks_with_dropout_compile_for_all_steps() -> None:
     assert graphs[-1] == graphs[1]
 
 
-def test_what_is_compiled_and_kept_belongs_to_these_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_and_kept_belongs_to_these_operations(tmp_path: Path) -> None:
     """torch's keys do not know what a backward of ours does: they are told of our sources, once."""
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "theirs")
-    compiled.tag_caches()
-    compiled.tag_caches()
     source = Path(compiled.__file__).parent
-    assert torch.compiler.config.cache_key_tag == f"theirs dist_llm operations {compiled.sources_digest(source)}"
+    with torch.compiler.config.patch(cache_key_tag="theirs"):
+        compiled.tag_caches()
+        compiled.tag_caches()
+        assert torch.compiler.config.cache_key_tag == f"theirs dist_llm operations {compiled.sources_digest(source)}"
     copy = shutil.copytree(source, tmp_path / "parallel", ignore=shutil.ignore_patterns("__pycache__"))
     assert compiled.sources_digest(copy) == compiled.sources_digest(source)
     with (copy / "tensor.py").open("a") as file:
