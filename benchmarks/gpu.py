@@ -53,7 +53,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.earlier is not None:
         earlier = read(given.earlier)
         if earlier is None:
-            parser.error(f"{given.earlier} is no result of this benchmark")
+            why = "is no result of this benchmark" if given.earlier.exists() else "is not there"
+            parser.error(f"{given.earlier} {why}; results are in {RESULTS}")
     parts = with_blocks(lacking(named(given.only), earlier["parts"] if earlier else (), again=given.again))
     if given.plan:
         print(planned(parts, earlier or newest(RESULTS)))
