@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_parts import PARTS, Part, lacking, named, plan, turns, with_blocks
+from benchmarks.gpu_parts import PARTS, Part, failures, lacking, named, plan, turns, with_blocks
 from benchmarks.gpu_worker import ROOT, Workers
 
 VERSION = 1
@@ -97,8 +97,8 @@ def measure(
             found = run(turn, end - now, some[at + 1] if at + 1 < len(some) else ())
         entries = [{"name": part.name, **one} for part, one in zip(turn, found, strict=True)]
         for entry in entries:
-            if "error" in entry:
-                say(f"          {entry['name']}: {entry['error']}")
+            for failure in failures(entry):
+                say(f"          {entry['name']}: {failure}")
         note(entries)
 
 

@@ -77,10 +77,19 @@ def named(text: str) -> list[Part]:
 
 
 def lacking(parts: Iterable[Part], entries: Iterable[dict[str, Any]], *, again: bool = False) -> list[Part]:
-    """Those without a result among the entries of an earlier call, in their order; then, with `again`, the others."""
-    done = {entry["name"] for entry in entries if "result" in entry}
+    """Those without a whole result among the entries of an earlier call, in their order; then, with `again`, the others."""
+    done = {entry["name"] for entry in entries if "result" in entry and not failures(entry)}
     parts = list(parts)
     return [part for part in parts if part.name not in done] + [part for part in parts if again and part.name in done]
+
+
+def failures(entry: dict[str, Any]) -> list[str]:
+    """What went wrong in a part: all of it, or some of the layouts that it proves."""
+    result = entry.get("result", {})
+    rows = {**result.get("losses", {}), **result.get("rows", {})} if entry["name"] in ("stages", "shared") else {}
+    bad = {name: row for name, row in rows.items() if isinstance(row, dict) and not row.get("equal")}
+    found = [f"{name}: {row.get('error', 'not equal')}" for name, row in bad.items()]
+    return [entry["error"], *found] if "error" in entry else found
 
 
 def with_blocks(parts: Sequence[Part]) -> list[Part]:

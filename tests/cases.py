@@ -24,6 +24,7 @@ from dist_llm.errors import DataError, Failure, SpaceError
 from dist_llm.mesh import Group, build_mesh
 from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.model.roles import Roles
+from dist_llm.model.sums import summing
 from dist_llm.parallel.tensor import TensorRoles
 from dist_llm.ranks import run_ranks
 from dist_llm.sharding import split_parts
@@ -378,8 +379,11 @@ def tensor_embed(rank: int, world: int, say: Say, sp: bool, vocab: int) -> None:
     expected, found = pair.plain.embed(tokens, whole), pair.split.embed(tokens, mine)
     pair.same(pair.outside(expected), found, "embed")
     (by_whole,) = torch.autograd.grad(expected, whole, slope)
-    (by_mine,) = torch.autograd.grad(found, mine, pair.outside(slope))
+    (by_mine,) = torch.autograd.grad(found, mine, pair.outside(slope), retain_graph=True)
     pair.same(by_whole[rows], by_mine, "embed by weight")
+    with summing([(mine.detach(), sums := torch.ones_like(mine.detach()))]):
+        assert torch.autograd.grad(found, mine, pair.outside(slope), allow_unused=True) == (None,)
+    pair.same(by_whole[rows] + 1.0, sums, "embed by weight, added")
 
 
 def tensor_loss(rank: int, world: int, say: Say, sp: bool, vocab: int, smoothing: float, all_ignored: bool, weighted: bool) -> None:
@@ -398,10 +402,16 @@ def tensor_loss(rank: int, world: int, say: Say, sp: bool, vocab: int, smoothing
     with torch.no_grad():
         assert torch.equal(pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels, weights=weights), found.detach())
     by_whole, by_mine = torch.autograd.grad(expected * 0.7, whole), list(torch.autograd.grad(found * 0.7, mine))
-    pair.same(pair.outside(by_whole[0]), by_mine[0], "loss by x")
-    summed = comm.all_reduce(by_mine[1].clone(), pair.mesh.tp) if sp else by_mine[1]
-    pair.same(by_whole[1], summed, "loss by the norm's weight")
-    pair.same(by_whole[2][rows], by_mine[2], "loss by weight")
+    slope, sums = torch.tensor(0.7, dtype=torch.float64), torch.ones_like(mine[2].detach())
+    with summing([(mine[2].detach(), sums)], slope=slope):  # known before the forward: the same, added to what is there
+        again = pair.split.loss(mine[0], _feeds(mine[1], [], [])[0], mine[2], labels, weights=weights)
+        by_added = list(torch.autograd.grad(again, mine, slope, allow_unused=True))
+    assert torch.equal(again, found) and by_added.pop() is None
+    for by_x, by_gain, by_weight in (by_mine, [*by_added, sums - 1.0]):
+        pair.same(pair.outside(by_whole[0]), by_x, "loss by x")
+        summed = comm.all_reduce(by_gain.clone(), pair.mesh.tp) if sp else by_gain
+        pair.same(by_whole[1], summed, "loss by the norm's weight")
+        pair.same(by_whole[2][rows], by_weight, "loss by weight")
     pair.same(pair.plain.logits(x, weight)[..., rows], pair.split.logits(pair.outside(x), weight[rows]), "logits")
 
 

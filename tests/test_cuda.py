@@ -209,7 +209,7 @@ def test_layouts_that_share_the_device_compare_as_equal(tmp_path: Path) -> None:
     words = ["compare", "configs/tiny.yaml", "dp=2,zero=3", "tp=2", "pp=2", "runtime.device=cuda", "runtime.backend=gloo"]
     done = run_command([*words, f"save.dir={tmp_path}/run", f"data.dir={tmp_path}/data"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "not equal" not in done.stdout and done.stdout.count("equal") >= 3
+    assert "all equal to dp=1" in done.stdout and done.stderr.count(": equal, largest difference") == 3, done.stdout + done.stderr
 
 
 def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ import torch
 
 from dist_llm.model import fused
 from dist_llm.model.fused import fuse
-from dist_llm.model.loss import Slice, loss_and_gradients
+from dist_llm.model.loss import Slice, _statistics, loss_and_gradients
 from dist_llm.parallel import compose
 from tests.engine_cases import build, config, layout_of
 
@@ -74,6 +74,29 @@ def test_nothing_is_compiled_on_a_cpu() -> None:
     given["runtime"]["compile"] = True
     build(given, vars(layout_of("dp=1")), 0, "float32")
     assert not fused._on
+
+
+@pytest.mark.long
+def test_the_compiler_knows_the_statistics_as_a_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it takes the largest logit and the exponentials in one pass, on a GPU. It asks whether it may only where it has found one."""
+    from torch._inductor.fx_passes import post_grad
+
+    asked: list[str] = []
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(torch._inductor.config, name)
+
+    monkeypatch.setattr(post_grad, "config", Asked())
+    torch._dynamo.reset()
+    fuse(True)
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            _statistics(torch.randn(64, 500), torch.arange(64), 0, False, True)
+    finally:
+        fuse(False)
+    assert "online_softmax" in asked
 
 
 @pytest.mark.long

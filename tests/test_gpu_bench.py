@@ -57,6 +57,26 @@ def test_a_part_that_fails_is_noted_and_the_next_one_runs() -> None:
     assert found == [[{"name": "a", "error": "out of memory"}], [{"name": "b", "result": {"x": 1}}]]
 
 
+def test_layouts_that_fail_are_said_and_measured_again() -> None:
+    refused = {"name": "shared", "result": {"rows": {"tp=2": {"error": "no"}, "pp=2": {"equal": True}, "dp=2": {"equal": False}}}}
+    said: list[str] = []
+    measure([[part_of("shared", what="shared")]], lambda *_: [refused], end=time.monotonic() + 99.0, note=lambda _: None, say=said.append)
+    assert [line.strip() for line in said[1:]] == ["shared: tp=2: no", "shared: dp=2: not equal"]
+    good = {"name": "stages", "result": {"losses": {"zero=0": [4.6], "zero=1": [4.6]}}}
+    bad = {"name": "8b ends", "error": "not begun"}
+    assert [part.name for part in lacking(PARTS[-3:], [refused, good, bad])] == ["8b ends", "shared"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ranks_that_share_a_device_are_asked_for_over_gloo(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("dist_llm.ranks.run_ranks", lambda world, work, job, *_, **__: asked.append(job["config"]["runtime"]))
+    monkeypatch.setattr("dist_llm.train.proof.read_run", lambda folder: folder)
+    monkeypatch.setattr(gpu_work, "_judged", lambda *_: gpu_work.small_config(torch.device(device), "gloo")["runtime"])
+    found = gpu_work.shared(torch.device(device), True)
+    assert asked == [*found["rows"].values(), asked[0]] and asked[0]["backend"] == "gloo" and asked[0]["device"] == device
+
+
 def test_a_turn_has_the_time_that_is_left_and_the_next_one_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[float, list[str]]] = []
     now = [0.0]

@@ -80,6 +80,24 @@ def test_weighted_tokens_equal_torch(tokens: int, smoothing: float) -> None:
     assert torch.equal(ones, ChunkedCrossEntropy.apply(x, weight, labels, smoothing))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("smoothing", "softcap"), [(0.0, 0.0), (0.1, 0.0), (0.0, 3.0)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_are_scaled_and_added_on_the_way(weighted: bool, smoothing: float, softcap: float, dtype: torch.dtype) -> None:
+    """With a slope that is known before: over three chunks, into a sum that is there already; the loss is as without."""
+    tokens, exact = 2 * CHUNK + 5, module.wide(dtype)
+    x, weight, labels = (each.detach() for each in case(tokens, dtype=dtype))
+    weights = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) if weighted else None
+    part, slope = module.whole(weight, smoothing, softcap), torch.tensor(0.37, dtype=torch.float64)
+    expected, by_x, by_weight = loss_and_gradients(x, weight, labels, part, weights)
+    total = torch.ones(weight.shape, dtype=exact)
+    loss, scaled, none = loss_and_gradients(x, weight, labels, part, weights, slope=slope, total=total)
+    assert none is None and by_weight is not None and torch.equal(loss, expected)
+    close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.1}
+    torch.testing.assert_close(scaled, by_x * slope.to(dtype), **close)
+    torch.testing.assert_close(total - 1.0, by_weight.to(exact) * slope.to(exact), **close)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_ignored_labels_give_no_loss_and_no_gradient(smoothing: float) -> None:
     x, weight, labels = case(50, ignore=0.0)

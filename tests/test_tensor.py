@@ -17,7 +17,8 @@ from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.mesh import build_mesh
 from dist_llm.model.kernels import activate
 from dist_llm.model.loss import CHUNK, Counted, Slice
-from dist_llm.model.sums import summing, sums_of
+from dist_llm.model.parts import Norm, Projection, Projections
+from dist_llm.model.sums import add_rows, known_slope, summing, sums_of
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import compiled, tensor
@@ -196,11 +197,12 @@ def test_compiled_operations_add_gradients_by_weights_to_their_sums(name: str) -
 def test_a_backward_that_fails_leaves_no_sums_behind() -> None:
     """Other weights may come to lie where these were: their gradients would go to a buffer that nobody reads."""
     weights, sums = torch.zeros(12), torch.zeros(12)
-    with pytest.raises(MemoryError), summing([(weights, sums)]):
+    with pytest.raises(MemoryError), summing([(weights, sums)], slope=torch.tensor([3.0, 0.0])):
         place = sums_of(weights[4:10].view(2, 3))
+        assert known_slope() == 3.0
         assert place is not None and place.data_ptr() == sums[4:].data_ptr() and place.shape == (2, 3)
         raise MemoryError
-    assert sums_of(weights) is None
+    assert sums_of(weights) is None and known_slope() is None
 
 
 @contextmanager
@@ -266,6 +268,37 @@ def test_blocks_compile_around_the_operations(changes: dict[str, Any]) -> None:
     assert len(expected) == 2 + len(list(plain.parameters()))
     for found in (outputs(compiled, block, context), outputs(block, block, context), outputs(plain, plain, context)):
         same(found, expected)
+
+
+@pytest.mark.parametrize(("narrow", "fp8", "products"), [(24, "off", 1), (23, "off", 2), (23, "tensorwise", 1), (23, "rowwise", 1)])
+def test_wide_neighbours_are_projected_one_by_one(narrow: int, fp8: str, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a compiler need not put their slopes side by side; the numbers and the sums are the same."""
+    monkeypatch.setattr(compiled, "NARROW", narrow)
+    source = torch.Generator().manual_seed(0)
+    flat = torch.randn(48, 16, generator=source).bfloat16()
+    made = {f"{name}.weight": torch.nn.Parameter(part) for name, part in zip("ab", flat.split(24), strict=True)}
+    pair = Projections(*(Projection(made.get, name) for name in "ab"))
+    x = torch.randn(2, 8, 16, generator=source).bfloat16().requires_grad_()
+    roles = CompiledRoles(build_mesh(Layout(), 0).tp, sp=False, vocab=11, first=0, fp8=fp8)
+    assert pair.joined
+    found = roles.columns(x, Norm(made.get, "none", kind="rms", eps=1e-5), pair)
+    assert len({part.untyped_storage().data_ptr() for part in found}) == products
+    slopes = [torch.randn(2, 8, 24, generator=source).bfloat16() for _ in found]
+    with summing([(flat, sums := torch.zeros(48, 16))]):
+        (by_x,) = torch.autograd.grad(found, x, slopes)
+    if fp8 == "off":
+        whole = torch.cat(slopes, -1).flatten(0, 1)
+        torch.testing.assert_close(torch.cat(found, -1), x @ flat.T)
+        torch.testing.assert_close(by_x.flatten(0, 1), whole @ flat, rtol=0.02, atol=0.05)
+        torch.testing.assert_close(sums, (whole.T @ x.flatten(0, 1)).float())
+
+
+def test_rows_are_added_where_they_repeat() -> None:
+    total, rows, values = torch.ones(5, 3), torch.tensor([4, 0, 4, 4]), torch.arange(12.0).view(4, 3).bfloat16()
+    expected = total.clone()
+    for row, value in zip(rows, values, strict=True):
+        expected[row] += value.float()
+    assert torch.equal(add_rows(total, rows, values), expected) and torch.equal(total, expected)
 
 
 def test_blocks_with_dropout_compile_for_all_steps() -> None:

@@ -72,9 +72,20 @@ class Objective(Protocol):
         """x (T, D), weight (v, D), labels (T,) -> float64; where there are several numbers the first is the loss."""
 
     def with_gradients(
-        self, x: Tensor, weight: Tensor, labels: Tensor, part: Slice, *, trained: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        part: Slice,
+        *,
+        trained: bool,
+        slope: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `alone`, with the gradients of the loss by x (T, D) and by weight (v, D), if it is trained."""
+        """As `alone`, with the gradients of the loss by x (T, D) and by weight (v, D), if it is trained.
+
+        slope and total: as `loss_and_gradients` takes them.
+        """
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,18 @@ class Counted:
         return loss_alone(x, weight, labels, part, self.weights)
 
     def with_gradients(
-        self, x: Tensor, weight: Tensor, labels: Tensor, part: Slice, *, trained: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        part: Slice,
+        *,
+        trained: bool,
+        slope: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As Objective."""
-        return loss_and_gradients(x, weight, labels, part, self.weights, trained=trained)
+        return loss_and_gradients(x, weight, labels, part, self.weights, trained=trained, slope=slope, total=total)
 
 
 def loss_alone(
@@ -114,20 +133,27 @@ def loss_and_gradients(
     *,
     trained: bool = True,
     each: Tensor | None = None,
+    slope: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `loss_alone` -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D), if it is trained)."""
+    """As `loss_alone` -> (summed loss, float64; its gradient by x (T, D), this slice's part; by weight (v, D), if it is trained).
+
+    slope: a float64 scalar by which the gradients are multiplied; the loss is not. total (v, D), which may be wider than the
+    weight: the gradient by it is added there, and none is returned.
+    """
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    by_x = torch.empty_like(x)
-    by_weight = torch.zeros_like(weight, dtype=wide(weight.dtype)) if trained else None  # chunks add up in float32
+    by_x, by_weight = torch.empty_like(x), total
+    if trained and total is None:
+        by_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))  # chunks add up in float32
     for here in _chunks(x, weight):
-        taken, slope = _chunk(x[here], weight, labels[here], part, _some(weights, here))
+        taken, by_logits = _chunk(x[here], weight, labels[here], part, _some(weights, here), slope)
         _take(taken, loss, each, here)
-        slope = slope.to(x.dtype)
-        torch.mm(slope, weight, out=by_x[here])
+        by_logits = by_logits.to(x.dtype)
+        torch.mm(by_logits, weight, out=by_x[here])
         if by_weight is not None:
-            add_product(by_weight, slope.T, x[here])
-        del slope  # before the next chunk makes its logits
-    return loss, by_x, None if by_weight is None else by_weight.to(weight.dtype)
+            add_product(by_weight, by_logits.T, x[here])
+        del by_logits  # before the next chunk makes its logits
+    return loss, by_x, None if by_weight is None or total is not None else by_weight.to(weight.dtype)
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -147,8 +173,10 @@ def _some(weights: Tensor | None, here: slice) -> Tensor | None:
     return None if weights is None else weights[here]
 
 
-def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss of each token of a chunk, and the slope of their sum by each logit (chunk, v).
+def _chunk(
+    x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tensor | None, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of each token of a chunk, and the slope of their sum by each logit (chunk, v), times `slope`.
 
     As it is, all happens in the memory of the logits. Compiled, a pass costs its bytes and little else: the logits stay
     what they are, read twice, and the slope comes in the dtype of x.
@@ -162,8 +190,8 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, part: Slice, weights: Tens
     shared: Shared = (known.largest, known.exponentials, known.label, known.total)
     rule = (part.first, part.vocab, part.smoothing)
     if kept:
-        return _loss_and_new_slope(logits, labels, weights, bend, shared, *rule, x.dtype)
-    return _loss_and_slope(logits, labels, weights, bend, largest, shared, *rule), logits
+        return _loss_and_new_slope(logits, labels, weights, slope, bend, shared, *rule, x.dtype)
+    return _loss_and_slope(logits, labels, weights, slope, bend, largest, shared, *rule), logits
 
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
@@ -179,10 +207,10 @@ def _statistics(logits: Tensor, labels: Tensor, first: int, smoothed: bool, kept
     """Logits (chunk, v) -> what `Statistics` holds, of this slice. Unless they are kept, they become exp(logit - largest)."""
     inside, local = _local(labels, first=first, rows=logits.shape[1])
     label = logits.gather(1, local[:, None])[:, 0].masked_fill_(~inside, 0.0)
-    largest, total = logits.amax(-1), logits.sum(-1) if smoothed else None
-    relative = logits - largest[:, None] if kept else logits.sub_(largest[:, None])
-    exponentials = relative.exp_().sum(-1)
-    return largest, exponentials, label, total
+    largest, total = logits.amax(-1, keepdim=True), logits.sum(-1) if smoothed else None
+    relative = logits - largest if kept else logits.sub_(largest)
+    exponentials = (relative.exp() if kept else relative.exp_()).sum(-1, keepdim=True)  # as a compiler knows a softmax: one pass for both
+    return largest[:, 0], exponentials[:, 0], label, total
 
 
 @fused
@@ -190,6 +218,7 @@ def _loss_and_slope(
     slope: Tensor,
     labels: Tensor,
     weights: Tensor | None,
+    scale: Tensor | None,
     bend: Tensor | None,
     local_largest: Tensor,
     shared: Shared,
@@ -199,7 +228,7 @@ def _loss_and_slope(
 ) -> Tensor:
     """exp(logit - local_largest) (chunk, v) becomes the slope in place; the rest is of the whole vocabulary, (chunk,). Leaves each loss."""
     inside, local = _local(labels, first=first, rows=slope.shape[1])
-    loss, counted = _losses(labels, weights, shared, vocab, smoothing)
+    loss, counted = _losses(labels, weights, scale, shared, vocab, smoothing)
     largest, exponentials = shared[:2]
     # Of a softmax relative to this slice's largest logit only one factor a token is missing.
     slope.mul_(((local_largest - largest).exp() / exponentials * counted)[:, None])
@@ -217,6 +246,7 @@ def _loss_and_new_slope(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
+    scale: Tensor | None,
     bend: Tensor | None,
     shared: Shared,
     first: int,
@@ -225,7 +255,7 @@ def _loss_and_new_slope(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """As `_loss_and_slope`, of the logits (chunk, v) themselves -> (each loss, the slope in `dtype`)."""
-    loss, counted = _losses(labels, weights, shared, vocab, smoothing)
+    loss, counted = _losses(labels, weights, scale, shared, vocab, smoothing)
     largest, exponentials = shared[:2]
     slope = (logits - largest[:, None]).exp() * (counted / exponentials)[:, None]
     hit = torch.arange(first, first + logits.shape[1], device=labels.device) == labels[:, None]
@@ -255,21 +285,21 @@ def _scale_by(gradient: Tensor, slope: Tensor) -> Tensor:
 def _losses(
     labels: Tensor,
     weights: Tensor | None,
+    scale: Tensor | None,
     shared: Shared,
     vocab: int,
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """(the loss of each token times its weight, what the token counts), both (chunk,)."""
+    """(the loss of each token times its weight, what the token counts times `scale`, a scalar), both (chunk,)."""
     largest, exponentials, label, total = shared
     counted = (labels >= 0).to(largest.dtype)
     loss = largest + exponentials.log() - (1.0 - smoothing) * label
     if total is not None:
         loss = loss - smoothing / vocab * total
     loss = loss.masked_fill(labels < 0, 0.0)
-    if weights is None:
-        return loss, counted
-    scale = weights.to(loss.dtype)
-    return loss * scale, counted * scale
+    if weights is not None:
+        loss, counted = loss * weights.to(loss.dtype), counted * weights.to(loss.dtype)
+    return loss, counted if scale is None else counted * scale.to(loss.dtype)
 
 
 def _local(labels: Tensor, *, first: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -53,17 +53,29 @@ class Pairs:
         return self.figures(each)
 
     def with_gradients(
-        self, x: Tensor, weight: Tensor, labels: Tensor, part: Slice, *, trained: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        part: Slice,
+        *,
+        trained: bool,
+        slope: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `alone` -> (figures; the gradient of the loss by x (T, D), this slice's part; by weight (v, D), if it is trained)."""
+        """As `alone` -> (figures; the gradient of the loss by x (T, D), this slice's part; by weight (v, D), if it is trained).
+
+        slope and total: as `loss_and_gradients` takes them.
+        """
         each = x.new_empty(len(labels), dtype=torch.float64)
         if trained:
             loss_alone(x, weight, labels, part, each=each)
             figures, counts = self._slopes(each)
-            _, by_x, by_weight = loss_and_gradients(x, weight, labels, part, counts)
+            _, by_x, by_weight = loss_and_gradients(x, weight, labels, part, counts, slope=slope, total=total)
             return figures, by_x, by_weight
         _, by_x, _ = loss_and_gradients(x, weight, labels, part, trained=False, each=each)
         figures, counts = self._slopes(each)
+        counts = counts if slope is None else counts * slope
         return figures, by_x.mul_(counts.to(x.dtype)[:, None]), None
 
     def _slopes(self, losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,11 +128,13 @@ class Stage:
                 unit.finish_gather()
             if at > 1 or (at == 1 and kept[0].x is not None):  # the embedding's backward reads no weights
                 self.units[at - 1].start_gather()
-            if edge is None:
+            if edge is None and not unit.deferred:
                 edge = get_gradient_edge(self._run(unit, x, context, again=True))
             for flat, use in unit.trained:
                 flat.begin_backward(use)
-            with summing((flat.weights, flat.whole[use]) for flat, use in unit.trained):
+            with summing([(flat.weights, flat.whole[use]) for flat, use in unit.trained], slope=slope if unit.deferred else None):
+                if edge is None:
+                    edge = get_gradient_edge(self._run(unit, x, context, again=True))
                 torch.autograd.backward((edge,), (slope,))
             kept[at] = Kept(None, None)
             unit.release()

@@ -35,7 +35,7 @@ from dist_llm.model.parts import Draw, Norm, Projection, Projections
 from dist_llm.model.preference import Pairs
 from dist_llm.model.products import Products
 from dist_llm.model.roles import Roles
-from dist_llm.model.sums import sums_of
+from dist_llm.model.sums import add_rows, known_slope, sums_of
 from dist_llm.parallel.across import Across
 
 
@@ -332,17 +332,22 @@ class Embed(Function):
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, first: int, split: Split) -> Tensor:
         """Tokens (B, S), weight (v, D) -> (B, S', D)."""
         ctx.first, ctx.rows, ctx.split = first, weight.shape[0], split
-        ctx.save_for_backward(tokens)
+        ctx.save_for_backward(tokens, weight)
         inside, local = _local_rows(tokens, first, weight.shape[0])
         return reduce(torch.nn.functional.embedding(local, weight).masked_fill_(~inside[..., None], 0.0), split)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
-        """Slope (B, S', D) -> by weight (v, D)."""
-        (tokens,) = ctx.saved_tensors
+        """Slope (B, S', D) -> by weight (v, D), or added to its sums, a row for each token."""
+        tokens, weight = ctx.saved_tensors
         whole = gather(slope.contiguous(), ctx.split)
         inside, local = _local_rows(tokens, ctx.first, ctx.rows)
-        return None, torch.ops.aten.embedding_dense_backward(whole * inside[..., None], local, ctx.rows, -1, False), None, None
+        whole = whole if ctx.split.group.size == 1 else whole * inside[..., None]
+        sums = sums_of(weight)
+        if sums is None:
+            return None, torch.ops.aten.embedding_dense_backward(whole, local, ctx.rows, -1, False), None, None
+        add_rows(sums, local.flatten(), whole.flatten(0, 1))
+        return None, None, None, None
 
 
 def _local_rows(tokens: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -380,8 +385,10 @@ class VocabularyLoss(Function):
 
         if not slopes:
             return objective.alone(gathered(), weight, flat, part)
-        trained = ctx.needs_input_grad[3]
-        loss, by_normed, by_weight = objective.with_gradients(gathered(), weight, flat, part, trained=trained)
+        trained, slope = ctx.needs_input_grad[3], known_slope()
+        total = sums_of(weight) if trained and slope is not None else None
+        ctx.scaled = slope is not None
+        loss, by_normed, by_weight = objective.with_gradients(gathered(), weight, flat, part, trained=trained, slope=slope, total=total)
         by_normed = reduce(by_normed.unflatten(0, (x.shape[0], -1)), split)
         ctx.save_for_backward(*rule.backward(by_normed, x, gain, shift), by_weight)
         return loss
@@ -390,8 +397,10 @@ class VocabularyLoss(Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         """The slope of the loss, the first of what came out -> by x (B, S', D), by the norm's weight and bias (D,), by weight (v, D).
 
-        Scaled where they lie: autograd refuses a second backward, because what was kept has changed.
+        Scaled where they lie, unless they are: autograd refuses a second backward, because what was kept has changed.
         """
+        if ctx.scaled:
+            return *ctx.saved_tensors, *[None] * 6
         slope = scale.view(-1)[0]
         gradients = (None if gradient is None else vocabulary.scale_by(gradient, slope) for gradient in ctx.saved_tensors)
         return *gradients, *[None] * 6

@@ -181,11 +181,12 @@ class Walk:
                 self._gather(name)
             if at > 1 or (at == 1 and names[0] != "embedding"):
                 self._gather(names[at - 1], ahead=True)
+            trained = [(flat, use) for flat, use in self._flats(name) if flat.trained]
+            if name == "head":  # it adds to its sums while it is made
+                _begin(trained)
             self.tally.moment(held.making)
             self.tally.hold("activations", held.made - held.kept)
-            for flat, use in self._flats(name):
-                if flat.trained:
-                    flat.begin_backward(use)
+            _begin(trained)
             self.tally.moment(held.backward - held.made)
             self.tally.free("activations", held.made)
             self.tally.hold("buffers", taken)
@@ -209,3 +210,9 @@ class Walk:
         while len(reducing) > rest:
             flat, _ = reducing.pop(0)
             flat.collect()
+
+
+def _begin(trained: list[tuple[Residency, int]]) -> None:
+    """Gradients get their places."""
+    for flat, use in trained:
+        flat.begin_backward(use)

@@ -74,10 +74,9 @@ class Tensors:
             return 0
         return sum(rows * columns for rows, columns in (self.weights[f"{name}.weight"] for name in names)) * self.width
 
-    def by_table(self, end: SavedModule) -> int:
-        """The gradient by the table of tokens, or by the output matrix; nothing where it is not trained."""
-        rows, columns = self.weights["head.weight" if end == "head" and not self.model.tied else "embedding.weight"]
-        return rows * columns * self.width if table_trained(self.model, end) else 0
+    def table_trained(self, end: SavedModule) -> bool:
+        """Whether the table of tokens, or the output matrix, is: its gradient goes to its sum by rows, or by the products of chunks."""
+        return table_trained(self.model, end)
 
     def low(self, *names: str) -> int:
         """(B, S, R) of the adapters on these projections, together."""
@@ -319,9 +318,9 @@ def _embedding(t: Tensors) -> Holds:
     learned = t.stream if t.model.positions == "learned" or t.model.embedding_scale or t.model.neftune else 0
     noise = DRAWN * t.elements if t.model.neftune else 0
     behind = t.stream if t.model.embedding_scale else t.dropped
-    by_table = t.by_table("embedding")
+    wider = t.whole * t.exact // t.width if t.exact != t.width and t.table_trained("embedding") else 0  # a row of the sums for each token
     forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing, noise))
-    rows = behind + t.gathered + t.whole + by_table
+    rows = behind + t.gathered + t.whole * (t.layout.tp > 1) + wider
     return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering, rows))
 
 
@@ -333,21 +332,18 @@ def at_once(tokens: int, rows: int, *, cpu: bool) -> int:
 
 def _head(t: Tensors) -> Holds:
     """Norm, output projection and loss: all of it in backward, which makes loss and gradients in one pass."""
-    by_table = t.by_table("head")
-    exact = by_table // t.width * t.exact
-    rows = t.weights["embedding.weight" if t.model.tied else "head.weight"][0]
+    rows, columns = t.weights["embedding.weight" if t.model.tied else "head.weight"]
     narrow = t.exact != t.width
     beside = t.exact if t.model.logit_softcap else t.width if narrow else 0  # the slope of a cap; of a cast, what it was made of
-    logits = at_once(t.tokens, rows, cpu=t.cpu) * rows * (t.exact + beside)
-    cast = by_table if narrow else 0
-    made = t.stream + by_table
+    some = at_once(t.tokens, rows, cpu=t.cpu) * rows
+    product = rows * columns * t.width if narrow and t.cpu and t.table_trained("head") else 0  # on its way to its sum, as in `product`
     making = [
         t.stream + t.gathering,
-        2 * t.whole + exact + max(logits, cast),
-        t.whole + t.reducing + by_table,
-        t.stream + t.norm_backward(t.stream) + by_table,
+        2 * t.whole + max(some * (t.exact + beside), some * t.width + product),
+        t.whole + t.reducing,
+        t.stream + t.norm_backward(t.stream),
     ]
-    return Holds(0, 0, 0, max(making), made, made)
+    return Holds(0, 0, 0, max(making), t.stream, t.stream)
 
 
 def unit_holds(shape: Shape, *, pp: int, tp: int) -> dict[str, Holds]:
