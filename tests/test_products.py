@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -210,6 +211,20 @@ def test_bytes_of_scales_are_in_the_closed_form(ranks: Ranks, kind: str, text: s
     shape = shape_of(Config.model_validate(tree), layout, dtype="bfloat16")
     for rank, found in enumerate(sent):
         assert found == pytest.approx(sent_bytes(shape, pp=rank // (layout.world // layout.pp), tp=rank % layout.tp))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["tp=2", "tp=2,sp=off,recompute=selective"])
+def test_bytes_of_scales_of_compiled_blocks(ranks: Ranks, kind: str, text: str) -> None:
+    """There q, k and v have one slope."""
+    layout, tree = layout_of(text), given(kind, micro=2)
+    tree["runtime"]["compile"] = True
+    sent = ranks.run(layout.world, "tests.engine_cases:sent_in_a_step", tree, vars(layout), "bfloat16")
+    shape = shape_of(Config.model_validate(tree), layout, dtype="bfloat16")
+    for rank, found in enumerate(sent):
+        assert found == pytest.approx(sent_bytes(shape, tp=rank))
+        assert found != pytest.approx(sent_bytes(replace(shape, compiled=False), tp=rank))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def shape_of(config: Config, layout: Layout, *, dtype: str, device: str = "cpu")
         fixed=config.runtime.reduce_order == "fixed",
         device=device,
         pairs=config.preference.loss is not None,
+        compiled=config.runtime.compile,
     )
 
 

@@ -48,7 +48,7 @@ class Shape:
 
     smoothing: of the labels. moments: of the optimizer, 2 for AdamW, 1 for SGD with momentum, 0 without. masked: attention
     stays inside documents; restarting: so do positions. fixed: gradients are added in rank order. device: cpu or cuda.
-    pairs: the loss is of pairs.
+    pairs: the loss is of pairs. compiled: blocks are.
     """
 
     model: ModelConfig
@@ -65,6 +65,7 @@ class Shape:
     fixed: bool = True
     device: str = "cpu"
     pairs: bool = False
+    compiled: bool = False
 
     @property
     def widths(self) -> Widths:
@@ -239,14 +240,16 @@ def _lengths(shape: Shape, half: str) -> float:
 def _scales(shape: Shape, half: str) -> float:
     """The largest magnitudes that the 8-bit products of half a block share over the tensor-parallel ranks, bytes a micro-batch.
 
-    tensorwise: a number for each operand of a projection's forward, and again of its backward, where q, k and v have slopes apart.
+    tensorwise: a number for each operand of a projection's forward, and again of its backward, where q, k and v have slopes apart
+    unless a compiler has put them side by side.
     rowwise: a number for each row of what is cut along it (tokens, output features), one for a weight in a gradient by input.
     """
     layout, tokens, dim, attention = shape.layout, shape.micro * shape.sequence, shape.model.dim, half == "attention"
+    apart = attention and not (shape.compiled and not shape.model.adapter.rank)
     if shape.fp8 == "tensorwise":
-        forward, backward = 2 * 2, (3 + 3 + 1) + 3 if attention else 3 + 3
+        forward, backward = 2 * 2, (3 + 3 + 1) + 3 if apart else 3 + 3
     elif shape.fp8 == "rowwise":
-        forward, backward = tokens + dim, (3 if attention else 1) * (tokens + 1) + 1
+        forward, backward = tokens + dim, (3 if apart else 1) * (tokens + 1) + 1
     else:
         return 0.0
     again = {"none": 0, "selective": 0 if attention else forward, "full": forward}[layout.recompute]
