@@ -180,7 +180,7 @@ def device_name(device: str) -> str:
 def planned(parts: Sequence[Part], earlier: dict[str, Any] | None) -> str:
     """How long each turn should take: as in an earlier result where it is known from there."""
     lines, total = plan(parts, earlier["parts"] if earlier else ())
-    return "\n".join([*lines, f"{total:5.0f} s  of {TOTAL:.0f}, as on {earlier['device'] if earlier else 'an H100'}"])
+    return "\n".join([*lines, f"{total:5.0f} s  of {TOTAL:.0f}, as on {earlier['device'] if earlier else 'an H200'}"])
 
 
 def show(parts: Sequence[Entry]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.engines import graph
 
 (H100,) = RESULTS.glob("gpu-nvidia-h100-80gb-hbm3-*.json")
+(H200,) = RESULTS.glob("gpu-nvidia-h200-*.json")
 NAMES = [part.name for part in PARTS]
 
 
@@ -146,36 +146,17 @@ def test_as_many_steps_are_timed_as_their_spread_asks_for(
 def test_one_call_stays_under_eight_minutes() -> None:
     """Whatever the parts do, it is bounded by the call's own seconds; and they should all fit."""
     assert gpu.TOTAL + 5 < 480 and len(set(NAMES)) == len(PARTS)
-    lines, total = plan(with_blocks(PARTS), json.loads(H100.read_text())["parts"])
-    assert total < gpu.TOTAL and len(lines) == len(turns(with_blocks(PARTS)))
+    lines, total = plan(with_blocks(PARTS), ())
+    assert plan(with_blocks(PARTS), json.loads(H200.read_text())["parts"])[1] <= total < gpu.TOTAL
+    assert len(lines) == len(turns(with_blocks(PARTS)))
     assert all(part.expected < part.limit for part in with_blocks(PARTS))
 
 
-def test_what_is_expected_follows_from_what_an_h100_took() -> None:
-    """That call's parts were processes begun in their turn, compiled there, and took 3 + 5 steps; docs/gpu.md has the reckoning."""
-    imports = 6.0  # of the 9.2 s that `8b ends` took beside its measured calls
-    starts = dict[str, float]()
-    steps = dict[str, tuple[float, int]]()
-    for entry in json.loads(H100.read_text())["parts"]:
-        if "result" in entry and "waited" not in entry and "all_step_seconds" in entry["result"]:
-            times = entry["result"]["all_step_seconds"]
-            starts[entry["name"]] = entry["seconds"] - 8 * statistics.median(times)
-            least = next(
-                n for n in (3, 4, 5) if n == 5 or max(times[:n]) - min(times[:n]) <= gpu_work.SPREAD * statistics.median(times[:n])
-            )
-            steps[entry["name"]] = (statistics.median(times), gpu_work.WARM + least)
-    if "8b blocks, ours, tensorwise, graph" not in starts:
-        pytest.skip("measured anew: the plan takes those seconds")
-    spared = 7.0  # of a rival's start: ours of the 8B blocks lost 12.3
-    cached = starts["8b blocks, ours, tensorwise, graph"]  # its blocks had been compiled by the part before
-    for part in PARTS:
-        if part.name in starts:
-            start = starts[part.name] - (spared if part.compiled else 0.0)
-            start = min(starts[part.name], cached) if part.what == "ours" else start
-            step, count = steps[part.name]
-            count += 1 if ("cuda_graph", True) in part.runtime else 0
-            assert part.expected >= start - imports + count * step, part.name
-    assert all(block.expected >= max(starts.values()) for block in with_blocks(PARTS) if block.first)
+def test_what_is_expected_is_what_an_h200_took() -> None:
+    """From its turn on, of processes that were ready; a slower machine's seconds are in its own result, which a plan takes."""
+    taken = {entry["name"]: entry["seconds"] for entry in json.loads(H200.read_text())["parts"] if "waited" in entry}
+    for part in with_blocks(PARTS):
+        assert taken[part.name] <= part.expected <= (1.5 * taken[part.name] + 5.0 if not part.first else 60.0), part.name
     assert graph.WARM == gpu_work.WARM
 
 

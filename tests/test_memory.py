@@ -176,7 +176,7 @@ def test_a_gpu_s_norm_of_bfloat16_makes_no_float32_copies(norm: str, device: str
 
 def test_the_peak_of_a_gpu_is_as_it_was_measured() -> None:
     """Of 1.24 B parameters in bfloat16, eager; a CPU can hold the prediction against the number that a GPU left."""
-    (path,) = RESULTS.glob("gpu-nvidia-h100-80gb-hbm3-*.json")
+    (path,) = RESULTS.glob("gpu-nvidia-h200-*.json")
     result = next(part["result"] for part in json.loads(path.read_text())["parts"] if part["name"] == "1b, ours, eager")
     job = Job(**{**result["job"], "runtime": ()})
     settings = job.config(torch.device("cpu"), job.model())
