@@ -25,7 +25,7 @@ from dist_llm.mesh import Group, build_mesh
 from dist_llm.model.parts import Norm, Projection, Projections
 from dist_llm.model.roles import Roles
 from dist_llm.model.sums import summing
-from dist_llm.parallel.tensor import TensorRoles
+from dist_llm.parallel.tensor import TensorRoles, by_rank
 from dist_llm.ranks import run_ranks
 from dist_llm.sharding import split_parts
 
@@ -368,6 +368,33 @@ def tensor_row(rank: int, world: int, say: Say, sp: bool, activation: str) -> No
     pair.same(by_whole[-2][:, cut], by_mine[-2], "row by weight")
     summed = comm.all_reduce(by_mine[-1].clone(), pair.mesh.tp) if sp else by_mine[-1]
     pair.same(by_whole[-1], summed, "row by bias")
+
+
+def tensor_feed_forward(rank: int, world: int, say: Say, sp: bool) -> None:
+    """Into a region and back, its tokens as they are kept on the ranks: the same as in their own order, without a copy of them turned."""
+    pair, width = Pair(rank, world, sp=sp, vocab=13, smoothing=0.0), 3 * world + 1
+    given = [pair.random(BATCH, SEQUENCE, DIM), pair.random(DIM), pair.random(width, DIM), pair.random(width, DIM), pair.random(DIM, width)]
+    slope, cut = pair.random(BATCH, SEQUENCE, DIM), slice(*split_parts(width, world)[rank])
+    whole = [leaf(one) for one in given]
+    mine = [leaf(one) for one in (pair.outside(given[0]), given[1], given[2][cut], given[3][cut], given[4][:, cut])]
+
+    def both(roles: Roles, x: torch.Tensor, gain: torch.Tensor, *weights: torch.Tensor, **order: bool) -> torch.Tensor:
+        parts = roles.columns(x, *_feeds(gain, list(weights[:2]), []), **order)
+        return roles.row(parts, "swiglu", _projection(weights[2], None), **order)
+
+    expected = both(pair.plain, *whole)
+    by_whole = torch.autograd.grad(expected, whole, slope)
+    parts = pair.split.columns(mine[0], *_feeds(mine[1], mine[2:4], []), any_order=True)
+    in_order = pair.plain.columns(whole[0], *_feeds(whole[1], whole[2:4], []))
+    pair.same(by_rank(in_order[0][..., cut], pair.split.loose), parts[0], "the order inside")
+    for order in ({}, {"any_order": True}):
+        found = both(pair.split, *mine, **order)
+        pair.same(pair.outside(expected), found, "feed-forward")
+        by_x, by_gain, *by_weights = torch.autograd.grad(found, mine, pair.outside(slope))
+        pair.same(pair.outside(by_whole[0]), by_x, "by x")
+        pair.same(by_whole[1], comm.all_reduce(by_gain.clone(), pair.mesh.tp) if sp else by_gain, "by the norm's weight")
+        for a, b in zip((by_whole[2][cut], by_whole[3][cut], by_whole[4][:, cut]), by_weights, strict=True):
+            pair.same(a, b, "by a weight")
 
 
 def tensor_embed(rank: int, world: int, say: Say, sp: bool, vocab: int) -> None:

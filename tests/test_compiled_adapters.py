@@ -156,16 +156,16 @@ def operations() -> dict[str, tuple[Any, tuple]]:
     lora, dora = [2.0, 0.5, 0.0, 6.0], [3.0, 0.5, 0.25, 6.0]
     one, y = (x, made(5, 6)), made(2, 4, 5)
     return {
-        "column": (compiled_adapted.column, (x, [made(5, 6), made(4, 6)], [], trained[:2], [], [*lora, *[0.0] * 4], key, False, "off")),
-        "column, dora": (compiled_adapted.column, (x, [made(5, 6)], [made(5)], trained, [made(5).abs(), *masks], dora, key, False, "off")),
-        "column, nothing": (compiled_adapted.column, (x, [made(5, 6)], [], [], [], [0.0] * 4, key, False, "off")),
+        "column": (compiled_adapted.column, (x, [made(5, 6), made(4, 6)], [], trained[:2], [], [*lora, *[0.0] * 4], key, 0, "off")),
+        "column, dora": (compiled_adapted.column, (x, [made(5, 6)], [made(5)], trained, [made(5).abs(), *masks], dora, key, 0, "off")),
+        "column, nothing": (compiled_adapted.column, (x, [made(5, 6)], [], [], [], [0.0] * 4, key, 0, "off")),
         "column back": (
             compiled_adapted.column_backward,
-            ([y], *one[:1], [one[1]], trained, [made(5).abs(), *masks], dora, key, False, "off"),
+            ([y], *one[:1], [one[1]], trained, [made(5).abs(), *masks], dora, key, 0, "off"),
         ),
-        "row back": (compiled_adapted.row_backward, (y, *one, trained, [made(5).abs(), *masks], dora, key, False, "off")),
-        "row": (compiled_adapted.row, (*one, trained[:2], [], lora, key, False, "off")),
-        "row, dora": (compiled_adapted.row, (*one, trained, [made(5).abs(), *masks], dora, key, False, "off")),
+        "row back": (compiled_adapted.row_backward, (y, *one, trained, [made(5).abs(), *masks], dora, key, 0, "off")),
+        "row": (compiled_adapted.row, (*one, trained[:2], [], lora, key, 0, "off")),
+        "row, dora": (compiled_adapted.row, (*one, trained, [made(5).abs(), *masks], dora, key, 0, "off")),
         "lengths": (compiled_adapted.lengths, (made(5, 6), made(2, 6), made(5, 2), 0.5, "")),
     }
 

@@ -95,6 +95,8 @@ CASES: list[Case] = [
     ("dp=2,zero=2", "float32", {"adapter": {"rank": 8, "modules_to_save": ["embedding", "head"]}}),
     ("tp=2", "bfloat16", {"sequence": 64, "tied": True, "adapter": {"rank": 4, "modules_to_save": ["embedding"]}}),
     ("tp=2", "float32", {"neftune": 5.0, "layers": 1}),
+    ("tp=2", "float32", {"neftune": 5.0, "adapter": {"rank": 8}, "layers": 1}),
+    ("tp=4", "float32", {"family": "gpt2", "dropout": 0.1}),
     ("dp=1", "float32", {"preference": {"beta": 0.1}, "vocab": 2048}),
     ("tp=2", "float32", {"preference": {"beta": 0.1}, "adapter": {"rank": 8}}),
     ("dp=4,zero=3,shard=2", "float32", {"micro": 1, "sequence": 64}),

@@ -30,7 +30,9 @@ class ReadingRoles(TensorRoles):
         """Before a pass: whether it reads one token a line."""
         self.one, self.in_place = one, not one  # in place is an operation with a backward
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
+    def columns(
+        self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None, *, any_order: bool = False
+    ) -> list[Tensor]:
         """Enters with (B, S, D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
         if not self.one or not projections.joined or projections.biases:
             return super().columns(x, norm, projections)
@@ -38,7 +40,9 @@ class ReadingRoles(TensorRoles):
         y = F.linear(_normed(x, norm), beside(weights, 0))
         return list(y.split_with_sizes([len(weight) for weight in weights], dim=-1))
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
+    def row(
+        self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None, *, any_order: bool = False
+    ) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S, D), the bias added once."""
         if not self.one:
             return super().row(parts, activation, projection)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -73,56 +74,80 @@ class Products:
     kind: str = "off"
     cut: Literal["input", "output"] = "output"
     share: Callable[[Tensor], Tensor] | None = None
-    known: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    known: dict[tuple[int, int], tuple[Any, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (T, D), weight (O, D), bias (O,) -> (T, O)."""
         if self.kind == "off":
             return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
         over_ranks = self.cut == "input"
-        y = self._scaled(x, weight.T, (E4M3, E4M3), whole=(False, False), over_ranks=over_ranks, fast=True)
+        y = self._scaled((x,), weight.T, (E4M3, E4M3), whole=(False, False), over_ranks=over_ranks, fast=True)
         return y if bias is None else y.add_(bias)
 
-    def by_input(self, slope: Tensor, weight: Tensor, *, total: Tensor | None = None) -> Tensor:
-        """Slope (T, O), weight (O, D) -> (T, D), added to `total` where there is one."""
+    def forward_apart(self, x: Tensor, weight: Tensor, widths: Sequence[int], bias: Tensor | None = None) -> list[Tensor]:
+        """As `forward` in 8 bits -> (T, O_i) for each of the widths, whose sum is O: what is cast once serves all."""
+        over_ranks = self.cut == "input"
+        a, back_a, b, back_b = self._cast((x,), weight.T, (E4M3, E4M3), whole=(False, False), over_ranks=over_ranks)
+        backs = [back_b] * len(widths) if len(back_b) == 1 else back_b.split(list(widths))
+        parts = [scaled_product(a, back_a, part, back, fast=True) for part, back in zip(b.split(list(widths)), backs, strict=True)]
+        return parts if bias is None else [part.add_(some) for part, some in zip(parts, bias.split(list(widths)), strict=True)]
+
+    def by_input(self, slope: Tensor | Sequence[Tensor], weight: Tensor, *, total: Tensor | None = None) -> Tensor:
+        """Slope (T, O), in 8 bits perhaps pieces (T, O_i) of it, weight (O, D) -> (T, D), added to `total` where there is one."""
         if self.kind == "off":
+            assert isinstance(slope, Tensor), "pieces are put side by side by their cast"
             return slope @ weight if total is None else total.addmm_(slope, weight)
         dtype = E5M2 if self.kind == "tensorwise" else E4M3
         over_ranks = self.cut == "output"
-        y = self._scaled(slope, weight, (dtype, E4M3), whole=(False, True), over_ranks=over_ranks, fast=self.kind == "rowwise")
+        y = self._scaled(pieces_of(slope), weight, (dtype, E4M3), whole=(False, True), over_ranks=over_ranks, fast=self.kind == "rowwise")
         return y if total is None else total.add_(y)
 
-    def by_weight(self, slope: Tensor, x: Tensor, *, total: Tensor | None = None) -> Tensor:
-        """Slope (T, O), x (T, D) -> (O, D), added to `total` where there is one, which may be wider."""
-        if self.kind != "tensorwise":
-            if total is not None:
-                return add_product(total, slope.T, x)
-            return slope.T @ x
-        else:
-            y = self._scaled(slope.T, x, (E5M2, E4M3), whole=(True, True), over_ranks=True, fast=False)
+    def by_weight(self, slope: Tensor | Sequence[Tensor], x: Tensor, *, total: Tensor | None = None) -> Tensor:
+        """Slope (T, O), in 8 bits or pieces (T, O_i) of it, x (T, D) -> (O, D), added to `total`, which may be wider, if there is one."""
+        pieces = pieces_of(slope)
+        if self.kind == "tensorwise":
+            y = self._scaled([piece.T for piece in pieces], x, (E5M2, E4M3), whole=(True, True), over_ranks=True, fast=False, dim=0)
             return y if total is None else total.add_(y)
+        if total is None:
+            return torch.cat([piece.T @ x for piece in pieces]) if len(pieces) > 1 else pieces[0].T @ x
+        for piece, part in zip(pieces, total.split([piece.shape[1] for piece in pieces]), strict=True):
+            add_product(part, piece.T, x)
+        return total
 
-    def _scaled(
-        self, left: Tensor, right: Tensor, dtypes: Sequence[torch.dtype], *, whole: tuple[bool, bool], over_ranks: bool, fast: bool
-    ) -> Tensor:
-        """left (M, K) @ right (K, N) in 8 bits -> (M, N). whole: operands with one scale where the kind is rowwise.
+    def _scaled(self, left: Sequence[Tensor], right: Tensor, dtypes: Sequence[torch.dtype], *, fast: bool, **how: Any) -> Tensor:
+        """left (M, K) @ right (K, N) in 8 bits -> (M, N), as `_cast` has it. fast: sums in fewer digits."""
+        a, back_a, b, back_b = self._cast(left, right, dtypes, **how)
+        return scaled_product(a, back_a, b, back_b, fast=fast)
 
-        over_ranks: K is cut, so that rows are spread over ranks; whole operands always may be. fast: sums in fewer digits.
+    def _cast(
+        self,
+        left: Sequence[Tensor],
+        right: Tensor,
+        dtypes: Sequence[torch.dtype],
+        *,
+        whole: tuple[bool, bool],
+        over_ranks: bool,
+        dim: int = 1,
+    ) -> Sequence[Tensor]:
+        """left (M, K), in pieces along `dim`, and right (K, N) -> (left in 8 bits, its factors; right.T in 8 bits, its factors).
+
+        whole: operands with one scale where the kind is rowwise. over_ranks: K is cut, so that rows are spread over ranks; whole
+        operands always may be.
         """
         rows = self.kind == "rowwise"
         one = whole if rows else (True, True)
-        operands = (left, right.T)  # both with the dimension that is summed over last
-        places = [(operand.data_ptr(), operand.numel()) for operand in operands]
+        operands = (tuple(left), right.T)  # both with the dimension that is summed over last
+        places = [(left[0].data_ptr(), sum(piece.numel() for piece in left)), (right.data_ptr(), right.numel())]
         before = [self.known.get(place) if whole else None for place, whole in zip(places, one, strict=True)]
         found: list[Any] = [None if known is None else known[1] for known in before]
         if self.share is not None:
             found = self._shared(operands, found, one, over_ranks)
-        a, back_a, b, back_b, *found = measured_and_cast(*operands, *found, one, (dtypes[0], dtypes[1]), rows)
+        a, back_a, b, back_b, *found = measured_and_cast(*operands, dim, *found, one, (dtypes[0], dtypes[1]), rows)
         self.known.update((places[at], (operands[at], found[at])) for at in range(2) if one[at])  # held, so that no other takes its place
-        return scaled_product(a, back_a, b, back_b, fast=fast)
+        return a, back_a, b, back_b
 
     def _shared(
-        self, operands: tuple[Tensor, Tensor], known: Sequence[Tensor | None], one: tuple[bool, bool], over_ranks: bool
+        self, operands: tuple[tuple[Tensor, ...], Tensor], known: Sequence[Tensor | None], one: tuple[bool, bool], over_ranks: bool
     ) -> list[Tensor]:
         """The largest magnitudes of both operands, over all ranks in one exchange; what is known has been shared already."""
         found = list(measured(*operands, *known, one))
@@ -136,19 +161,23 @@ class Products:
 
 @fused
 def measured(
-    left: Tensor, right: Tensor, left_known: Tensor | None, right_known: Tensor | None, one: tuple[bool, bool]
+    left: tuple[Tensor, ...], right: Tensor, left_known: Tensor | None, right_known: Tensor | None, one: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """The largest magnitudes of two operands (rows, K), float32: (1, 1) where one serves the whole, else of each row (rows, 1)."""
+    """The largest magnitudes of two operands (rows, K), float32: (1, 1) where one serves the whole, else of each row (rows, 1).
+
+    The left one in pieces; where each row has its own, they are pieces of all rows.
+    """
     return (
-        largest(left, whole=one[0]) if left_known is None else left_known,
+        reduce(torch.maximum, [largest(piece, whole=one[0]) for piece in left]) if left_known is None else left_known,
         largest(right, whole=one[1]) if right_known is None else right_known,
     )
 
 
 @fused
 def measured_and_cast(
-    left: Tensor,
+    left: tuple[Tensor, ...],
     right: Tensor,
+    dim: int,
     left_known: Tensor | None,
     right_known: Tensor | None,
     one: tuple[bool, bool],
@@ -157,14 +186,21 @@ def measured_and_cast(
 ) -> tuple[Tensor, ...]:
     """Two operands (rows, K) -> (the left in 8 bits, its factors, the right, its factors, the largest magnitudes of both).
 
+    The left one in pieces along `dim`, which come side by side on the way.
     All in one call, because between small kernels a host cannot keep up with a GPU. rows: factors are powers of two, one for
     each row of both, as the kernel takes them.
     """
     most = measured(left, right, left_known, right_known, one)
-    (a, back_a), (b, back_b) = (cast(*each, power=rows) for each in zip((left, right), most, dtypes, strict=True))
+    whole = torch.cat(left, dim) if len(left) > 1 else left[0]
+    (a, back_a), (b, back_b) = (cast(*each, power=rows) for each in zip((whole, right), most, dtypes, strict=True))
     if rows:
         back_a, back_b = (back.expand(len(y), 1).contiguous() for back, y in ((back_a, a), (back_b, b)))
     return a, back_a, b, back_b, *most
+
+
+def pieces_of(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A tensor as its only piece."""
+    return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
 def largest(x: Tensor, *, whole: bool) -> Tensor:

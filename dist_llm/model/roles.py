@@ -31,12 +31,19 @@ class Roles:
     def __init__(self, *, smoothing: float = 0.0) -> None:
         self.smoothing = smoothing
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
-        """(B, S, D) before its norm -> a (B, S, O_i) for each projection. draw: of an adapter's dropout; None: nothing is dropped."""
+    def columns(
+        self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None, *, any_order: bool = False
+    ) -> list[Tensor]:
+        """(B, S, D) before its norm -> a (B, S, O_i) for each projection. draw: of an adapter's dropout; None: nothing is dropped.
+
+        any_order: up to the `row` that follows nothing depends on which token comes where, so that they may come in another order.
+        """
         x = norm(x)
         return [part(x, draw) for part in projections.parts]
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
+    def row(
+        self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None, *, any_order: bool = False
+    ) -> Tensor:
         """Parts (B, S, O), made one by the activation ("none": there is one), and a weight (D, O) -> (B, S, D)."""
         return projection(activate(parts, kind=activation), draw)
 

@@ -200,8 +200,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, draw: Draw | None) -> Tensor:
         """(B, S, D), to be normed first -> (B, S, D)."""
-        parts = self.roles.columns(x, norm, self.wide, draw)  # (B, S, F) each
-        return self.roles.row(parts, self.activation, self.down, draw)
+        parts = self.roles.columns(x, norm, self.wide, draw, any_order=True)  # (B, S, F) each
+        return self.roles.row(parts, self.activation, self.down, draw, any_order=True)
 
 
 class Embedding(nn.Module):

@@ -28,17 +28,24 @@ from dist_llm.parallel.tensor import Rule, Split, TensorRoles, finish_gather, fi
 class AdaptedRoles(TensorRoles):
     """The seams of a model whose own weights stay as they are."""
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
+    draws = True
+
+    def columns(
+        self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None, *, any_order: bool = False
+    ) -> list[Tensor]:
         """Enters with (B, S', D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
         corrections = [self._correction(part, draw, columns=True) for part in projections.parts]
         frozen = [(part.weight, part.bias) for part in projections.parts]
-        given = (Rule(norm.kind, norm.eps), self.split, frozen, corrections)
+        given = (Rule(norm.kind, norm.eps), self.order(any_order, draw), frozen, corrections)
         return list(AdaptedColumn.apply(x, norm.weight, norm.bias, *given, *_trained(corrections)))
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
+    def row(
+        self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None, *, any_order: bool = False
+    ) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
         correction = self._correction(projection, draw, columns=False)
-        y = AdaptedRow.apply(activation, self.split, projection.weight, correction, len(parts), *parts, *_trained([correction]))
+        split = self.order(any_order, draw)
+        y = AdaptedRow.apply(activation, split, projection.weight, correction, len(parts), *parts, *_trained([correction]))
         return y if projection.bias is None else y + projection.bias
 
     def norm_of(self, weight: Tensor, adapter: Adapter, group: Group | None) -> Tensor:

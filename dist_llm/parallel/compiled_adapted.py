@@ -38,13 +38,13 @@ class Beside(NamedTuple):
     fixed: Tensors
     forms: list[float]
     group: str
-    sp: bool
+    tokens: int
     fp8: str
 
     @classmethod
     def of(cls, projections: Sequence[Projection], draw: Draw | None, split: Split, *, columns: bool) -> Beside:
         """columns: their outputs are cut over ranks, not their inputs."""
-        found = cls([], [], [], split.group.key, split.sp, split.fp8)
+        found = cls([], [], [], split.group.key, split.tokens, split.fp8)
         for projection in projections:
             adapter = projection.adapter
             if adapter is None:
@@ -64,7 +64,7 @@ class Beside(NamedTuple):
 
     def split(self) -> Split:
         """How a block is cut."""
-        return Split(groups_by_key[self.group], self.sp, self.fp8)
+        return Split.from_key(self.group, self.tokens, self.fp8)
 
     def corrections(self, *, columns: bool) -> list[Correction | None]:
         """What is on each projection, as `adapted.py` takes it."""
@@ -82,20 +82,26 @@ class Beside(NamedTuple):
         return found
 
 
-ARGUMENTS = "Tensor[] trained, Tensor[] fixed, float[] forms, str group, bool sp, str fp8"
+ARGUMENTS = "Tensor[] trained, Tensor[] fixed, float[] forms, str group, int tokens, str fp8"
 
 
 class CompiledAdaptedRoles(CompiledRoles):
     """The seams of compiled blocks whose own weights stay as they are; should one run as it is after all, it runs the same lines."""
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
+    draws = True
+
+    def columns(
+        self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None, *, any_order: bool = False
+    ) -> list[Tensor]:
         """Enters with (B, S', D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
-        beside = Beside.of(projections.parts, draw, self.split, columns=True)
+        beside = Beside.of(projections.parts, draw, self.order(any_order, draw), columns=True)
         return column(norm(x), projections.weights, projections.biases, *beside)
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
+    def row(
+        self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None, *, any_order: bool = False
+    ) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
-        beside = Beside.of([projection], draw, self.split, columns=False)
+        beside = Beside.of([projection], draw, self.order(any_order, draw), columns=False)
         y = row(activate(parts, kind=activation), projection.weight, *beside)
         return y if projection.bias is None else y + projection.bias
 

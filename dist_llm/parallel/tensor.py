@@ -20,7 +20,7 @@ v local vocab.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dist_llm import comm
-from dist_llm.mesh import Group
+from dist_llm.mesh import Group, groups_by_key
 from dist_llm.model import loss as vocabulary
 from dist_llm.model.kernels import TOKENS, activate, activate_backward, norm, norm_backward
 from dist_llm.model.parts import Draw, Norm, Projection, Projections
@@ -41,11 +41,26 @@ from dist_llm.parallel.across import Across
 
 @dataclass(frozen=True)
 class Split:
-    """How a group shares a block. sp: outside split regions each rank keeps S/tp tokens. fp8: the kind of products, or off."""
+    """How a group shares a block. sp: outside split regions each rank keeps S/tp tokens. fp8: the kind of products, or off.
+
+    ordered: inside a region under sp, tokens are in the order of their sequences, for which they are copied when they come and
+    when they go; otherwise in the order of the ranks that keep them, slice by slice, under the same shape.
+    """
 
     group: Group
     sp: bool
     fp8: str = "off"
+    ordered: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """sp and ordered as a number that an operation can be given: `from_key` reads it."""
+        return int(self.sp) * (1 if self.ordered else 2)
+
+    @classmethod
+    def from_key(cls, group: str, tokens: int, fp8: str) -> Split:
+        """From the key of its group."""
+        return cls(groups_by_key[group], tokens > 0, fp8, tokens != 2)
 
     def products(self, cut: Literal["input", "output"]) -> Products:
         """The products of a projection whose features are cut over the group; scales are those of the whole operands."""
@@ -71,26 +86,38 @@ class Rule:
 
 
 class TensorRoles(Roles):
-    """The model's seams for the ranks of a tensor-parallel group."""
+    """The model's seams for the ranks of a tensor-parallel group. draws: a region may draw masks, those of an adapter's dropout."""
+
+    draws = False
 
     def __init__(self, group: Group, *, sp: bool, vocab: int, first: int, smoothing: float = 0.0, fp8: str = "off") -> None:
         super().__init__(smoothing=smoothing)
         self.split, self.vocab, self.first = Split(group, sp, fp8), vocab, first
+        self.loose = replace(self.split, ordered=False)
 
-    def columns(self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None) -> list[Tensor]:
+    def columns(
+        self, x: Tensor, norm: Norm, projections: Projections, draw: Draw | None = None, *, any_order: bool = False
+    ) -> list[Tensor]:
         """Enters with (B, S', D) before its norm, leaves with (B, S, O_i) for each projection: this rank's output features."""
         weights, rule = projections.weights, Rule(norm.kind, norm.eps)
-        given = (rule, projections.joined, len(weights), self.split, *weights, *projections.biases)
+        split = self.order(any_order, draw)
+        given = (rule, projections.joined, len(weights), split, *weights, *projections.biases)
         return list(Column.apply(x, norm.weight, norm.bias, *given))
 
-    def row(self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None) -> Tensor:
+    def row(
+        self, parts: Sequence[Tensor], activation: str, projection: Projection, draw: Draw | None = None, *, any_order: bool = False
+    ) -> Tensor:
         """Enters with this rank's features (B, S, O), leaves with the sum over ranks (B, S', D), the bias added once."""
-        y = Row.apply(activation, self.split, projection.weight, *parts)
+        y = Row.apply(activation, self.order(any_order, draw), projection.weight, *parts)
         return y if projection.bias is None else y + projection.bias
+
+    def order(self, any_order: bool, draw: Draw | None) -> Split:
+        """How a region keeps its tokens: in their order where it is asked for, or where masks may be drawn by their places."""
+        return self.loose if any_order and not (self.draws and draw is not None) else self.split
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Enters with all tokens (B, S) and rows [first, first + v) of the table, leaves with (B, S', D)."""
-        return Embed.apply(tokens, weight, self.first, self.split)
+        return Embed.apply(by_rank(tokens, self.loose), weight, self.first, self.loose)
 
     def across(self, parts: Sequence[Tensor], norms: Sequence[Norm]) -> list[Tensor]:
         """Enters with this rank's queries and keys (B, S, H E), leaves with them normed over the heads of all ranks."""
@@ -114,8 +141,10 @@ class TensorRoles(Roles):
         """
         smoothing, group = self.smoothing if smooth else 0.0, self.split.group
         part = vocabulary.Slice(self.first, self.vocab, smoothing, lambda known: _share(known, group), softcap)
-        rule, objective = Rule(norm.kind, norm.eps), pairs or vocabulary.Counted(None if weights is None else weights.flatten())
-        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, rule, labels, objective, part, torch.is_grad_enabled(), self.split)
+        rule, split = Rule(norm.kind, norm.eps), self.split if pairs else self.loose
+        counts = None if weights is None else by_rank(weights, split).flatten()
+        given = (rule, by_rank(labels, split), pairs or vocabulary.Counted(counts), part, torch.is_grad_enabled(), split)
+        return VocabularyLoss.apply(x, norm.weight, norm.bias, weight, *given)
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """Enters with (B, S', D), leaves with this rank's logits (B, S, v)."""
@@ -140,26 +169,41 @@ def gather(x: Tensor, split: Split) -> Tensor:
 
 def start_gather(x: Tensor, split: Split) -> comm.Pending:
     """Begins what `finish_gather` ends."""
-    return comm.start_all_gather(x.transpose(0, 1).contiguous(), split.group) if split.sp else comm.Pending(None, lambda: x)
+    if not split.sp:
+        return comm.Pending(None, lambda: x)
+    return comm.start_all_gather((x.transpose(0, 1) if split.ordered else x).contiguous(), split.group)
 
 
 def finish_gather(pending: comm.Pending, split: Split) -> Tensor:
     """Leaves with (B, S, D)."""
     gathered = pending.finish()
-    return gathered.transpose(0, 1).contiguous() if split.sp else gathered
+    if not split.sp:
+        return gathered
+    if split.ordered:
+        return gathered.transpose(0, 1).contiguous()
+    return gathered.view(len(gathered) // split.group.size, -1, gathered.shape[-1])
 
 
 def start_reduce(x: Tensor, split: Split) -> comm.Pending:
     """Enters with partial sums (B, S, D); finishing leaves their sum, (B, S', D)."""
-    if split.sp:
-        return comm.start_reduce_scatter(x.transpose(0, 1).contiguous(), split.group, fixed=_sums_here(x))
-    return comm.start_all_reduce(x, split.group)
+    if not split.sp:
+        return comm.start_all_reduce(x, split.group)
+    ranks, fixed = split.group.size, _sums_here(x)
+    given = x.transpose(0, 1).contiguous() if split.ordered else x.view(ranks * len(x), -1, x.shape[-1])
+    return comm.start_reduce_scatter(given, split.group, fixed=fixed)
 
 
 def finish_reduce(pending: comm.Pending, split: Split) -> Tensor:
     """Leaves with the sum over ranks (B, S', D)."""
     reduced = pending.finish()
-    return reduced.transpose(0, 1).contiguous() if split.sp else reduced
+    return reduced.transpose(0, 1).contiguous() if split.sp and split.ordered else reduced
+
+
+def by_rank(per_token: Tensor, split: Split) -> Tensor:
+    """(B, S) in the order that tokens have inside a region which is not `ordered`."""
+    if not split.sp or split.ordered:
+        return per_token
+    return per_token.unflatten(1, (split.group.size, -1)).transpose(0, 1).reshape(per_token.shape)
 
 
 def reduce(x: Tensor, split: Split) -> Tensor:
@@ -172,8 +216,8 @@ def _sums_here(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def by_weight(slope: Tensor, x: Tensor, weight: Tensor, products: Products) -> Tensor | None:
-    """Slope (T, O), x (T, D) -> the gradient by weight (O, D); nothing where it was added to the sums of a unit's gradients."""
+def by_weight(slope: Tensor | Sequence[Tensor], x: Tensor, weight: Tensor, products: Products) -> Tensor | None:
+    """Slope (T, O), or its pieces, x (T, D) -> the gradient by weight (O, D); None where it was added to the sums of a unit's gradients."""
     sums = sums_of(weight)
     found = products.by_weight(slope, x, total=sums)
     return found if sums is None else None
@@ -182,23 +226,35 @@ def by_weight(slope: Tensor, x: Tensor, weight: Tensor, products: Products) -> T
 # --- column: one input, several projections --------------------------------------------------------------------------
 
 
-def columns_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], split: Split) -> list[Tensor]:
-    """x (B, S', D), normed, weights (O_i, D), biases (O_i,) for all or none -> outputs (B, S, O_i)."""
+def columns_forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], split: Split, widths: Sequence[int] = ()
+) -> list[Tensor]:
+    """x (B, S', D), normed, weights (O_i, D), biases (O_i,) for all or none -> outputs (B, S, O_i).
+
+    widths: those of the outputs of one weight in 8 bits.
+    """
     whole, products = gather(x, split).flatten(0, 1), split.products("output")
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
-    outputs = [products.forward(whole, weight, bias) for weight, bias in zip(weights, given, strict=True)]
+    if widths:
+        outputs = products.forward_apart(whole, weights[0], widths, given[0])
+    else:
+        outputs = [products.forward(whole, weight, bias) for weight, bias in zip(weights, given, strict=True)]
     return [y.unflatten(0, (x.shape[0], -1)) for y in outputs]
 
 
 def columns_backward(slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], split: Split) -> tuple[Tensor, list[Tensor | None]]:
-    """Slopes (T, O_i), x (B, S', D), normed, weights (O_i, D) -> (by x (B, S', D), by each weight (O_i, D), as `by_weight` leaves it)."""
+    """Slopes (T, O_i), x (B, S', D), normed, weights (O_i, D) -> (by x (B, S', D), by each weight (O_i, D), as `by_weight` leaves it).
+
+    Slopes of one weight in 8 bits may be pieces.
+    """
     gathering, products = start_gather(x, split), split.products("output")
-    by_x = products.by_input(slopes[0], weights[0])
-    for slope, weight in zip(slopes[1:], weights[1:], strict=True):
+    given: Sequence[Tensor | Sequence[Tensor]] = [slopes] if len(weights) == 1 < len(slopes) else slopes
+    by_x = products.by_input(given[0], weights[0])
+    for slope, weight in zip(given[1:], weights[1:], strict=True):
         products.by_input(slope, weight, total=by_x)
     whole = finish_gather(gathering, split).flatten(0, 1)
     reducing = start_reduce(by_x.unflatten(0, (x.shape[0], -1)), split)  # while the weight gradients are computed
-    by_weights = [by_weight(slope, whole, weight, products) for slope, weight in zip(slopes, weights, strict=True)]
+    by_weights = [by_weight(slope, whole, weight, products) for slope, weight in zip(given, weights, strict=True)]
     return finish_reduce(reducing, split), by_weights
 
 

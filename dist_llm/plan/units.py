@@ -48,12 +48,13 @@ class Tensors:
     def __init__(self, shape: Shape, *, tp: int) -> None:
         model, layout, wide = shape.model, shape.layout, shape.widths
         self.model, self.layout, self.width, self.exact = model, layout, wide.weight, wide.statistic
+        self.pairs = shape.pairs
         self.fp8, self.cpu, self.masked = shape.fp8, shape.device == "cpu", shape.masked or bool(shape.model.sliding_window)
         self.tokens, self.sequence = shape.micro * shape.sequence, shape.sequence
         self.elements = self.tokens // (layout.tp if layout.sp else 1) * model.dim
         self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
         self.whole = self.tokens * model.dim * wide.weight  # (B, S, D): the same inside a region split by feature
-        self.turned = shape.micro > 1  # (B, S, D) becomes (S, B, D) by a copy
+        self.turned = shape.micro > 1  # where tokens are ordered (B, S, D) becomes (S, B, D) by a copy
         units = {unit for name in ("embedding", "blocks.0", "head") for unit in uses(model, name)}  # all blocks are alike
         rows = (row for unit in units for row in rows_of(model, unit))
         boxes = ((_inside(row.name), shard(row, tp=layout.tp, sp=layout.sp).box(tp)) for row in rows)
@@ -122,16 +123,15 @@ class Tensors:
 
     # --- (B, S', D) <-> (B, S, D) --------------------------------------------------------------------------------------
 
-    @property
-    def gathering(self) -> int:
-        """Beside (B, S', D), while all of S is fetched: it turned, the whole, the whole turned back. Nothing without sp."""
-        return (1 + self.turned) * self.whole + self.turned * self.stream if self.layout.sp else 0
+    def gathering(self, ordered: bool = False) -> int:
+        """Beside (B, S', D), while all of S is fetched: the whole; ordered: also both turned before. Nothing without sp."""
+        turned = self.turned * ordered
+        return (1 + turned) * self.whole + turned * self.stream if self.layout.sp else 0
 
-    @property
-    def reducing(self) -> int:
-        """Beside partial sums (B, S, D), while they are added: they turned, the others' parts, the sum, it turned back."""
-        parts = self.whole if self.cpu else 0
-        return self.turned * self.whole + parts + (1 + self.turned) * self.stream if self.layout.sp else 0
+    def reducing(self, ordered: bool = False) -> int:
+        """Beside partial sums (B, S, D), while they are added: the others' parts and the sum; ordered: also both turned."""
+        turned, parts = self.turned * ordered, self.whole if self.cpu else 0
+        return turned * self.whole + parts + (1 + turned) * self.stream if self.layout.sp else 0
 
     @property
     def gathered(self) -> int:
@@ -233,11 +233,17 @@ class Block:
 
     def _columns_forward(self, outputs: int, names: tuple[str, ...]) -> int:
         """Norm, gather, product."""
-        return max(self.t.stream + self.t.gathering, self.t.whole + outputs + self.t.dropping(*names))
+        return max(self.t.stream + self.t.gathering(self._ordered(names[0])), self.t.whole + outputs + self.t.dropping(*names))
+
+    def _ordered(self, name: str) -> bool:
+        """Whether tokens are in their order in the region of a projection: attention wants it, and an adapter's where something draws."""
+        model = self.t.model
+        return not name.startswith("mlp") or model.adapter.rank > 0 and max(model.adapter.dropout, model.dropout, model.neftune) > 0
 
     def _row_forward(self, bias: bool, name: str) -> int:
         """Beside the features: the product and its reduction, then the bias."""
-        return max(self.t.whole + self.t.reducing, self.t.whole + self.t.dropping(name), (1 + bias) * self.t.stream)
+        reducing = self.t.reducing(self._ordered(name))
+        return max(self.t.whole + reducing, self.t.whole + self.t.dropping(name), (1 + bias) * self.t.stream)
 
     def _sum_forward(self) -> int:
         """What a half has made, its mask being drawn; then dropped, and its sum with the residual."""
@@ -254,11 +260,12 @@ class Block:
 
         low: what an adapter makes of them. product: the largest gradient by weights on its way to its sum.
         """
-        t = self.t
+        t, ordered = self.t, self._ordered(names[0])
         by_weights += low
-        travels = t.reducing - t.turned * t.stream * t.layout.sp  # while the gradients are made its sum is not turned back yet
-        gradients = by_weights + max(t.reducing, travels + product + t.again(*names))
-        products = t.stream + t.gathering + t.whole + max(gradients, low + t.scaling(*names))
+        reducing = t.reducing(ordered)
+        travels = reducing - t.turned * ordered * t.stream * t.layout.sp  # while the gradients are made its sum is not turned back yet
+        gradients = by_weights + max(reducing, travels + product + t.again(*names))
+        products = t.stream + t.gathering(ordered) + t.whole + max(gradients, low + t.scaling(*names))
         return max(products, by_weights + t.stream + t.norm_backward(t.stream))
 
     def _mlp_backward(self, made: int) -> list[int]:
@@ -273,7 +280,7 @@ class Block:
             made + 2 * t.dropped,
             made + t.dropped + again,
             full + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
-            inner + t.gathering,
+            inner + t.gathering(self._ordered("mlp.down")),
             inner + t.gathered + self._down_backward(),
             full
             - self.post
@@ -301,7 +308,7 @@ class Block:
         return [
             whole + 2 * t.dropped,
             whole + t.dropped + (t.norm_backward(t.stream) if self.post else 0),
-            held + (self.post or t.dropped) + t.gathering,
+            held + (self.post or t.dropped) + t.gathering(ordered=True),
             held
             + (self.post or t.dropped)
             + t.gathered
@@ -319,9 +326,9 @@ def _embedding(t: Tensors) -> Holds:
     noise = DRAWN * t.elements if t.model.neftune else 0
     behind = t.stream if t.model.embedding_scale else t.dropped
     wider = t.whole * t.exact // t.width if t.exact != t.width and t.table_trained("embedding") else 0  # a row of the sums for each token
-    forward = max(t.whole + t.reducing, t.stream + max(learned, t.drawing, noise))
+    forward = max(t.whole + t.reducing(), t.stream + max(learned, t.drawing, noise))
     rows = behind + t.gathered + t.whole * (t.layout.tp > 1) + wider
-    return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering, rows))
+    return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering(), rows))
 
 
 def at_once(tokens: int, rows: int, *, cpu: bool) -> int:
@@ -333,14 +340,14 @@ def at_once(tokens: int, rows: int, *, cpu: bool) -> int:
 def _head(t: Tensors) -> Holds:
     """Norm, output projection and loss: all of it in backward, which makes loss and gradients in one pass."""
     rows, columns = t.weights["embedding.weight" if t.model.tied else "head.weight"]
-    narrow = t.exact != t.width
+    narrow, ordered = t.exact != t.width, t.pairs  # whose sides go by the places of tokens
     beside = t.exact if t.model.logit_softcap else t.width if narrow else 0  # the slope of a cap; of a cast, what it was made of
     some = at_once(t.tokens, rows, cpu=t.cpu) * rows
     product = rows * columns * t.width if narrow and t.cpu and t.table_trained("head") else 0  # on its way to its sum, as in `product`
     making = [
-        t.stream + t.gathering,
+        t.stream + t.gathering(ordered),
         2 * t.whole + max(some * (t.exact + beside), some * t.width + product),
-        t.whole + t.reducing,
+        t.whole + t.reducing(ordered),
         t.stream + t.norm_backward(t.stream),
     ]
     return Holds(0, 0, 0, max(making), t.stream, t.stream)
