@@ -65,6 +65,7 @@ MODELS["weighted"] = {**MODELS["llama"], "vocab": 79, "tied": True}
 # Answers preferred to others: the loss is of pairs, divided by their number; with a trained and with an untrained table of the output.
 MODELS["pairs"] = {**MODELS["llama"], "vocab": 71}
 MODELS["lora pairs"] = {**MODELS["lora"], "vocab": 59, "tied": True}
+MODELS["lora pairs and head"] = {**MODELS["lora"], "vocab": 59, "adapter": {"rank": 2, "modules_to_save": ["head"]}}
 # What other families of models do besides: windows, norms behind a half of a block or over all heads, capped scores and logits.
 WIDER: dict[str, dict[str, Any]] = {
     "mistral": {
@@ -119,6 +120,7 @@ EXTRA: dict[str, dict[str, Any]] = {  # sections beside the model
     "noisy": {"data": {**DATA, "document_mask": True}},
     "pairs": {"data": PAIRS, "preference": {"beta": 0.05, "label_smoothing": 0.1, "sft": 0.2}, "optimizer": OPTIMIZER},
     "lora pairs": {"data": PAIRS, "preference": {"loss": "ipo", "beta": 2.0, "length_normalised": True}},
+    "lora pairs and head": {"data": PAIRS, "preference": {"beta": 0.05}},
     "mistral": {"data": {**DATA, "document_mask": True, "reset_positions": True}},
     "gemma2": {"optimizer": {**OPTIMIZER, "label_smoothing": 0.1}},
 }
@@ -253,6 +255,7 @@ NAMED: list[tuple[str, str]] = [
     ("lora pairs", "tp=2"),
     ("lora pairs", "pp=2"),
     ("lora pairs", "dp=2,tp=2,zero=3"),
+    ("lora pairs and head", "tp=2"),
     # Hybrid sharding: shards inside a group, replicas across.
     ("llama", "dp=4,zero=1,shard=2"),
     ("llama", "dp=4,zero=1,shard=2,reduce=micro_batch"),

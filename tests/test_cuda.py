@@ -21,6 +21,7 @@ from dist_llm.model.kernels import norm_backward
 from dist_llm.model.loss import loss_and_gradients, scale_by, whole
 from dist_llm.model.products import Products, add_product, wide_product
 from dist_llm.model.quantize import dequantize, quantize
+from dist_llm.model.sums import add_rows
 from dist_llm.plan.predict import predicted, shape_of
 from dist_llm.staging import Lane
 from dist_llm.train.profile import Profile
@@ -162,6 +163,34 @@ def test_a_slope_keeps_its_digits(compiled: bool) -> None:
     finally:
         fuse(False)
     assert float(gradient.double().sum() / exact.sum()) == pytest.approx(1.0, rel=2e-4)  # rounding alone: 2.5e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_keep_the_slope_s_digits(compiled: bool) -> None:
+    """Whatever the number of targets, gradients times that number are the same, but for the order in which attention adds."""
+    engine, trainer = built("bfloat16", compile=compiled)
+    contexts = [trainer.context(batch, step=0, training=True) for batch in trainer.take(0)]
+    found = []
+    for targets in (32768, 30001, 32640):
+        engine.run(contexts, targets=targets)
+        engine.finish_gradients()
+        found.append({item.piece.slot.name: item.values.double() * targets for item in engine.state() if item.kind == "gradient"})
+    for name, exact in found[0].items():
+        for other in found[1:]:
+            assert float((other[name] * exact).sum() / exact.square().sum()) == pytest.approx(1.0, abs=1e-3), name
+
+
+@pytest.mark.parametrize("most", [1, 40, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_added_in_a_fixed_order(dtype: torch.dtype, most: int) -> None:
+    """As on a CPU, however often a row comes; and twice the same to the bit."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    rows = torch.randint(most, (8192,), generator=generator, device=DEVICE)
+    values = torch.randn(8192, 256, generator=generator, device=DEVICE).to(dtype)
+    first, second = (add_rows(torch.ones(5000, 256, device=DEVICE), rows, values) for _ in range(2))
+    exact = torch.ones(5000, 256, dtype=torch.float64).index_add_(0, rows.cpu(), values.cpu().double())
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.cpu().double(), exact, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(300, 128), (3, 5, 2048), (4096, 4096)])

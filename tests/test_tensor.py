@@ -18,7 +18,7 @@ from dist_llm.mesh import build_mesh
 from dist_llm.model.kernels import activate
 from dist_llm.model.loss import CHUNK, Counted, Slice
 from dist_llm.model.parts import Norm, Projection, Projections
-from dist_llm.model.sums import add_rows, known_slope, summing, sums_of
+from dist_llm.model.sums import add_rows, gathered_by_row, known_slope, summing, sums_of
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Context, build_unit, make_context
 from dist_llm.parallel import compiled, tensor
@@ -306,6 +306,18 @@ def test_rows_are_added_where_they_repeat() -> None:
     for row, value in zip(rows, values, strict=True):
         expected[row] += value.float()
     assert torch.equal(add_rows(total, rows, values), expected) and torch.equal(total, expected)
+
+
+@pytest.mark.parametrize(("count", "tokens", "most"), [(5, 40, 5), (300, 40, 300), (7, 1, 7), (9, 3000, 2)])
+def test_values_of_one_row_are_gathered_before_they_are_added(count: int, tokens: int, most: int) -> None:
+    """As a GPU does it: no row has two values that are not zero, so that no order matters."""
+    source = torch.Generator().manual_seed(0)
+    rows, values = torch.randint(most, (tokens,), generator=source), torch.randn(tokens, 3, generator=source, dtype=torch.float64)
+    here, sums = gathered_by_row(rows, values, count)
+    with_values = here[sums.any(1)]
+    assert len(with_values.unique()) == len(with_values) == len(rows.unique())
+    expected = torch.zeros(count, 3, dtype=torch.float64).index_add_(0, rows, values)
+    torch.testing.assert_close(torch.zeros_like(expected).index_add_(0, here, sums), expected, rtol=1e-13, atol=1e-13)
 
 
 def test_blocks_with_dropout_compile_for_all_steps() -> None:

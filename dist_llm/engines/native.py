@@ -6,6 +6,7 @@ offer the same five.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -93,6 +94,8 @@ class NativeEngine:
         shape = (len(FIGURES),) if options.pairs else ()
         self.loss = torch.zeros(shape, dtype=torch.float64, device=device)
         self.scale = torch.zeros(shape, dtype=torch.float64, device=device)  # the slope of the first number alone
+        # Of bfloat16 backward the rest of that slope stays out: it is a power of two, which rounds nothing.
+        self.rest = torch.ones((), dtype=torch.float64, device=device) if options.dtype == torch.bfloat16 else None
         self.stop = torch.zeros((), dtype=torch.float64, device=device)  # 1 where this rank was told to stop: it travels with the norm
         self.graph = StepGraph(self.flats, CudaRecorder(device)) if options.graph else None
         self.totals: Tensor | None = None  # of a step that has been recorded, until it is read
@@ -107,7 +110,12 @@ class NativeEngine:
 
     def run(self, contexts: Sequence[Context], *, targets: float) -> None:
         """Forward and backward of one global batch. targets: what those of all ranks count together: their number, or weight."""
-        self.scale.view(-1)[0].fill_(1.0 / targets)
+        slope = 1.0 / targets
+        if self.rest is not None:
+            part, exponent = math.frexp(slope)
+            self.rest.fill_(2.0 * part)
+            slope = math.ldexp(0.5, exponent)
+        self.scale.view(-1)[0].fill_(slope)
         if self.graph is not None and not self.pipeline.recording:  # spans are marked by the host
             self.totals = self.graph.run(contexts, self._gradients_of)
         else:
@@ -161,6 +169,8 @@ class NativeEngine:
             flat.start_crossing()
         for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
             flat.finish(pending)
+            if self.rest is not None and flat.gradient is not None:
+                flat.gradient.mul_(self.rest)
         for held in self.frozen:
             held.end_step()
         totals = torch.zeros(len(self.halves) + self.loss.numel() + 1, dtype=torch.float64, device=self.device)

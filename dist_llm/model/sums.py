@@ -56,6 +56,19 @@ def known_slope() -> Tensor | None:
 def add_rows(total: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     """total (V, D) plus values (T, D), which may be narrower, at rows (T,), in place and in a fixed order."""
     values = values.to(total.dtype)
-    if total.is_cuda:  # its index_add_ adds in whatever order it comes
-        return total.index_put_((rows,), values, accumulate=True)
+    if total.is_cuda:  # it adds what belongs to a row in whatever order it comes, and what is zero in none
+        rows, values = gathered_by_row(rows, values, len(total))
     return total.index_add_(0, rows, values)
+
+
+def gathered_by_row(rows: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values (T, D) at rows (T,) of `count` -> rows (T,) and values (T, D) in which no row comes twice, but for zeros.
+
+    Without asking the device how many there are. The values of a row are added up by the backward of an embedding over the rows that
+    occur, whose work is cut into pieces where one of them (a padding's, say) occurs thousands of times.
+    """
+    ordered, places = rows.sort(stable=True)
+    number = torch.cat([torch.zeros_like(ordered[:1]), (ordered[1:] != ordered[:-1]).cumsum(0)])  # among the rows that occur
+    here = torch.arange(len(rows), device=rows.device).remainder(count).scatter_(0, number, ordered)
+    number = torch.empty_like(rows).scatter_(0, places, number)
+    return here, torch.ops.aten.embedding_dense_backward(values, number, len(rows), -1, False)

@@ -402,7 +402,7 @@ class Embed(Function):
         sums = sums_of(weight)
         if sums is None:
             return None, torch.ops.aten.embedding_dense_backward(whole, local, ctx.rows, -1, False), None, None
-        add_rows(sums, local.flatten(), whole.flatten(0, 1))
+        add_rows(sums, local.flatten(), whole.flatten(0, 1))  # rows that are elsewhere: nothing, to row 0
         return None, None, None, None
 
 

@@ -193,7 +193,7 @@ def _tensor(total: defaultdict[str, float], shape: Shape, actions: Sequence[Acti
     tokens = shape.micro * shape.sequence
     moved = (t - 1) / t * tokens * shape.model.dim * wide.weight  # one gather or scatter; an all_reduce is two
     scalars = 2 * (t - 1) / t * tokens * wide.statistic * (4 if shape.smoothing else 3)
-    scalars *= 2 if shape.pairs and not shape.model.adapter.rank else 1  # logits are made twice where their table is trained
+    scalars *= 2 if shape.pairs and table_trained(shape.model, "head") else 1  # logits are made twice where their table is trained
     per_embedding = 1 if layout.sp and not table_trained(shape.model, "embedding") else 2  # without a gradient no slope is gathered
     ends = {"embedding": per_embedding * moved, "head": 2 * moved + scalars}
     for name in (half for units in shape.rank_stages(pp).values() for unit in units for half in halves_of(unit)):

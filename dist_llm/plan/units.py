@@ -75,6 +75,12 @@ class Tensors:
             return 0
         return sum(rows * columns for rows, columns in (self.weights[f"{name}.weight"] for name in names)) * self.width
 
+    @property
+    def by_positions(self) -> int:
+        """The gradient by learned positions, where they are trained: autograd makes a whole table of it."""
+        rows, columns = self.weights.get("positions.weight", (0, 0))
+        return rows * columns * self.width if self.table_trained("embedding") else 0
+
     def table_trained(self, end: SavedModule) -> bool:
         """Whether the table of tokens, or the output matrix, is: its gradient goes to its sum by rows, or by the products of chunks."""
         return table_trained(self.model, end)
@@ -325,10 +331,14 @@ def _embedding(t: Tensors) -> Holds:
     learned = t.stream if t.model.positions == "learned" or t.model.embedding_scale or t.model.neftune else 0
     noise = DRAWN * t.elements if t.model.neftune else 0
     behind = t.stream if t.model.embedding_scale else t.dropped
-    wider = t.whole * t.exact // t.width if t.exact != t.width and t.table_trained("embedding") else 0  # a row of the sums for each token
+    row = t.whole * t.exact // t.width  # of the sums, for each token
+    wider = ((t.exact != t.width) + (not t.cpu)) * row if t.table_trained("embedding") else 0  # a GPU adds those of one row first
+    places = t.by_positions
     forward = max(t.whole + t.reducing(), t.stream + max(learned, t.drawing, noise))
-    rows = behind + t.gathered + t.whole * (t.layout.tp > 1) + wider
-    return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + max(2 * t.dropped, t.dropped + behind, behind + t.gathering(), rows))
+    cleared = t.whole * (t.layout.tp > 1)  # where rows are elsewhere
+    rows = behind + max(t.gathered + cleared, max(t.gathered, cleared) + wider) + places * (t.exact != t.width)
+    backward = max(2 * t.dropped, t.dropped + behind, behind + places, behind + t.gathering(), rows)
+    return Holds(t.stream, t.mask, forward, 0, t.mask, t.mask + backward)
 
 
 def at_once(tokens: int, rows: int, *, cpu: bool) -> int:
