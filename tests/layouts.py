@@ -409,7 +409,7 @@ def drawn(seed: int, *, largest: int = 8, models: dict[str, dict[str, Any]] = MO
     dice = random.Random(seed)
     seen = set()
     for _ in range(100_000):
-        model = dice.choice([name for name in models if name not in ("padded", "weighted", "pairs", "lora pairs")])
+        model = dice.choice([name for name in models if name not in ("padded", "weighted") and "pairs" not in name])
         axes = {"dp": dice.choice([1, 1, 2, 2, 3, 4]), "tp": dice.choice([1, 1, 2, 2, 4, 8]), "pp": dice.choice([1, 1, 2, 2, 3, 4])}
         text = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1 or axis == "dp")
         text += f",zero={dice.randrange(4)}" + dice.choice(["", ",reduce=step", ",reduce=micro_batch"])

@@ -40,6 +40,8 @@ RUNS = [  # models and layouts of tests/layouts.py
     ("dora", "tp=2"),
     ("lora", "tp=2,sp=off"),
     ("nf4 dora", "dp=2,zero=3"),
+    ("dora dropped", "tp=2"),  # masks are drawn by the places of tokens, which stay in their order for it
+    ("llama", "tp=2"),  # without an adapter they come as the ranks keep them
     *(
         pytest.param(*pair, marks=pytest.mark.long)
         for pair in (

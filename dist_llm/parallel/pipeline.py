@@ -236,7 +236,8 @@ class Pipeline:
         """One step: all micro-batches through this rank's stages; returns the summed loss (zero where the last stage is elsewhere).
 
         contexts: each is taken when its micro-batch begins here and dropped when it ends.
-        scale: the slope of the summed loss, 1 / target tokens of the global batch, in its shape. boundary: an empty tensor (B, S', D).
+        scale: the slope of the summed loss in its shape, 1 / target tokens of the global batch or the power of two in that. boundary:
+        an empty tensor (B, S', D).
         """
         state, clock, marks = InTransit(), Clock(scale.device), []
         for action in self.actions:

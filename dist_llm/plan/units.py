@@ -22,6 +22,7 @@ from dist_llm.sharding import shard
 PIECE = 512  # tokens of an activation at once on a CPU (model/kernels.py: TOKENS)
 MEASURED = 1 << 20  # elements of a weight whose rows are measured at once (parallel/correction.py: PIECE)
 CHUNK, CHUNK_BYTES = 1024, 2**30  # tokens whose logits exist at once, on a GPU so many as make these bytes (model/loss.py: at_once)
+PARTIAL = 3072  # tokens of an embedding beyond which torch adds up parts of ten rows before (EmbeddingBackwardKernel.cu)
 DRAWN = 5 * 8  # of an element of a dropout mask while it is drawn: its place and four steps of 64 bits (random.py)
 
 
@@ -332,7 +333,8 @@ def _embedding(t: Tensors) -> Holds:
     noise = DRAWN * t.elements if t.model.neftune else 0
     behind = t.stream if t.model.embedding_scale else t.dropped
     row = t.whole * t.exact // t.width  # of the sums, for each token
-    wider = ((t.exact != t.width) + (not t.cpu)) * row if t.table_trained("embedding") else 0  # a GPU adds those of one row first
+    gathered = 0 if t.cpu else row + (11 * row // 10 if t.tokens > PARTIAL else 0)  # a GPU adds those of one row first, many in parts
+    wider = (t.exact != t.width) * row + gathered if t.table_trained("embedding") else 0
     places = t.by_positions
     forward = max(t.whole + t.reducing(), t.stream + max(learned, t.drawing, noise))
     cleared = t.whole * (t.layout.tp > 1)  # where rows are elsewhere
