@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dist_llm.config.layout import Layout
 from dist_llm.config.schema import ModelConfig
 from dist_llm.mesh import build_mesh
+from dist_llm.model import kernels
 from dist_llm.model.kernels import Normed, RotateInPlace, activate, activate_backward, norm, norm_backward, rotated
 from dist_llm.model.table import table
 from dist_llm.model.transformer import Block, build_unit, make_context, rotary_table
@@ -72,16 +73,21 @@ def test_activations_and_their_gradients_are_those_of_torch(kind: str) -> None:
         close(a, b)
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 3 * 8), (2, 6, 3, 8)])
-def test_rotary_positions_in_place(shape: tuple[int, ...]) -> None:
-    x, slope = random(*shape), random(*shape, seed=1).detach()
-    angles = rotary_table(torch.arange(6)[None], width=8, theta=100.0, dtype=torch.float64)
-    expected = rotated(x.view(2, 6, 3, 8), *angles).view(shape)
-    made = x * 1.0
+@pytest.mark.parametrize("some", [512, 15, 4])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("shape", [(5, 6, 3 * 8), (5, 6, 3, 8)])
+def test_rotary_positions_in_place(shape: tuple[int, ...], own: bool, some: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """some: tokens at once, of all sequences, of two and of a part of one. own: each sequence has positions of its own."""
+    monkeypatch.setattr(kernels, "TOKENS", some)
+    wide, slope = random(5, 6, 2 * 24), random(*shape, seed=1).detach()
+    positions = torch.arange(30).view(5, 6) if own else torch.arange(6)[None]
+    angles = rotary_table(positions, width=8, theta=100.0, dtype=torch.float64)
+    expected = rotated(wide[..., :24].view(5, 6, 3, 8), *angles).view(shape)
+    made = (wide * 1.0)[..., :24].view(shape)  # as neighbouring projections give it: rows with others' features between them
     found = RotateInPlace.apply(made, *angles)
     assert found.data_ptr() == made.data_ptr()
     close(found.detach(), expected.detach())
-    close(torch.autograd.grad(found, x, slope)[0], torch.autograd.grad(expected, x, slope)[0])
+    close(torch.autograd.grad(found, wide, slope)[0], torch.autograd.grad(expected, wide, slope)[0])
 
 
 def flat_block(model: ModelConfig) -> Block:
