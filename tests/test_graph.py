@@ -57,9 +57,11 @@ class CpuRecorder(TorchDispatchMode):
                         place.detach().copy_(value)
 
 
-def trained(given: dict[str, Any], text: str, *, graph: bool, steps: int = 6) -> tuple[list[str], list[torch.Tensor], Any]:
+def trained(
+    given: dict[str, Any], text: str, *, graph: bool, steps: int = 6, dtype: str = "float32"
+) -> tuple[list[str], list[torch.Tensor], Any]:
     """Losses and norms to the bit, the weights after some steps, and the recorder."""
-    _, engine, trainer = build(given, vars(layout_of(text)), 0, "float32")
+    _, engine, trainer = build(given, vars(layout_of(text)), 0, dtype)
     recorder = CpuRecorder()
     engine.graph = StepGraph(engine.flats, recorder) if graph else None
     taken = [trainer.step(step) for step in range(steps)]
@@ -76,11 +78,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("text", "model"), CASES, ids=str)
-def test_replayed_steps_are_equal_to_the_bit(text: str, model: dict[str, Any]) -> None:
+def test_replayed_steps_are_equal_to_the_bit(text: str, model: dict[str, Any], dtype: str) -> None:
     """Other tokens, labels, masks and numbers of targets in every step; dropout by a key that is copied in."""
-    plain, expected, _ = trained(config(micro=2, **model), text, graph=False)
-    found, weights, recorder = trained(config(micro=2, **model), text, graph=True)
+    plain, expected, _ = trained(config(micro=2, **model), text, graph=False, dtype=dtype)
+    found, weights, recorder = trained(config(micro=2, **model), text, graph=True, dtype=dtype)
     assert found == plain
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
     assert recorder.events == ["warm"] * WARM + ["record"] + ["replay"] * (6 - WARM)

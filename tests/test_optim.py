@@ -179,3 +179,22 @@ def test_gradients_are_the_same_for_any_number_of_targets(dtype: str, text: str)
     for other in found[1:]:
         for name, exact in found[0].items():
             assert (other[name] - exact).norm() <= (1e-6 if dtype == "bfloat16" else 1e-5) * exact.norm(), name
+
+
+@pytest.mark.parametrize("text", ["dp=1", "dp=1,offload=optimizer"])
+@pytest.mark.parametrize("clip", [0.0, 1e-4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_update_takes_the_gradient_that_is_shown(dtype: str, clip: float, text: str) -> None:
+    """Plain SGD shows what AdamW hides: a factor that is left out, or taken twice."""
+    given = config(micro=2, sequence=32, optimizer={"kind": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": clip})
+    _, engine, trainer = build(given, vars(layout_of(text)), 0, dtype)
+    engine.run([trainer.context(batch, step=0, training=True) for batch in trainer.take(0)], targets=48897)
+    norm = engine.finish_gradients().norm
+    state = {(item.kind, item.piece.slot.name): item.values.double().clone() for item in engine.state()}
+    assert norm > 2 * clip
+    engine.step(0.5)
+    for item in engine.state():
+        before, gradient = state["weight", item.piece.slot.name], state["gradient", item.piece.slot.name]
+        expected = before - 0.5 * gradient * (clip / (norm + 1e-6) if clip else 1.0)
+        moved = (expected - before).norm()
+        assert moved > 0 and (item.values - expected).norm() <= 1e-4 * moved + 1e-7 * before.norm(), item.piece.slot.name

@@ -94,8 +94,8 @@ class NativeEngine:
         shape = (len(FIGURES),) if options.pairs else ()
         self.loss = torch.zeros(shape, dtype=torch.float64, device=device)
         self.scale = torch.zeros(shape, dtype=torch.float64, device=device)  # the slope of the first number alone
-        # Of bfloat16 backward the rest of that slope stays out: it is a power of two, which rounds nothing.
-        self.rest = torch.ones((), dtype=torch.float64, device=device) if options.dtype == torch.bfloat16 else None
+        # What gradients are still to be multiplied by: of bfloat16 backward that slope is a power of two, which rounds nothing.
+        self.rest = 1.0
         self.stop = torch.zeros((), dtype=torch.float64, device=device)  # 1 where this rank was told to stop: it travels with the norm
         self.graph = StepGraph(self.flats, CudaRecorder(device)) if options.graph else None
         self.totals: Tensor | None = None  # of a step that has been recorded, until it is read
@@ -111,10 +111,9 @@ class NativeEngine:
     def run(self, contexts: Sequence[Context], *, targets: float) -> None:
         """Forward and backward of one global batch. targets: what those of all ranks count together: their number, or weight."""
         slope = 1.0 / targets
-        if self.rest is not None:
+        if self.dtype == torch.bfloat16:
             part, exponent = math.frexp(slope)
-            self.rest.fill_(2.0 * part)
-            slope = math.ldexp(0.5, exponent)
+            self.rest, slope = 2.0 * part, math.ldexp(0.5, exponent)
         self.scale.view(-1)[0].fill_(slope)
         if self.graph is not None and not self.pipeline.recording:  # spans are marked by the host
             self.totals = self.graph.run(contexts, self._gradients_of)
@@ -152,25 +151,23 @@ class NativeEngine:
         return loss if self.mesh.at.tp == 0 else torch.zeros_like(loss)
 
     def finish_gradients(self) -> Totals:
-        """Leaves with global gradients on the ranks that own them; returns the summed loss and the norm, equal on all ranks.
+        """Leaves with global gradients, over `rest`, on the ranks that own them; returns the summed loss and the norm, equal on all ranks.
 
         Sums of squares are float64 per half of a block and added in the table's order: where one rank
         has all of a unit, no cut into stages changes a bit.
         """
         totals, self.totals = self._finish() if self.totals is None else self.totals, None
         numbers, count = totals.tolist(), len(self.halves)  # the host waits for the device here
-        self.norm = sum(numbers[:count]) ** 0.5
+        self.norm = self.rest * sum(numbers[:count]) ** 0.5
         return Totals(numbers[count], self.norm, numbers[-1] > 0, tuple(numbers[count + 1 : -1]))
 
     def _finish(self) -> Tensor:
-        """Global gradients on the ranks that own them -> the halves' sums of squares, the summed loss, ranks that are to stop: float64."""
+        """Global gradients, over `rest`, where they are owned -> sums of squares of halves, the loss, ranks that are to stop: float64."""
         flight.enter("reduce")
         for flat in reversed(self.flats):  # as backward has begun them
             flat.start_crossing()
         for flat, pending in [(flat, flat.start_finish()) for flat in self.flats]:
             flat.finish(pending)
-            if self.rest is not None and flat.gradient is not None:
-                flat.gradient.mul_(self.rest)
         for held in self.frozen:
             held.end_step()
         totals = torch.zeros(len(self.halves) + self.loss.numel() + 1, dtype=torch.float64, device=self.device)
@@ -188,9 +185,7 @@ class NativeEngine:
         flight.enter("update")
         factor = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.optimizer.count += 1
-        for (flat, gradient), moments in zip(self._gradients(), self.moments, strict=True):
-            if factor < 1.0:
-                gradient.mul_(factor)
+        for (flat, gradient), moments in zip(self._gradients(self.rest * factor), self.moments, strict=True):
             for run, decay in flat.segments():
                 self.optimizer.update([flat.master[run]], [gradient[run]], [moments.part(run)], lr=lr, decay=decay)
         for pending in [flat.start_publish() for flat in self.flats]:
@@ -205,11 +200,12 @@ class NativeEngine:
         for flat in self.flats:
             flat.gradient = None
 
-    def _gradients(self) -> Iterator[tuple[FlatUnit, Tensor]]:
-        """Each unit's owned gradient, where its master weights are."""
+    def _gradients(self, factor: float) -> Iterator[tuple[FlatUnit, Tensor]]:
+        """Each unit's owned gradient times `factor`, where its master weights are."""
         owned = [(flat, flat.gradient) for flat in self.flats if flat.gradient is not None]
         assert len(owned) == len(self.flats), "finish_gradients comes first"
-        return self.ferry.visit(owned) if self.ferry else iter(owned)
+        scaled = iter(owned) if factor == 1.0 else ((flat, gradient.mul_(factor)) for flat, gradient in owned)
+        return self.ferry.visit(list(scaled)) if self.ferry else scaled
 
     def wanted(self) -> Iterator[Wanted]:
         """What `load_state` will ask for, or a part of what is named here."""
@@ -268,7 +264,7 @@ class NativeEngine:
         """Every run of every tensor this rank answers for, by global name: together the ranks hold each element once.
 
         Weights are master weights, those that are not trained have a kind of their own, "frozen"; gradients are there between
-        `finish_gradients` and `step`, before clipping.
+        `finish_gradients` and `step`, before clipping; of a bfloat16 backward in float64, because they are a product with `rest`.
         """
         for held in self.frozen:
             for piece in held.pieces():
@@ -278,4 +274,6 @@ class NativeEngine:
             for kind, tensor in tensors.items():
                 if tensor is not None:
                     for piece in flat.pieces():
-                        yield Item(kind, piece, flat.own_run(tensor, piece))
+                        values = flat.own_run(tensor, piece)
+                        over = kind == "gradient" and self.rest != 1.0
+                        yield Item(kind, piece, values.double() * self.rest if over else values)
