@@ -202,8 +202,8 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
     parts = torch.empty_like(x)
 
     def add_in_rank_order() -> Tensor:
-        first, *others = parts.view(group.size, -1)
-        shard.view(-1).copy_(first)
+        first, second, *others = parts.view(group.size, -1)
+        torch.add(first, second, out=shard.view(-1))
         for part in others:
             shard.view(-1).add_(part)
         return shard

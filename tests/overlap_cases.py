@@ -17,7 +17,7 @@ from dist_llm.train.trainer import Trainer
 from tests.layouts import concrete, config_of
 
 
-def zero_events(rank: int, world: int, say: Any, layout: str) -> list[str]:
+def zero_events(rank: int, world: int, say: Any, layout: str, model: str = "llama") -> list[str]:
     """One training step; events of weight gathers, unit forwards, unit backwards and gradient reductions, by unit."""
     events: list[str] = []
 
@@ -35,7 +35,8 @@ def zero_events(rank: int, world: int, say: Any, layout: str) -> list[str]:
     for name, label in (("start_gather", "gather"), ("begin_backward", "backward"), ("start_reduce", "reduce"), ("collect", "collect")):
         watch(name, label)
     watch("_start_sum_of_replicas", "cross")
-    trainer = _trainer(config_of("llama"), layout, rank)
+    watch("_start_spread", "spread")
+    trainer = _trainer(config_of(model), layout, rank)
     for stage in trainer.engine.stages:
         for unit in stage.units:
             unit.module.register_forward_pre_hook(lambda *_, unit=unit: events.append(f"forward {unit.name}"))

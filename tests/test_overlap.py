@@ -48,6 +48,16 @@ def test_shards_travel_between_replicas_while_backward_goes_on(ranks: Ranks) -> 
     assert early == sorted(early) and early[-1] < last < late
 
 
+@pytest.mark.parametrize("model", ["llama", "tied"])
+def test_sums_go_to_all_ranks_while_backward_goes_on(ranks: Ranks, model: str) -> None:
+    """zero=0: a unit's gradient is gathered as soon as its shards are summed; only the last unit's is left for the end."""
+    events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=0", model)[0]
+    last = len(events) - 1 - events[::-1].index("backward blocks.0")
+    spread = [events.index(f"spread {unit}") for unit in ("blocks.3", "blocks.2")]
+    assert spread == sorted(spread) and events.index("reduce blocks.1") < spread[-1] < last, events
+    assert all(events.count(f"spread blocks.{layer}") == 1 for layer in range(4))
+
+
 def test_weights_are_prefetched(ranks: Ranks) -> None:
     """Stage 3 asks for the next unit's weights before the unit before it computes, forward and backward."""
     events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=3")[0]

@@ -60,6 +60,7 @@ class FlatUnit(FlatWeights):
         self.sums: dict[int, Tensor] = {}
         self.reducing: dict[int, comm.Pending] = {}
         self.crossing: comm.Pending | None = None  # the sum over replicas, of this rank's part of the shard
+        self.spreading: comm.Pending | None = None  # parts on their way to all who own them
         self.gradient: Tensor | None = None  # (owned,) between the last backward and the update
         self.seen: Callable[[FlatUnit, Tensor], None] | None = None  # gets this rank's own gradients before they are reduced
 
@@ -135,7 +136,8 @@ class FlatUnit(FlatWeights):
     def collect(self) -> None:
         """Finishes the reductions under way; with `reduce=micro_batch` adds them to the shard's sums. Frees what was reduced.
 
-        `step`: the shard is complete inside its group, so its sum over replicas begins, while backward goes on below.
+        `step`: the shard is complete inside its group, so its sum over replicas begins, while backward goes on below; in stage 0,
+        which has no replicas, its way to all ranks.
         """
         for use in list(self.reducing):
             reduced = self.reducing.pop(use).finish()  # the others' parts are free before the sum over replicas makes its own
@@ -147,11 +149,13 @@ class FlatUnit(FlatWeights):
                 del self.whole[use]
             if self.by_step:
                 self.crossing = self._start_sum_of_replicas(self.sums[use])
+                if not self.stage and self.tied is None:
+                    self._start_spread()
 
     def start_crossing(self) -> None:
         """After the last micro-batch: begins the sum over replicas, if `collect` did not."""
         self.collect()
-        if self.crossing is None:
+        if self.crossing is None and self.spreading is None:
             for other in [other for other in self.sums if other]:
                 self.sums[0].add_(self.sums.pop(other))
             self.crossing = self._start_sum_of_replicas(self.sums[0])
@@ -164,13 +168,21 @@ class FlatUnit(FlatWeights):
     def start_finish(self) -> comm.Pending:
         """After the last micro-batch: the pending's result is the global gradient of the owned range, for `finish`."""
         self.start_crossing()
+        if self.spreading is None:
+            self._start_spread()
+        assert self.spreading is not None
+        pending, self.spreading = self.spreading, None
+        return pending
+
+    def _start_spread(self) -> None:
         assert self.crossing is not None
         part, self.crossing = self.crossing.finish(), None
         if self.tied is not None:
             comm.all_reduce(part, self.tied)  # the other use of the weight, on the last or first stage
         if self.stage:
-            return comm.start_all_gather(part, self.replica, out=self.sums[0])
-        return comm.start_all_gather(part, self.group, out=self.whole.get(0))
+            self.spreading = comm.start_all_gather(part, self.replica, out=self.sums[0])
+        else:
+            self.spreading = comm.start_all_gather(part, self.group, out=self.whole.get(0))
 
     def finish(self, pending: comm.Pending) -> None:
         """Leaves with the gradient of the owned range alone, and in stage 3 with a shard of the weights."""
