@@ -73,12 +73,13 @@ def test_activations_and_their_gradients_are_those_of_torch(kind: str) -> None:
         close(a, b)
 
 
-@pytest.mark.parametrize("some", [512, 15, 4])
+@pytest.mark.parametrize("some", [0, 512, 15, 4])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("shape", [(5, 6, 3 * 8), (5, 6, 3, 8)])
 def test_rotary_positions_in_place(shape: tuple[int, ...], own: bool, some: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """some: tokens at once, of all sequences, of two and of a part of one. own: each sequence has positions of its own."""
-    monkeypatch.setattr(kernels, "TOKENS", some)
+    """some: tokens at once, of all sequences, of two and of a part of one; 0: no pieces. own: each sequence has positions of its own."""
+    monkeypatch.setattr(kernels, "TOKENS", some or 512)
+    monkeypatch.setattr(kernels, "MANY", 1 if some else 1 << 15)
     wide, slope = random(5, 6, 2 * 24), random(*shape, seed=1).detach()
     positions = torch.arange(30).view(5, 6) if own else torch.arange(6)[None]
     angles = rotary_table(positions, width=8, theta=100.0, dtype=torch.float64)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOKENS = 512  # tokens of an activation handled at once: they stay in a CPU's cache from one line to the next
+MANY = 1 << 15  # elements from which a CPU turns heads by pieces: with fewer the calls cost more than their arithmetic
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -145,7 +146,7 @@ class RotateInPlace(torch.autograd.Function):
         """Overwrites x and keeps the angles alone."""
         ctx.save_for_backward(cosine, sine)
         ctx.mark_dirty(x)
-        if not x.is_cuda:
+        if not x.is_cuda and x.numel() >= MANY:
             _turn(x, cosine, sine, out=x, back=False)
             return x
         half = cosine.shape[-1] // 2
@@ -160,7 +161,7 @@ class RotateInPlace(torch.autograd.Function):
         """Turns the slope back by the same angle."""
         cosine, sine = ctx.saved_tensors
         half, out = cosine.shape[-1] // 2, torch.empty(slope.shape, dtype=slope.dtype, device=slope.device)
-        if not slope.is_cuda:
+        if not slope.is_cuda and slope.numel() >= MANY:
             _turn(slope, cosine, sine, out=out, back=True)
             return out, None, None
         left, right = slope.reshape(*slope.shape[:2], -1, 2 * half).split(half, dim=-1)
