@@ -44,6 +44,27 @@ def zero_events(rank: int, world: int, say: Any, layout: str, model: str = "llam
     return events
 
 
+def arrivals(rank: int, world: int, say: Any, layout: str) -> list[str]:
+    """Of a second step: where updated weights are waited for, and the forwards of units."""
+    events: list[str] = []
+    trainer = _trainer(config_of("llama"), layout, rank)
+    trainer.step(0)
+    assert all(flat.gathering is not None for flat in trainer.engine.flats)
+    for stage in trainer.engine.stages:
+        for unit in stage.units:
+            unit.module.register_forward_pre_hook(lambda *_, unit=unit: events.append(f"forward {unit.name}"))
+    for flat in trainer.engine.flats:
+
+        def wait(flat: FlatUnit = flat, finish: Any = flat.finish_gather) -> None:
+            if flat.gathering is not None:
+                events.append(f"arrive {flat.plan.unit}")
+            finish()
+
+        flat.finish_gather = wait
+    trainer.step(1)
+    return events
+
+
 def _trainer(config: Config, layout: str, rank: int) -> Trainer:
     mesh = make_mesh(config, concrete(layout), rank)
     engine = make_engine(config, mesh, device=torch.device("cpu"), dtype=torch.float64)

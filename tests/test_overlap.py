@@ -58,6 +58,15 @@ def test_sums_go_to_all_ranks_while_backward_goes_on(ranks: Ranks, model: str) -
     assert all(events.count(f"spread blocks.{layer}") == 1 for layer in range(4))
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_updated_weights_travel_beside_the_next_forward(ranks: Ranks, zero: int) -> None:
+    """Each unit's are waited for where they are first read, once."""
+    events = ranks.run(2, "tests.overlap_cases:arrivals", f"dp=2,zero={zero},recompute=full")[0]
+    order = ["embedding", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert events[: 2 * len(order)] == [f"{what} {unit}" for unit in order for what in ("arrive", "forward")]
+    assert sum(event.startswith("arrive") for event in events) == len(order) + 1, events  # and the head
+
+
 def test_weights_are_prefetched(ranks: Ranks) -> None:
     """Stage 3 asks for the next unit's weights before the unit before it computes, forward and backward."""
     events = ranks.run(2, "tests.overlap_cases:zero_events", "dp=2,zero=3")[0]

@@ -116,6 +116,7 @@ class NativeEngine:
             self.rest, slope = 2.0 * part, math.ldexp(0.5, exponent)
         self.scale.view(-1)[0].fill_(slope)
         if self.graph is not None and not self.pipeline.recording:  # spans are marked by the host
+            self.arrive()
             self.totals = self.graph.run(contexts, self._gradients_of)
         else:
             self._walk(contexts)
@@ -181,18 +182,24 @@ class NativeEngine:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Clips, updates the owned weights and shares them; gradients are gone afterwards."""
+        """Clips, updates the owned weights and begins to share them; gradients are gone afterwards."""
         flight.enter("update")
         factor = min(1.0, self.clip / (self.norm + 1e-6)) if self.clip else 1.0
         self.optimizer.count += 1
         for (flat, gradient), moments in zip(self._gradients(self.rest * factor), self.moments, strict=True):
             for run, decay in flat.segments():
                 self.optimizer.update([flat.master[run]], [gradient[run]], [moments.part(run)], lr=lr, decay=decay)
-        for pending in [flat.start_publish() for flat in self.flats]:
-            if pending is not None:
-                pending.finish()
+            if self.ferry is None:
+                flat.publish()
         for flat in self.flats:
             flat.gradient = None
+            if self.ferry is not None:  # their weights are back from the host when the last one is
+                flat.publish()
+
+    def arrive(self) -> None:
+        """Waits for updated weights that are on their way between ranks; without it they are waited for where they are used."""
+        for flat in self.flats:
+            flat.arrive()
 
     def skip(self) -> None:
         """Leaves out an update: gradients are gone, weights and moments as they were. It counts as one, so that the count is the step."""
@@ -223,6 +230,7 @@ class NativeEngine:
 
         count: optimizer updates made so far. Each rank asks for what it holds and nothing else.
         """
+        self.arrive()
         for flat, moments in zip(self.flats, self.moments, strict=True):
             flat.load(lambda slot, start, stop: read("weight", slot.name, slot.box, start, stop))
             for kind, tensor in (("first_moment", moments.first), ("second_moment", moments.second)):
@@ -238,6 +246,7 @@ class NativeEngine:
 
         Moments are zero before the first step; `begin_adapter` follows, on all ranks.
         """
+        self.arrive()
         for held in (*self.frozen, *(flat for flat in self.flats if not flat.plan.beside)):
             held.load(lambda slot, start, stop: read("weight", slot.name, slot.box, start, stop))
 
@@ -250,6 +259,7 @@ class NativeEngine:
 
         gradients: from the first backward of a step to the update.
         """
+        self.arrive()
         kept: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": [], "host": []}
         updated = kept["host" if self.ferry else "optimizer"]
         updated += [self.optimizer.count, *(self.ferry.buffers if self.ferry else ())]
@@ -266,6 +276,7 @@ class NativeEngine:
         Weights are master weights, those that are not trained have a kind of their own, "frozen"; gradients are there between
         `finish_gradients` and `step`, before clipping; of a bfloat16 backward in float64, because they are a product with `rest`.
         """
+        self.arrive()
         for held in self.frozen:
             for piece in held.pieces():
                 yield Item("frozen", piece, held.shard_run(piece))

@@ -3,13 +3,14 @@
 | stage | weights | gradients       | optimizer | unit's backward done | around a unit     | after the update |
 |-------|---------|-----------------|-----------|----------------------|-------------------|------------------|
 | 0     | whole   | whole           | whole     | reduce (*)           |                   |                  |
-| 1     | whole   | whole until (*) | shard     | reduce_scatter (*)   |                   | all_gather       |
-| 2     | whole   | shard           | shard     | reduce_scatter, free |                   | all_gather       |
+| 1     | whole   | whole until (*) | shard     | reduce_scatter (*)   |                   | all_gather (**)  |
+| 2     | whole   | shard           | shard     | reduce_scatter, free |                   | all_gather (**)  |
 | 3     | shard   | shard           | shard     | reduce_scatter, free | all_gather / free |                  |
 
 (*) after the last micro-batch. That is `reduce=step`; with `reduce=micro_batch` every micro-batch is reduced into a
 shard and the whole buffer lives only during the unit's backward. Either value goes with any stage. Stage 0 reduces by
 reduce_scatter and all_gather, so that all stages take the same sums in the same order: they are equal to the bit.
+(**) begun when the unit is updated, waited for where the next step first reads it.
 
 Gradients live from a unit's first backward of a step to the update: where activations are most, with one micro-batch,
 there are none yet.
@@ -232,13 +233,20 @@ class FlatUnit(FlatWeights):
             for start, stop, decay in self.plan.segments(shard):
                 yield slice(start - self.owned[0], stop - self.owned[0]), decay
 
-    def start_publish(self) -> comm.Pending | None:
-        """After the update: casts the master weights and, in stages 1 and 2, begins to share the new shards."""
+    def publish(self) -> None:
+        """After the update: casts the master weights and, in stages 1 and 2, begins to share the new shards.
+
+        They travel beside what comes now; `finish_gather` before the unit's next use, or `arrive`, waits for them.
+        """
         if self.master is not self.owned_weights and not self.offload:  # from host memory they have come back already
             self.owned_weights.copy_(self.master)
         if self.stage in (1, 2):
-            return comm.start_all_gather(self.shard, self.group, out=self.weights)
-        return None
+            self.gathering, self.here = comm.start_all_gather(self.shard, self.group, out=self.weights), False
+
+    def arrive(self) -> None:
+        """Stages 1 and 2: leaves with the whole weights as they are since the update."""
+        if not self.sharded:
+            self.finish_gather()
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ class Held:
 def held(engine: NativeEngine) -> Iterator[Held]:
     """Weights and optimizer state of this rank, each with the ranks that hold the same."""
     mesh = engine.mesh
+    engine.arrive()
     for frozen in engine.frozen:
         for part in frozen.kept_tensors():
             yield Held("weight", frozen, frozen.own[0], part, mesh.replica if frozen.sharded else mesh.data)
