@@ -504,7 +504,7 @@ def mutated_rank(rank: int, world: int, say: Say, job: dict[str, Any], layout: d
         "one micro-batch lost": (FlatUnit, "start_reduce", lambda flat, use: (flat.whole[use].mul_(7 / 8), start_reduce(flat, use))[1]),
         "another seed on one rank": (FlatUnit, "initialise", lambda flat, *, seed: initial(flat, seed=seed + rank)),
         "decay on everything": (FlatUnit, "segments", lambda flat: iter([(slice(0, flat.owned[1] - flat.owned[0]), True)])),
-        "a shard not published": (FlatUnit, "start_publish", lambda flat: None),
+        "a shard not published": (FlatUnit, "publish", lambda flat: None),
         "": (FlatUnit, "__doc__", None),
     }
     with replaced(*bugs[job["bug"]]):

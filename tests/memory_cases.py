@@ -17,6 +17,7 @@ def peaks(rank: int, world: int, say: Callable[..., None], given: dict[str, Any]
     trainer.step(0)
     with LiveMemory(engine) as live:
         trainer.step(1)
+    assert all(flat.gathering is None for flat in engine.flats)  # what was lent to a transfer must outlive it
     return live.peak
 
 

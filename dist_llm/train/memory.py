@@ -32,6 +32,7 @@ class LiveMemory(TorchDispatchMode):
         self.live: dict[int, int] = {}  # storage -> bytes
         self.now = self.peak = 0
         self._depth = 0
+        self._engines = [thing for thing in things if hasattr(thing, "arrive")]
         for tensor in tensors_of(things):
             self._see(tensor)
         self.kept = self.peak = self.now
@@ -58,6 +59,9 @@ class LiveMemory(TorchDispatchMode):
     def __exit__(self, *details: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
+            if details[0] is None:
+                for engine in self._engines:  # what is on its way was only lent, and nobody else holds it
+                    engine.arrive()
             del torch.UntypedStorage.resize_  # the method of its base is there again
             comm.ledger.lending = False
         super().__exit__(*details)
