@@ -252,6 +252,7 @@ def unsaved(rank: int, world: int, say: Callable, given: dict[str, Any], layout:
     settings, engine, trainer = build(given, layout, rank, "float32")
     trainer.step(0)
     assert isinstance(engine, NativeEngine)
+    engine.arrive()
     if rank == world - 1:
         place = engine.moments[1].second if kind == "second_moment" else engine.flats[1].master
         assert place is not None
