@@ -176,6 +176,7 @@ class FlatUnit(FlatWeights):
         return pending
 
     def _start_spread(self) -> None:
+        """Begins to gather the parts that ranks have summed: over replicas, in stage 0 over all."""
         assert self.crossing is not None
         part, self.crossing = self.crossing.finish(), None
         if self.tied is not None:
