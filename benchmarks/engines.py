@@ -68,12 +68,15 @@ def wide_stage_3(setting: Setting) -> Row:
 
 
 def same_kernels(setting: Setting, world: int) -> list[Row]:
-    """The libraries around our own model code: what is left is the engine."""
+    """The libraries around our own model code: what is left is the engine. And our engine as it is where ranks share no memory."""
     pairs = {0: ("ddp", "deepspeed"), 1: ("deepspeed",), 2: ("fsdp2", "deepspeed"), 3: ("fsdp2", "deepspeed")}
     return [
         Row(
             f"zero={stage}, same kernels, world {world}", f"ours:dp={world},zero={stage}",
-            tuple(Against(f"ours:dp={world},zero={stage},engine={name}", f"our model in {name}") for name in names),
+            (
+                *(Against(f"ours:dp={world},zero={stage},engine={name}", f"our model in {name}") for name in names),
+                Against(f"ours-sockets:dp={world},zero={stage}", "ours through sockets"),
+            ),
             setting, world,
         )
         for stage, names in pairs.items()

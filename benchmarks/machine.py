@@ -71,11 +71,13 @@ class Clock:
 
 
 def sent_bytes() -> int:
-    """Payload bytes that this process has sent through its open TCP sockets: what gloo puts on the wire.
+    """Payload bytes that this process has sent through its open TCP sockets, what gloo puts on the wire, and through memory ranks share.
 
-    Read from the kernel's account of each socket, so that other processes' traffic on the interface is not in it.
+    Of sockets read from the kernel's account of each, so that other processes' traffic on the interface is not in it.
     """
-    total = 0
+    from dist_llm.mesh import segments
+
+    total = sum(segment.sent for segment in segments.values() if segment is not None)
     for name in os.listdir("/proc/self/fd"):
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

@@ -17,8 +17,8 @@ is in [benchmarks/README.md](../benchmarks/README.md).
 
 Times are ratios ours / rival of the same round: median and 95 % interval of order statistics; below 1 ours is faster.
 *CPU time* is the same ratio of the processor seconds of all ranks, which other processes disturb less. *peak* is live
-tensor memory of the fullest rank, *resident* the growth of its process, *sent* what the kernel counted for a rank in a
-step.
+tensor memory of the fullest rank, *resident* the growth of its process, *sent* what a rank sent in a step: through sockets as
+the kernel counts it, through memory that ours share as it is written there.
 """
 COLUMNS = ("row", "rival", "time, ours / rival", "figure", "", "CPU time", "peak MB", "resident MB", "sent MB")
 

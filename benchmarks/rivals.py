@@ -81,12 +81,13 @@ def make_rival(key: str, setting: Any, rank: int, world: int) -> Rival:
 class Ours:
     """An engine of ours behind our trainer."""
 
-    def __init__(self, setting: Setting, layout: str, rank: int) -> None:
+    def __init__(self, setting: Setting, layout: str, rank: int, *, shared_memory: bool = True) -> None:
+        from dist_llm.config.load import changed
         from dist_llm.train.setup import choose_dtype, make_engine, make_mesh, settle_rank
         from dist_llm.train.trainer import Trainer
 
         concrete = layout_of(layout)
-        config = setting.config(dp=concrete.dp)
+        config = changed(setting.config(dp=concrete.dp), {"runtime.shared_memory": shared_memory})
         settle_rank(config.runtime)
         mesh, device = make_mesh(config, concrete, rank), torch.device("cpu")
         self.engine = make_engine(config, mesh, device=device, dtype=choose_dtype(config.runtime, device))
@@ -109,6 +110,11 @@ class Ours:
 @rival("ours", "dist_llm.train.setup", "dist_llm.train.trainer", "dist_llm.engines.native")
 def _ours(setting: Setting, layout: str, rank: int, world: int) -> Rival:
     return Ours(setting, layout, rank)
+
+
+@rival("ours-sockets", "dist_llm.train.setup", "dist_llm.train.trainer", "dist_llm.engines.native")
+def _ours_through_sockets(setting: Setting, layout: str, rank: int, world: int) -> Rival:
+    return Ours(setting, layout, rank, shared_memory=False)
 
 
 # --- one process -----------------------------------------------------------------------------------------------------

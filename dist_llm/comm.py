@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_llm import flight
-from dist_llm.mesh import Group
+from dist_llm.mesh import Group, segments
+from dist_llm.shm import Segment, Transfer
 from dist_llm.staging import HostCopies
 
 _EARLIER = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}  # in earlier versions of torch
@@ -116,6 +117,10 @@ def _recorded(name: str, group: Group, x: Tensor) -> int:
 class _Direct:
     """torch.distributed, by its newest names."""
 
+    def all_reduce(self, x: Tensor, *, op: str, **how: Any) -> Any:
+        """op: sum, max."""
+        return dist.all_reduce(x, op=_OPERATIONS[op], **how)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name if hasattr(dist, name) else _EARLIER[name])
 
@@ -124,8 +129,11 @@ _direct = _Direct()
 
 
 def _by(x: Tensor, group: Group) -> Any:
-    """Who moves tensors like x in a group: torch.distributed itself, or its calls on host copies (staging.py)."""
-    return HostCopies(_direct, x.device) if _through_host(x, group) else _direct
+    """Who moves tensors like x in a group: torch.distributed, its calls on host copies (staging.py), or memory the ranks share (shm.py)."""
+    if _through_host(x, group):
+        return HostCopies(_direct, x.device)
+    segment = segments.get(group.handle) if x.device.type == "cpu" else None
+    return _direct if segment is None else segment
 
 
 def _through_host(x: Tensor, group: Group) -> bool:
@@ -142,6 +150,8 @@ def _begin(
     if ledger.lending and all(x.numel() and x.device.type == "cpu" for x in tensors):
         given, lent = zip(*(_lend(x) for x in tensors), strict=True)
     work = call(*given, group=group.handle, **how)
+    if lent and isinstance(work, Transfer):
+        work.helps = False  # its sums are made on its own thread: here they would be seen as tensors
     return Pending(work, result, (name, group.axis, time.perf_counter(), sent), number, lent)
 
 
@@ -161,7 +171,7 @@ def start_all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
         return _done(x)
     assert x.is_contiguous()
     sent, by = 2 * (group.size - 1) * x.nbytes / group.size, _by(x, group)
-    return _begin("all_reduce", group, sent, by.all_reduce, [x], lambda: x, op=_OPERATIONS[op], async_op=True)
+    return _begin("all_reduce", group, sent, by.all_reduce, [x], lambda: x, op=op, async_op=True)
 
 
 def all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
@@ -189,7 +199,8 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
     """Enters with a partial tensor (size * n, ...) on each rank, leaves with the sum of one shard (n, ...) on each, in `out`.
 
     fixed: shards travel by all-to-all and are added here in rank order, so that the sum is the same to the bit on
-    any backend (on gloo it also sends half of what its reduce_scatter does); otherwise the backend reduces.
+    any backend (on gloo it also sends half of what its reduce_scatter does); otherwise the backend reduces. Memory that
+    ranks share has that order always, and no buffer beside.
     """
     if group.size == 1:
         if out is not None and out.data_ptr() != x.data_ptr():
@@ -197,7 +208,7 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
         return _done(x if out is None else out)
     shard = x.new_empty(x.shape[0] // group.size, *x.shape[1:]) if out is None else out
     sent, by = (group.size - 1) * x.nbytes / group.size, _by(x, group)
-    if not fixed:
+    if not fixed or isinstance(by, Segment):
         return _begin("reduce_scatter", group, sent, by.reduce_scatter_single, [shard, x], lambda: shard, async_op=True)
     parts = torch.empty_like(x)
 

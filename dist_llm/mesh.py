@@ -19,12 +19,14 @@ from dist_llm import staging
 from dist_llm.config.layout import Layout
 from dist_llm.meeting import Meeting, MeetingError, within
 from dist_llm.sharding import split_parts
+from dist_llm.shm import CARD, Offer, Segment
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
 MARGIN_SECONDS = 2.0  # what torch's own timeouts are given to speak first
 _keys = itertools.count()
 _patience = timedelta(minutes=10)  # how long a group waits for its ranks: what `connect` was told
 groups_by_key: dict[str, Group] = {}  # custom operations name their group by a string
+segments: dict[Any, Segment | None] = {}  # by process group: the memory that its ranks share, None where they do not
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,11 @@ class Mesh:
     channels: dict[tuple[int, int, str], Group]
 
 
-def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int | None = None) -> Mesh:
+def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int | None = None, shared_memory: bool = True) -> Mesh:
     """Makes the groups of a layout; every rank of the job calls this with the same layout.
 
     The process group is connected already (`connect`) if the world has more than one rank. Returns with every group in use.
+    shared_memory: groups on gloo whose ranks can share memory do (shm.py).
     """
     tp, cp, dp, pp = layout.tp, layout.cp, layout.dp, layout.pp
 
@@ -143,7 +146,7 @@ def build_mesh(layout: Layout, rank: int, *, tied: bool = False, kv_heads: int |
         kv=make.one_of("tp", [tuple(group[i] for i in held) for group in line(tp=range(tp)) for held in shared]),
         channels=make.channels(line(pp=range(pp)) if pp > 1 else [], looped=layout.chunks > 1),
     )
-    make.open(mesh.channels)
+    make.open(mesh.channels, shared_memory=shared_memory)
     return mesh
 
 
@@ -184,16 +187,22 @@ class _GroupMaker:
                         found[pair] = Group("pp", ends, ends.index(self.rank), handle, f"pp {pair[2]} from rank {pair[0]} to {pair[1]}")
         return found
 
-    def open(self, channels: dict[tuple[int, int, str], Group]) -> None:
+    def open(self, channels: dict[tuple[int, int, str], Group], *, shared_memory: bool) -> None:
         """Uses each group and channel of this rank once, in the order in which all ranks have made them; booked nowhere.
 
         NCCL connects the ranks of a group at its first use, and that holds up each of them until all are there. In a step it
         would be a deadlock: a rank posts what it will receive while the sender waits for it elsewhere. So it happens here.
+        Gloo has connected them; here its ranks find out whether they can share memory.
         """
-        mine = [handle for ranks, handle in self.handles.items() if self.rank in ranks]
+        mine = {handle: ranks for ranks, handle in self.handles.items() if self.rank in ranks}
         if not mine:
             return
-        token = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        if dist.get_backend() == "gloo":
+            for handle, ranks in (mine | {channel.handle: channel.ranks for channel in channels.values()}).items():
+                if handle not in segments:
+                    segments[handle] = _share(handle, ranks.index(self.rank), len(ranks)) if shared_memory else None
+            return
+        token = torch.zeros(1, device="cuda")
         for handle in mine:
             dist.all_reduce(token, group=handle)
         for (source, target, _), channel in channels.items():
@@ -201,6 +210,20 @@ class _GroupMaker:
                 dist.send(token, dst=target, group=channel.handle)
             else:
                 dist.recv(token, src=source, group=channel.handle)
+
+
+def _share(handle: Any, index: int, size: int) -> Segment | None:
+    """The memory that the ranks of a group share; None on all of them where one of them cannot."""
+    offer = Offer(index, size)
+    cards = [torch.zeros(CARD, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(cards, torch.tensor(offer.card), group=handle)
+    segment = offer.join([card.tolist() for card in cards], patience=_patience.total_seconds())
+    agreed = torch.tensor(int(segment is not None))
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=handle)
+    offer.close()
+    if segment is not None and not agreed:
+        segment.close()
+    return segment if agreed else None
 
 
 def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str = "", meeting: Meeting | None = None) -> None:
@@ -271,6 +294,10 @@ def _reason(error: Exception, away: list[int], unreached: Meeting | None) -> str
 def disconnect() -> None:
     """Leaves the job."""
     groups_by_key.clear()
+    for segment in segments.values():
+        if segment is not None:
+            segment.close()
+    segments.clear()
     staging.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_llm import comm
+from dist_llm import comm, mesh
 from dist_llm.config.layout import Layout
 from dist_llm.errors import DataError, Failure, SpaceError
 from dist_llm.mesh import Group, build_mesh
@@ -259,6 +259,12 @@ def through_copies(rank: int, world: int, say: Say, case: str, *arguments: Any) 
     """A case of comm in which every transfer goes through host copies, as those of a device's memory do on gloo."""
     comm._through_host = lambda x, group: True  # type: ignore[assignment]
     globals()[case](rank, world, say, *arguments)
+
+
+def over_sockets(rank: int, world: int, say: Say, case: str, *arguments: Any) -> Any:
+    """A case of comm whose ranks do not share memory."""
+    mesh._share = lambda handle, index, size: None
+    return globals()[case](rank, world, say, *arguments)
 
 
 def lost_behind_copies(rank: int, world: int, say: Say) -> None:

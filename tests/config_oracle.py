@@ -225,7 +225,7 @@ SCHEMA: dict[str, Any] = {
     },
     "runtime": {
         "device": choice("auto cpu cuda"), "dtype": choice("auto float64 float32 bfloat16"), "backend": choice("auto gloo nccl"),
-        "compile": switch, "fp8": choice("off tensorwise rowwise"), "cuda_graph": switch, "seed": SEED,
+        "shared_memory": switch, "compile": switch, "fp8": choice("off tensorwise rowwise"), "cuda_graph": switch, "seed": SEED,
         "timeout_seconds": number(lambda value: 0 < value <= 1e7), "digest_every": WHOLE, "reduce_order": choice("fixed fast"),
         "peak_tflops": or_null(POSITIVE), "threads": or_null(whole(1, 4096)), "offload_dir": or_null(words),
     },

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model.cost", "sharding", "interop.kinds", "interop.safe_file"),
     ("model.stages", "parallel.flat", "interop.families"),
     ("interop.hugging_face",),  # to here: no torch
-    ("staging", "random"),
+    ("staging", "shm", "random"),
     ("mesh",),
     ("comm", "ranks"),
     ("model",),
@@ -320,7 +320,7 @@ sys.exit(main.run(sys.argv[2:]))
 def test_the_road_from_the_command_line_is_nine_files(tmp_path: Path) -> None:
     """What is on the stack of a real `train` where gradients leave a rank and where weights are updated."""
     words = ["configs/tiny.yaml", "--layout", "dp=2,zero=2", "--steps", "2", "--run-dir", str(tmp_path / "run")]
-    words += ["runtime.device=cpu", f"data.dir={tmp_path / 'data'}", "data.max_tokens=20_000"]
+    words += ["runtime.shared_memory=false", "runtime.device=cpu", f"data.dir={tmp_path / 'data'}", "data.max_tokens=20_000"]
     command = [sys.executable, "-c", STACKS, str(tmp_path), "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr

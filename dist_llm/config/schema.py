@@ -348,6 +348,7 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
+    shared_memory: Switch = True  # on gloo, ranks of one machine pass host tensors through memory they share, not through sockets
     compile: Switch = False
     fp8: Literal["off", "tensorwise", "rowwise"] = "off"  # the blocks' matrix products in 8-bit floats
     cuda_graph: Switch = False  # forward and backward of a step as one CUDA graph

@@ -30,6 +30,7 @@ def shape_of(config: Config, layout: Layout, *, dtype: str, device: str = "cpu")
         restarting=config.data.reset_positions,
         fixed=config.runtime.reduce_order == "fixed",
         device=device,
+        shared=device == "cpu" and config.runtime.shared_memory,
         pairs=config.preference.loss is not None,
         compiled=config.runtime.compile,
     )

@@ -53,11 +53,13 @@ class Residency:
         self.elements, self.float32 = plan.padded, FLOAT32[shape.model.adapter.quantize]
         self.piece = PIECE if shape.device == "cpu" else PIECE_CUDA
         self.tally, self.stage, self.keep = tally, layout.zero, layout.unshard == "step"
-        self.by_step, self.fixed, self.alone = layout.reduce == "step", shape.fixed, layout.shard == 1
+        self.by_step, self.alone = layout.reduce == "step", layout.shard == 1
         self.weights, self.quantized = plan.padded * wide.weight, plan.block > 0
         self.codes = shape.kept_bytes(plan, plan.padded)
         self.gradient, self.shard = plan.padded * wide.gradient, plan.shard_size * wide.gradient
-        self.crossing_parts = self.shard if shape.replicas > 1 and shape.fixed else 0
+        here = shape.fixed and not shape.shared  # the others' parts are added here, from a buffer
+        self.parts = self.gradient if here and not self.alone else 0
+        self.crossing_parts = self.shard if here and shape.replicas > 1 else 0
         self.sharded = self.stage == 3 and not self.alone
         self.here, self.coming = not (self.sharded or self.quantized), False
         self.whole: set[int] = set()
@@ -109,12 +111,12 @@ class Residency:
         self.reducing.add(use)
         if not self.alone:
             self.tally.hold("gradients", 0 if self.in_place else self.shard)
-            self.tally.hold("buffers", self.gradient if self.fixed else 0)
+            self.tally.hold("buffers", self.parts)
 
     def collect(self) -> None:
         """The parts go, and the whole gradient; the shard is a sum, or is added to the one that is there."""
         for use in self.reducing:
-            self.tally.free("buffers", self.gradient if self.fixed and not self.alone else 0)
+            self.tally.free("buffers", self.parts)
             self.tally.free("gradients", self.shard if use in self.sums and not self.in_place else 0)
             self.sums.add(use)
             if not self.in_place:

@@ -48,7 +48,7 @@ class Shape:
 
     smoothing: of the labels. moments: of the optimizer, 2 for AdamW, 1 for SGD with momentum, 0 without. masked: attention
     stays inside documents; restarting: so do positions. fixed: gradients are added in rank order. device: cpu or cuda.
-    pairs: the loss is of pairs. compiled: blocks are.
+    shared: ranks pass tensors through memory they share (shm.py). pairs: the loss is of pairs. compiled: blocks are.
     """
 
     model: ModelConfig
@@ -64,6 +64,7 @@ class Shape:
     restarting: bool = False
     fixed: bool = True
     device: str = "cpu"
+    shared: bool = True
     pairs: bool = False
     compiled: bool = False
 

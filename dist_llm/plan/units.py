@@ -50,7 +50,8 @@ class Tensors:
         model, layout, wide = shape.model, shape.layout, shape.widths
         self.model, self.layout, self.width, self.exact = model, layout, wide.weight, wide.statistic
         self.pairs = shape.pairs
-        self.fp8, self.cpu, self.masked = shape.fp8, shape.device == "cpu", shape.masked or bool(shape.model.sliding_window)
+        self.fp8, self.cpu, self.shared = shape.fp8, shape.device == "cpu", shape.shared
+        self.masked = shape.masked or bool(shape.model.sliding_window)
         self.tokens, self.sequence = shape.micro * shape.sequence, shape.sequence
         self.elements = self.tokens // (layout.tp if layout.sp else 1) * model.dim
         self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
@@ -136,8 +137,8 @@ class Tensors:
         return (1 + turned) * self.whole + turned * self.stream if self.layout.sp else 0
 
     def reducing(self, ordered: bool = False) -> int:
-        """Beside partial sums (B, S, D), while they are added: the others' parts and the sum; ordered: also both turned."""
-        turned, parts = self.turned * ordered, self.whole if self.cpu else 0
+        """Beside partial sums (B, S, D), while they are added: the sum, from sockets the others' parts too; ordered: also both turned."""
+        turned, parts = self.turned * ordered, self.whole if self.cpu and not self.shared else 0
         return turned * self.whole + parts + (1 + turned) * self.stream if self.layout.sp else 0
 
     @property

@@ -105,7 +105,8 @@ def num_micro_batches(config: Config, layout: Layout) -> int:
 
 def make_mesh(config: Config, layout: Layout, rank: int) -> Mesh:
     """The mesh of a layout with the groups that this model needs."""
-    return build_mesh(layout, rank, tied=config.model.tied, kv_heads=config.model.kv_heads)
+    model, shared_memory = config.model, config.runtime.shared_memory
+    return build_mesh(layout, rank, tied=model.tied, kv_heads=model.kv_heads, shared_memory=shared_memory)
 
 
 ENGINES = {  # imported when asked for: each brings its library

@@ -92,7 +92,8 @@ def answer_rank(rank: int, world: int, say: Hear, request: dict[str, Any], brake
     opened, tokenizer = open_sound(Path(request["checkpoint"]), whole=False)
     if world > 1:
         settle_rank(opened.config.runtime)
-    mesh = build_mesh(Layout(tp=world), rank, kv_heads=opened.config.model.kv_heads)
+    shared_memory, kv_heads = opened.config.runtime.shared_memory, opened.config.model.kv_heads
+    mesh = build_mesh(Layout(tp=world), rank, kv_heads=kv_heads, shared_memory=shared_memory)
     model = load_here(opened, tokenizer, place, rank=rank, group=mesh.tp, adapters=request["adapters"])
     answers = Answers(model, window=opened.config.data.sequence)
     tell({"ready": {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}})

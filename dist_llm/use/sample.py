@@ -50,7 +50,8 @@ def write_rank(rank: int, world: int, say: Hear, given: dict[str, Any]) -> dict[
     tell: Hear = say if rank == 0 else lambda message: None
     if world > 1:
         settle_rank(opened.config.runtime)
-    mesh = build_mesh(Layout(tp=world), rank, kv_heads=opened.config.model.kv_heads)
+    shared_memory, kv_heads = opened.config.runtime.shared_memory, opened.config.model.kv_heads
+    mesh = build_mesh(Layout(tp=world), rank, kv_heads=kv_heads, shared_memory=shared_memory)
     model = load_here(opened, tokenizer, place, rank=rank, group=mesh.tp, adapters=request.adapters)
     ends = {tokenizer.end_id, *request.stop_tokens}
     settings: dict[str, Any] = {"count": request.count, "choice": choice, "window": opened.config.data.sequence, "samples": request.samples}
