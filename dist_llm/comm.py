@@ -165,6 +165,13 @@ def _done(x: Tensor) -> Pending:
     return Pending(None, lambda: x)
 
 
+def _swapped(pending: Pending) -> Pending:
+    """The same, with the first two dimensions of its result in each other's place."""
+    result = pending.result
+    pending.result = lambda: result().transpose(0, 1).contiguous()
+    return pending
+
+
 def start_all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
     """Enters with a partial tensor on each rank, leaves with the sum (or maximum) on each, in place."""
     if group.size == 1:
@@ -188,6 +195,16 @@ def start_all_gather(x: Tensor, group: Group, *, out: Tensor | None = None) -> P
     whole = x.new_empty((group.size * x.shape[0], *x.shape[1:])) if out is None else out
     sent, by = (group.size - 1) * whole.nbytes / group.size, _by(x, group)
     return _begin("all_gather", group, sent, by.all_gather_single, [whole, x], lambda: whole, async_op=True)
+
+
+def start_all_gather_inner(x: Tensor, group: Group) -> Pending:
+    """Enters with (B, n, ...), leaves with (B, size * n, ...), joined along dim 1; without shared memory by copies around an all_gather."""
+    if group.size == 1:
+        return _done(x)
+    if not isinstance(by := _by(x, group), Segment):
+        return _swapped(start_all_gather(x.transpose(0, 1).contiguous(), group))
+    whole = x.new_empty(len(x), group.size * x.shape[1], *x.shape[2:])
+    return _begin("all_gather", group, (group.size - 1) * x.nbytes, by.all_gather_single, [whole, x], lambda: whole, runs=len(x))
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -220,6 +237,16 @@ def start_reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True, out: Te
         return shard
 
     return _begin("reduce_scatter", group, sent, by.all_to_all_single, [parts, x], add_in_rank_order, async_op=True)
+
+
+def start_reduce_scatter_inner(x: Tensor, group: Group, *, fixed: bool = True) -> Pending:
+    """Enters with a partial tensor (B, size * n, ...), leaves with the sum of one shard of dim 1, (B, n, ...); copies as above."""
+    if group.size == 1:
+        return _done(x)
+    if not isinstance(by := _by(x, group), Segment):
+        return _swapped(start_reduce_scatter(x.transpose(0, 1).contiguous(), group, fixed=fixed))
+    shard, sent = x.new_empty(len(x), x.shape[1] // group.size, *x.shape[2:]), (group.size - 1) * x.nbytes / group.size
+    return _begin("reduce_scatter", group, sent, by.reduce_scatter_single, [shard, x], lambda: shard, runs=len(x))
 
 
 def reduce_scatter(x: Tensor, group: Group, *, fixed: bool = True) -> Tensor:

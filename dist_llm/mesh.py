@@ -199,8 +199,10 @@ class _GroupMaker:
             return
         if dist.get_backend() == "gloo":
             for handle, ranks in (mine | {channel.handle: channel.ranks for channel in channels.values()}).items():
-                if handle not in segments:
-                    segments[handle] = _share(handle, ranks.index(self.rank), len(ranks)) if shared_memory else None
+                if not shared_memory:
+                    _forget(handle)
+                elif segments.get(handle) is None:
+                    segments[handle] = _share(handle, ranks.index(self.rank), len(ranks))
             return
         token = torch.zeros(1, device="cuda")
         for handle in mine:
@@ -224,6 +226,13 @@ def _share(handle: Any, index: int, size: int) -> Segment | None:
     if segment is not None and not agreed:
         segment.close()
     return segment if agreed else None
+
+
+def _forget(handle: Any) -> None:
+    """Its ranks share no memory from now on; nothing may be under way."""
+    segment = segments.pop(handle, None)
+    if segment is not None:
+        segment.close()
 
 
 def connect(*, rank: int, world: int, backend: str, timeout_seconds: float, store_path: str = "", meeting: Meeting | None = None) -> None:
@@ -294,10 +303,8 @@ def _reason(error: Exception, away: list[int], unreached: Meeting | None) -> str
 def disconnect() -> None:
     """Leaves the job."""
     groups_by_key.clear()
-    for segment in segments.values():
-        if segment is not None:
-            segment.close()
-    segments.clear()
+    for handle in list(segments):
+        _forget(handle)
     staging.close()
     if dist.is_initialized():
         dist.destroy_process_group()

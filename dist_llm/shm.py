@@ -10,6 +10,7 @@ it, however they end. `Offer` finds out whether all of that works; the ranks of 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import hashlib
@@ -20,6 +21,7 @@ import select
 import stat
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,8 @@ SLOTS = 2  # one is read while the next is written
 CELL = 64  # bytes of a semaphore, which has a line of the cache to itself
 CARD = 4  # integers that a rank tells the others: its machine, its process, the descriptor of the memory, the word in it
 LOOK_SECONDS = 0.2  # between two looks whether a rank that is waited for is there
+CLOSE_SECONDS = 1.0  # for a thread to end
+SERIAL = 1 << 14  # elements that torch adds on the thread that asks: for more it would start others, as many for each group
 
 _c = ctypes.CDLL(None, use_errno=True)
 
@@ -54,36 +58,46 @@ class Transfer:
         assert all(x.is_contiguous() and x.device.type == "cpu" for x in tensors)
         self.lane, self.move, self.tensors = lane, move, tensors
         self.helps = True  # who waits may do the work
-        self.error: Exception | None = None
+        self.done, self.error = False, None  # type: tuple[bool, BaseException | None]
         self.ended = threading.Lock()
         self.ended.acquire()
 
     def run(self) -> None:
-        """Moves the bytes."""
+        """Moves the bytes. After one that failed none is moved: what the others have in the slots belongs to that one."""
         try:
-            self.move(*self.tensors)
-        except Exception as error:  # told to who waits
-            self.error = error
+            if self.lane.error is None:
+                self.move(*self.tensors)
+        except BaseException as error:  # told to who waits
+            self.lane.error = error
+        self.error, self.done = self.lane.error, True
         del self.move, self.tensors
         self.ended.release()
 
     def wait(self) -> None:
         """Returns when it has ended; raises what stopped it. Who waits does the work, where the lane's thread has not begun it."""
+        self.lane.awaited = time.monotonic()
         if not (self.helps and self.lane.run(until=self)):
             with self.ended:
                 pass
+        self.lane.awaited = None
         if self.error is not None:
             raise self.error
 
 
 class Lane:
-    """The transfers of one group, one after the other in the order in which they are begun: on a thread of its own, or on who waits."""
+    """The transfers of one group, one after the other in the order in which they are begun: on a thread of its own, or on who waits.
+
+    awaited: since when somebody waits for one of them. error: what has stopped one, and with it those behind.
+    """
 
     def __init__(self) -> None:
         self.begun: deque[Transfer] = deque()
         self.turn = threading.Lock()
         self.bell: SimpleQueue[bool] = SimpleQueue()
         self.thread: threading.Thread | None = None
+        self.awaited: float | None = None
+        self.error: BaseException | None = None
+        _lanes.add(self)
 
     def begin(self, move: Callable[..., None], *tensors: Tensor) -> Transfer:
         """Puts a transfer behind the others."""
@@ -100,7 +114,7 @@ class Lane:
         if not self.turn.acquire(blocking=False):
             return False
         try:
-            while until.ended.locked():
+            while not until.done:
                 self.begun.popleft().run()
         finally:
             self.turn.release()
@@ -115,6 +129,19 @@ class Lane:
     def close(self) -> None:
         """Ends the thread when it has done what was begun."""
         self.bell.put(False)
+        if self.thread is not None:
+            self.thread.join(CLOSE_SECONDS)
+
+
+_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop() -> None:
+    """Before Python ends: a thread that it would end while torch adds would take the whole process with it (SIGABRT)."""
+    for lane in list(_lanes):
+        lane.error = lane.error or RuntimeError("the process ends")
+        lane.close()
 
 
 # --- the memory of a group -----------------------------------------------------------------------------------------------
@@ -124,7 +151,7 @@ class Segment:
     """The memory of one group as one of its ranks sees it, with torch.distributed's calls. sent: bytes that others read from here.
 
     Tensors are contiguous and on the CPU. Every rank of the group makes the same calls in the same order; messages have a group of two
-    ranks to themselves, and one direction.
+    ranks to themselves, and one direction. Patience is counted from when somebody waits for a transfer, as gloo counts it.
     """
 
     def __init__(self, memory: mmap.mmap, *, index: int, peers: Sequence[int], patience: float) -> None:
@@ -149,17 +176,23 @@ class Segment:
         join: Callable[..., Tensor] = getattr(torch, {"sum": "add", "max": "maximum"}[op])
         return self.lane.begin(partial(self._swap if self.size == 2 else self._reduce, join), x)
 
-    def all_gather_single(self, out: Tensor, x: Tensor, **_: Any) -> Transfer:
-        """x (n, ...) of every rank -> out (size n, ...). x may be its own part of out."""
-        return self.lane.begin(self._gather, out, x)
+    def all_gather_single(self, out: Tensor, x: Tensor, *, runs: int = 1, **_: Any) -> Transfer:
+        """x (n, ...) of every rank -> out (size n, ...), of which x may be a part; with `runs` (runs, n, ...) -> (runs, size n, ...)."""
+        assert out.dtype == x.dtype and out.nbytes == self.size * x.nbytes
+        return self.lane.begin(partial(self._gather, max(runs, 1)), out, x)
 
     def all_to_all_single(self, out: Tensor, x: Tensor, **_: Any) -> Transfer:
         """Part i of x to rank i; what rank i sends becomes part i of out."""
+        assert out.dtype == x.dtype and out.nbytes == x.nbytes and x.numel() % self.size == 0
         return self.lane.begin(self._exchange, out, x)
 
-    def reduce_scatter_single(self, out: Tensor, x: Tensor, **_: Any) -> Transfer:
-        """x (size n, ...) of every rank -> the sum of this rank's part in rank order, out (n, ...). out may be that part of x."""
-        return self.lane.begin(self._reduce_scatter, out, x)
+    def reduce_scatter_single(self, out: Tensor, x: Tensor, *, runs: int = 1, **_: Any) -> Transfer:
+        """x (size n, ...) of every rank -> the sum of this rank's part in rank order, out (n, ...). out may be that part of x.
+
+        runs: x (runs, size n, ...) -> out (runs, n, ...), elsewhere.
+        """
+        assert out.dtype == x.dtype and x.nbytes == self.size * out.nbytes
+        return self.lane.begin(partial(self._reduce_scatter, max(runs, 1)), out, x)
 
     def isend(self, x: Tensor, **_: Any) -> Transfer:
         """x to the other rank."""
@@ -177,26 +210,36 @@ class Segment:
             here = x.data_ptr() + at
             self._give([(0, here, size)], sent=size)
             with self._taken(other) as there:
-                mine, theirs = _tensor(here, size, x.dtype), _tensor(there, size, x.dtype)
-                join(mine, theirs, out=mine)
+                _joined(join, [here, there] if self.index == 0 else [there, here], size, here, x.dtype)
 
     def _reduce(self, join: Callable[..., Tensor], x: Tensor) -> None:
         for at, size in _pieces(x.nbytes, SLOT):
             count, here = size // x.itemsize, x.data_ptr() + at
             starts = [count * rank // self.size * x.itemsize for rank in range(self.size + 1)]
             parts = [(start, here + start, stop - start) for start, stop in zip(starts, starts[1:], strict=False)]
-            self._join(join, parts, parts[self.index][1], x.dtype)
-            self._spread(parts[self.index][1:], [part[1:] for part in parts])
+            self._join(join, [[part] for part in parts], parts[self.index][1], x.dtype)
+            self._spread(parts[self.index][1:], [[part[1:]] for part in parts])
 
-    def _reduce_scatter(self, out: Tensor, x: Tensor) -> None:
-        part = x.nbytes // self.size
-        for at, size in _pieces(part, self._room):
-            parts = [(rank * size, x.data_ptr() + rank * part + at, size) for rank in range(self.size)]
-            self._join(torch.add, parts, out.data_ptr() + at, x.dtype)
+    def _reduce_scatter(self, runs: int, out: Tensor, x: Tensor) -> None:
+        length = out.nbytes // runs
+        for first, count, at, size in _blocks(runs, length, self._room):
+            parts = [
+                [
+                    ((rank * count + run) * size, x.data_ptr() + ((first + run) * self.size + rank) * length + at, size)
+                    for run in range(count)
+                ]
+                for rank in range(self.size)
+            ]
+            self._join(torch.add, parts, out.data_ptr() + first * length + at, x.dtype)
 
-    def _gather(self, out: Tensor, x: Tensor) -> None:
-        for at, size in _pieces(x.nbytes, SLOT):
-            self._spread((x.data_ptr() + at, size), [(out.data_ptr() + rank * x.nbytes + at, size) for rank in range(self.size)])
+    def _gather(self, runs: int, out: Tensor, x: Tensor) -> None:
+        length = x.nbytes // runs
+        for first, count, at, size in _blocks(runs, length, SLOT):
+            parts = [
+                [(out.data_ptr() + ((first + run) * self.size + rank) * length + at, size) for run in range(count)]
+                for rank in range(self.size)
+            ]
+            self._spread((x.data_ptr() + first * length + at, count * size), parts)
 
     def _exchange(self, out: Tensor, x: Tensor) -> None:
         part = x.nbytes // self.size
@@ -222,29 +265,31 @@ class Segment:
         """Bytes of a slot for each rank."""
         return SLOT // self.size // CELL * CELL
 
-    def _join(self, join: Callable[..., Tensor], parts: Sequence[tuple[int, int, int]], out: int, dtype: torch.dtype) -> None:
-        """Gives each rank its part, (place in the slot, address, bytes); joins what all have of this rank's, in rank order, in `out`."""
-        low, mine, size = parts[self.index]
-        kept = self.index > 1  # out may be where its own part is, which the first two of all would be joined over
-        slot = self._give(parts if kept else [parts[rank] for rank in self.others], sent=sum(part[2] for part in parts) - size)
-        mine = slot + low if kept else mine
-        first, *others = (mine if rank == self.index else self._take(rank) + low for rank in range(self.size))
-        if size:
-            joined = _tensor(out, size, dtype)
-            for at, there in enumerate(others):
-                join(joined if at else _tensor(first, size, dtype), _tensor(there, size, dtype), out=joined)
+    def _join(self, join: Callable[..., Tensor], parts: Sequence[Sequence[tuple[int, int, int]]], out: int, dtype: torch.dtype) -> None:
+        """Gives each rank its part, runs of (place in slot, address, bytes); joins what all have of this rank's, in rank order, in `out`.
+
+        The runs of a part lie one after the other in the slot, and in `out`.
+        """
+        own = parts[self.index]
+        low, size = own[0][0], sum(run[2] for run in own)
+        # `out` may be where its own part is, which the first two of all would be joined over.
+        kept = self.index > 1 or len(own) > 1
+        given = [run for rank, part in enumerate(parts) if kept or rank != self.index for run in part]
+        slot = self._give(given, sent=sum(run[2] for rank in self.others for run in parts[rank]))
+        mine = slot + low if kept else own[0][1]
+        _joined(join, [mine if rank == self.index else self._take(rank) + low for rank in range(self.size)], size, out, dtype)
         for rank in self.others:
             self._back(rank)
 
-    def _spread(self, mine: tuple[int, int], parts: Sequence[tuple[int, int]]) -> None:
-        """Gives all ranks what is at (address, bytes), and puts what each has given at its (address, bytes)."""
+    def _spread(self, mine: tuple[int, int], parts: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Gives all ranks what is at (address, bytes), and puts what each has given into its runs of (address, bytes)."""
         address, size = mine
         self._give([(0, address, size)], sent=size * len(self.others))
-        if parts[self.index][0] != address:
-            ctypes.memmove(parts[self.index][0], address, size)
+        if parts[self.index][0][0] != address:
+            _scatter(address, parts[self.index])
         for rank in self.others:
             with self._taken(rank) as there:
-                ctypes.memmove(parts[rank][0], there, parts[rank][1])
+                _scatter(there, parts[rank])
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
@@ -289,27 +334,52 @@ class Segment:
         """Takes one from a semaphore. Raises RuntimeError, in gloo's words, where the rank that adds to it is gone or does not come."""
         if _c.sem_trywait(semaphore) == 0:
             return
-        start = time.monotonic()
+        start, look = time.monotonic(), 0.0
         while True:
-            moment = time.monotonic() + LOOK_SECONDS
-            until = _Moment(int(moment), int(moment % 1 * 1e9))
-            if _c.sem_clockwait(semaphore, time.CLOCK_MONOTONIC, ctypes.byref(until)) == 0:
+            if (now := time.monotonic()) >= look:
+                gone, awaited = look and _has_ended(self.peers[rank]), self.lane.awaited
+                if _c.sem_trywait(semaphore) == 0:  # what it did last counts
+                    return
+                if gone:
+                    raise RuntimeError("Connection closed by peer")
+                if awaited is not None and now - max(start, awaited) > self.patience:
+                    raise RuntimeError(f"Timed out waiting {self.patience:g} s for a rank of the group")
+                if self.lane.error is not None:
+                    raise self.lane.error
+                look = now + LOOK_SECONDS
+            moment = _Moment(int(look), int(look % 1 * 1e9))
+            if _c.sem_clockwait(semaphore, time.CLOCK_MONOTONIC, ctypes.byref(moment)) == 0:
                 return
-            if ctypes.get_errno() == errno.EINTR:
-                continue
-            assert ctypes.get_errno() == errno.ETIMEDOUT, os.strerror(ctypes.get_errno())
-            gone = _has_ended(self.peers[rank])
-            if _c.sem_trywait(semaphore) == 0:  # what it did last counts
-                return
-            if gone:
-                raise RuntimeError("Connection closed by peer")
-            if time.monotonic() - start > self.patience:
-                raise RuntimeError(f"Timed out waiting {self.patience:g} s for a rank of the group")
+            assert ctypes.get_errno() in (errno.ETIMEDOUT, errno.EINTR), os.strerror(ctypes.get_errno())
 
 
 def _pieces(total: int, most: int) -> Iterator[tuple[int, int]]:
     """(start, length) of runs of at most `most`."""
     return ((at, min(most, total - at)) for at in range(0, total, most))
+
+
+def _blocks(runs: int, length: int, most: int) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of `length` bytes in blocks of at most `most`: (first run, number of runs, where it begins in them, bytes of each)."""
+    if 0 < length <= most:
+        yield from ((first, count, 0, length) for first, count in _pieces(runs, most // length))
+    else:
+        yield from ((run, 1, at, size) for run in range(runs) for at, size in _pieces(length, most))
+
+
+def _scatter(source: int, runs: Sequence[tuple[int, int]]) -> None:
+    """Copies what is at an address to runs of (address, bytes), one after the other."""
+    for address, size in runs:
+        ctypes.memmove(address, source, size)
+        source += size
+
+
+def _joined(join: Callable[..., Tensor], places: Sequence[int], size: int, out: int, dtype: torch.dtype) -> None:
+    """Joins what is at some addresses, `size` bytes each, in their order, at `out`, which may be the first or the second of them."""
+    for at, some in _pieces(size, SLOT if torch.get_num_threads() == 1 else SERIAL * dtype.itemsize):
+        joined, first = _tensor(out + at, some, dtype), _tensor(places[0] + at, some, dtype)
+        for place in places[1:]:
+            join(first, _tensor(place + at, some, dtype), out=joined)
+            first = joined
 
 
 def _tensor(address: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -348,7 +418,7 @@ class Offer:
         self.card = [0] * CARD
         try:
             os.close(os.pidfd_open(os.getpid()))
-            assert _c.sem_clockwait
+            _c.sem_clockwait  # noqa: B018  it is there, or AttributeError
             word = self._make() if index == 0 else 0
             self.card = [_machine(), os.getpid(), self.made, word]
         except (OSError, AttributeError):  # a system that lacks one of these
@@ -391,6 +461,18 @@ class Offer:
         """After all have joined."""
         if self.made >= 0:
             os.close(self.made)
+
+
+def possible() -> bool:
+    """Whether ranks of this machine can share memory, tried by this process alone."""
+    offers = [Offer(index, 2) for index in range(2)]
+    found = [offer.join([one.card for one in offers], patience=1.0) for offer in offers]
+    for offer in offers:
+        offer.close()
+    for segment in found:
+        if segment is not None:
+            segment.close()
+    return None not in found
 
 
 def _opened(path: Path, length: int, word: int) -> mmap.mmap | None:

@@ -99,6 +99,11 @@ def collectives(rank: int, world: int, say: Say, dtype_name: str) -> None:
     whole = torch.empty(size * world, dtype=dtype)
     assert comm.start_all_gather(parts[rank], group, out=whole).finish() is whole and torch.equal(whole, torch.cat(parts))
 
+    rows = [part.view(2, -1) for part in parts]  # (2, 3 world): dim 1 is cut
+    assert torch.equal(comm.start_all_gather_inner(rows[rank], group).finish(), torch.cat(rows, dim=1))
+    summed = comm.start_reduce_scatter_inner(rows[rank].clone(), group).finish()
+    assert torch.equal(summed, in_order.view(2, world, 3)[:, rank])
+
     here = slice(rank * 6, rank * 6 + 6)
     scattered = comm.reduce_scatter(parts[rank].clone(), group)
     assert torch.equal(scattered, in_order[here]), "rank order, to the bit"
@@ -128,6 +133,8 @@ def group_of_one(rank: int, world: int, say: Say) -> None:
         comm.reduce_scatter(x, group, fixed=False),
         comm.start_reduce_scatter(x, group, out=x[0:6]).finish(),
         comm.start_all_gather(x, group, out=x).finish(),
+        comm.start_all_gather_inner(x.view(2, 3), group).finish().view(-1),
+        comm.start_reduce_scatter_inner(x.view(2, 3), group).finish().view(-1),
     ):
         assert torch.equal(given, torch.arange(6.0)) and given.data_ptr() == x.data_ptr()
     other = torch.zeros(6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -89,9 +90,14 @@ def column_events(rank: int, world: int, say: Any, sp: bool) -> list[str]:
     """The backward of three projections of one input: matrix products, and when the input's gradient is on its way."""
     events: list[str] = []
     mesh = make_mesh(config_of("llama"), concrete("tp=2"), rank)
-    start, finish = tensor.start_reduce, tensor.finish_reduce
-    tensor.start_reduce = lambda *rest: (events.append("start"), start(*rest))[1]
-    tensor.finish_reduce = lambda *rest: (events.append("finish"), finish(*rest))[1]
+    start = tensor.start_reduce
+
+    def begun(*rest: Any) -> Any:
+        events.append("start")
+        pending = start(*rest)
+        return SimpleNamespace(finish=lambda: (events.append("finish"), pending.finish())[1])
+
+    tensor.start_reduce = begun
     x, weights = torch.randn(2, 4 if sp else 8, 6), [torch.randn(5, 6) for _ in range(3)]
     slopes = [torch.randn(2, 8, 5) for _ in range(3)]
     with _Products(events):

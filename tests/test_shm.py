@@ -7,9 +7,12 @@ import mmap
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,6 +152,77 @@ def test_sums_are_in_rank_order(segments: Callable, size: int) -> None:
     on_ranks(work, size)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_agree_on_every_bit(segments: Callable, size: int) -> None:
+    """Also of zeros and NaNs with different signs, where the order of two operands tells."""
+    group = segments(size)
+    plus, minus = torch.tensor([0.0, float("nan"), 1.0]), torch.tensor([-0.0, -float("nan"), -1.0])
+    for op in ("sum", "max"):
+        for flip in (False, True):
+            outs = [(plus if (rank == 0) != flip else minus).clone() for rank in range(size)]
+            on_ranks(lambda rank, op=op, outs=outs: group[rank].all_reduce(outs[rank], op=op).wait(), size)
+            assert len({out.numpy().tobytes() for out in outs}) == 1, (op, flip)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(segments: Callable) -> None:
+    segment, x = segments(2)[0], torch.ones(8)
+    for call in (
+        lambda: segment.all_gather_single(torch.empty(15), x),
+        lambda: segment.all_gather_single(torch.empty(16, dtype=torch.bfloat16), x),
+        lambda: segment.all_to_all_single(torch.empty(7), x),
+        lambda: segment.all_to_all_single(torch.empty(9), torch.ones(9)),
+        lambda: segment.reduce_scatter_single(torch.empty(3), x),
+        lambda: segment.all_reduce(torch.ones(4, 4).T, op="sum"),
+    ):
+        with pytest.raises(AssertionError):
+            call()
+
+
+def test_no_lane_starts_threads_of_its_own() -> None:
+    """With several threads a rank, torch would start as many for every group that adds."""
+    code = """
+import os, torch
+from dist_llm.shm import Offer
+torch.set_num_threads(2)
+torch.ones(1 << 22) + 1  # its own team is there
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+for _ in range(3):
+    offers = [Offer(index, 2) for index in range(2)]
+    group = [offer.join([one.card for one in offers], patience=20.0) for offer in offers]
+    begun = [segment.all_reduce(torch.ones(1 << 20), op="sum") for segment in group]
+    for transfer in begun:
+        transfer.helps = False
+        transfer.wait()
+print(count() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) == 6, "one for each lane"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("runs", "length"), [(1, 5), (3, 1), (3, 0), (5, 40), (2, SLOT // 4), (3, SLOT // 4 + 1), (40, 7)])
+def test_parts_of_an_inner_dimension(segments: Callable, size: int, runs: int, length: int) -> None:
+    """(runs, n) -> (runs, size n), and back with a sum, in rank order: short runs, some in a slot, and longer than one."""
+    group = segments(size)
+    shards = [torch.randn(runs, length, generator=torch.Generator().manual_seed(rank)) for rank in range(size)]
+    wholes = [torch.randn(runs, size * length, generator=torch.Generator().manual_seed(9 + rank)) for rank in range(size)]
+    summed = wholes[0].clone()
+    for whole in wholes[1:]:
+        summed.add_(whole)
+
+    def work(rank: int) -> None:
+        out, part = torch.empty(runs, size * length), torch.empty(runs, length)
+        gathering = group[rank].all_gather_single(out, shards[rank], runs=runs)
+        group[rank].reduce_scatter_single(part, wholes[rank], runs=runs).wait()
+        gathering.wait()
+        assert torch.equal(out, torch.cat(shards, dim=1))
+        assert torch.equal(part, summed.view(runs, size, length)[:, rank])
+
+    on_ranks(work, size)
+    assert sum(segment.sent for segment in group) == 2 * 4 * size * (size - 1) * runs * length
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_bytes_are_those_of_the_ring(segments: Callable, size: int) -> None:
     """Exactly, however a tensor is cut: summed over ranks where it does not divide."""
@@ -229,10 +303,41 @@ def test_what_stops_a_transfer_is_raised_where_it_is_waited_for_and_each_time() 
         raise RuntimeError("Connection closed by peer")
 
     transfer, after = lane.begin(fail), lane.begin(lambda: None)
-    for _ in range(2):
+    for one in (transfer, transfer, after, lane.begin(lambda: None)):
         with pytest.raises(RuntimeError, match="closed by peer"):
+            one.wait()
+    lane.close()
+
+
+def test_after_one_that_failed_nothing_is_moved(segments: Callable) -> None:
+    """What the other rank has put into the slots for it is never taken for a later one's; and the time is waited for once."""
+    first, second = segments(2, patience=0.4)
+    start = time.monotonic()
+    begun = [first.all_reduce(torch.ones(2) * at, op="sum") for at in range(6)]
+    with pytest.raises(RuntimeError, match="Timed out"):
+        begun[-1].wait()
+    assert time.monotonic() - start < 0.4 + 5 * shm.LOOK_SECONDS
+    late = second.all_reduce(torch.ones(2), op="sum")
+    late.wait()  # what the first had written before it gave up
+    x = torch.full((2,), 10.0)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        first.all_reduce(x, op="sum").wait()
+    assert x.tolist() == [10.0, 10.0]
+
+
+def test_what_interrupts_who_waits_is_not_lost() -> None:
+    """An exception of a signal's handler, say: it comes out here, and nobody waits for ever."""
+    lane = Lane()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    lane.turn.acquire()
+    transfer = lane.begin(interrupted)
+    lane.turn.release()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
             transfer.wait()
-    after.wait()
     lane.close()
 
 
@@ -275,6 +380,69 @@ def test_a_rank_that_does_not_come_is_given_up(segments: Callable) -> None:
     assert 0.3 <= time.monotonic() - start < 0.3 + 5 * shm.LOOK_SECONDS
 
 
+def test_patience_begins_with_the_wait(segments: Callable) -> None:
+    """A receive that is posted early, while this rank and the other have long work to do, is not given up."""
+    first, second = segments(2, patience=0.4)
+    out = torch.empty(2)
+    posted = second.irecv(out)
+    time.sleep(1.0)
+    threading.Timer(0.2, lambda: first.isend(torch.ones(2)).wait()).start()
+    posted.wait()
+    assert out.tolist() == [1.0, 1.0]
+
+
+def test_signals_do_not_hide_that_a_rank_has_ended(segments: Callable) -> None:
+    """However often they come."""
+    _, second = segments(2, patience=20.0)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    os.close(second.peers[0])
+    second.peers[0] = os.pidfd_open(child)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+    start = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            second._receive(torch.empty(2))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+        os.waitpid(child, 0)
+    assert time.monotonic() - start < 2.0
+
+
+def test_a_process_that_ends_while_it_adds_ends_with_its_own_code(tmp_path: Any) -> None:
+    """As a rank under torchrun does that has failed elsewhere: not by SIGABRT."""
+    words = [sys.executable, "-c", ENDING, str(tmp_path / "store")]
+    both = [subprocess.Popen([*words, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    said = [one.communicate(timeout=60)[1] for one in both]
+    assert both[0].returncode == 6, said
+
+
+ENDING = """
+import os, sys, time
+import torch
+from dist_llm import comm, mesh, shm
+from dist_llm.config.layout import Layout
+rank = int(sys.argv[2])
+mesh.connect(rank=rank, world=2, backend="gloo", timeout_seconds=30.0, store_path=sys.argv[1])
+group = mesh.build_mesh(Layout(dp=2), rank).data
+assert mesh.segments[group.handle] is not None
+shm._joined = lambda *words: torch.ones(1 << 21).sort()  # long, inside of torch
+pending = [comm.start_all_reduce(torch.ones(4), group) for _ in range(20)]
+time.sleep(0.1)
+if rank == 0:
+    sys.exit(6)
+try:
+    for one in pending:
+        one.finish()
+except RuntimeError:
+    os._exit(5)
+"""
+
+
 def test_a_signal_does_not_end_the_wait(segments: Callable) -> None:
     first, second = segments(2)
     heard: list[int] = []
@@ -312,24 +480,25 @@ def test_collectives_that_differ_are_named(ranks: Ranks) -> None:
 # --- whether it can be had -------------------------------------------------------------------------------------------------
 
 
-def open_files() -> set[str]:
-    """What this process has open."""
-    return {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+def memories() -> int:
+    """How many segments this process has open."""
+    return sum("dist-llm-group" in os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink())
 
 
 def test_nothing_is_left(segments: Callable) -> None:
-    before, names = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    assert shm.possible()
+    before, names, had = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm")), memories()
     offers = [Offer(index, 2) for index in range(2)]
     found = [offer.join([one.card for one in offers], patience=1.0) for offer in offers]
     for offer in offers:
         offer.close()
-    assert any("dist-llm-group" in one for one in open_files())
+    assert memories() == had + 2
     for segment in found:
         assert segment is not None
         segment.close()
     del found, segment
     assert len(os.listdir("/proc/self/fd")) == before and set(os.listdir("/dev/shm")) == names
-    assert not any("dist-llm-group" in one for one in open_files())
+    assert memories() == had
 
 
 def refused(cards: list[list[int]], offers: list[Offer]) -> bool:
@@ -378,6 +547,7 @@ def test_a_system_that_lacks_a_part_of_it_says_so(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delattr(os, lacking)
     else:
         monkeypatch.setattr(os, lacking, no)
+    assert not shm.possible()
     offer = Offer(0, 2)
     assert offer.card == [0] * CARD and offer.join([offer.card, offer.card], patience=1.0) is None
     offer.close()
@@ -392,7 +562,7 @@ def test_semaphores_and_slots_lie_apart(size: int) -> None:
     assert ctypes.sizeof(shm._Moment) == 16
 
 
-@pytest.mark.parametrize("kind", ["asked off", "one cannot"])
+@pytest.mark.parametrize("kind", ["asked off", "off again", "one cannot"])
 def test_ranks_agree_and_sockets_serve(ranks: Ranks, kind: str) -> None:
     """All of them or none."""
     assert ranks.run(3, "tests.shm_cases:without", kind) == [[False, 3.0]] * 3

@@ -29,11 +29,12 @@ EXTRAS = {
 TORCH_PROBE = """
 import json, torch
 from torch import distributed as d
+from dist_llm.shm import possible
 cuda = torch.cuda.is_available()
 names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
 on = d.is_available()
 gloo, nccl = on and d.is_gloo_available(), on and d.is_nccl_available()
-print(json.dumps({"cuda": torch.version.cuda, "devices": names, "gloo": gloo, "nccl": nccl}))
+print(json.dumps({"cuda": torch.version.cuda, "devices": names, "gloo": gloo, "nccl": nccl, "shared": possible()}))
 """
 
 
@@ -119,6 +120,8 @@ def _torch_parts() -> Iterator[Row]:
     devices = ", ".join(found["devices"]) or "no CUDA device: the CPU is used"
     yield Row("devices", "ok" if found["devices"] else "none", devices, f"CUDA {found['cuda'] or 'not built in'}")
     yield Row("gloo", "ok", "available") if found["gloo"] else Row("gloo", "warn", "missing", "no ranks on CPUs")
+    shared, sockets = Row("shared memory", "ok", "between CPU ranks"), "CPU ranks here send through sockets; it wants Linux and glibc 2.30"
+    yield shared if found["shared"] else Row("shared memory", "warn", "missing", sockets)
     yield Row("nccl", "ok", "available") if found["nccl"] else Row("nccl", "none", "missing", "no ranks on GPUs")
 
 

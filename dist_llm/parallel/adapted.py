@@ -22,7 +22,7 @@ from dist_llm.mesh import Group
 from dist_llm.model.kernels import activate, activate_backward
 from dist_llm.model.parts import Adapter, Draw, Norm, Projection, Projections
 from dist_llm.parallel.correction import Correction, row_norms
-from dist_llm.parallel.tensor import Rule, Split, TensorRoles, finish_gather, finish_reduce, gather, own, reduce, start_gather, start_reduce
+from dist_llm.parallel.tensor import Rule, Split, TensorRoles, finish_gather, gather, own, reduce, start_gather, start_reduce
 
 
 class AdaptedRoles(TensorRoles):
@@ -131,7 +131,7 @@ def columns_backward(
     trained: list[Tensor] = []
     for correction, slope, by_low, weight in inner:
         trained += correction.by_trained(slope, by_low, whole, weight)
-    return finish_reduce(reducing, split), trained
+    return reducing.finish(), trained
 
 
 class AdaptedRow(Function):

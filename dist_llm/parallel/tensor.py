@@ -171,16 +171,14 @@ def start_gather(x: Tensor, split: Split) -> comm.Pending:
     """Begins what `finish_gather` ends."""
     if not split.sp:
         return comm.Pending(None, lambda: x)
-    return comm.start_all_gather((x.transpose(0, 1) if split.ordered else x).contiguous(), split.group)
+    return (comm.start_all_gather_inner if split.ordered else comm.start_all_gather)(x.contiguous(), split.group)
 
 
 def finish_gather(pending: comm.Pending, split: Split) -> Tensor:
     """Leaves with (B, S, D)."""
     gathered = pending.finish()
-    if not split.sp:
+    if not split.sp or split.ordered:
         return gathered
-    if split.ordered:
-        return gathered.transpose(0, 1).contiguous()
     return gathered.view(len(gathered) // split.group.size, -1, gathered.shape[-1])
 
 
@@ -189,14 +187,9 @@ def start_reduce(x: Tensor, split: Split) -> comm.Pending:
     if not split.sp:
         return comm.start_all_reduce(x, split.group)
     ranks, fixed = split.group.size, _sums_here(x)
-    given = x.transpose(0, 1).contiguous() if split.ordered else x.view(ranks * len(x), -1, x.shape[-1])
-    return comm.start_reduce_scatter(given, split.group, fixed=fixed)
-
-
-def finish_reduce(pending: comm.Pending, split: Split) -> Tensor:
-    """Leaves with the sum over ranks (B, S', D)."""
-    reduced = pending.finish()
-    return reduced.transpose(0, 1).contiguous() if split.sp and split.ordered else reduced
+    if split.ordered:
+        return comm.start_reduce_scatter_inner(x.contiguous(), split.group, fixed=fixed)
+    return comm.start_reduce_scatter(x.view(ranks * len(x), -1, x.shape[-1]), split.group, fixed=fixed)
 
 
 def by_rank(per_token: Tensor, split: Split) -> Tensor:
@@ -208,7 +201,7 @@ def by_rank(per_token: Tensor, split: Split) -> Tensor:
 
 def reduce(x: Tensor, split: Split) -> Tensor:
     """Enters with partial sums (B, S, D), leaves with their sum (B, S', D)."""
-    return finish_reduce(start_reduce(x, split), split)
+    return start_reduce(x, split).finish()
 
 
 def _sums_here(x: Tensor) -> bool:
@@ -255,7 +248,7 @@ def columns_backward(slopes: Sequence[Tensor], x: Tensor, weights: Sequence[Tens
     whole = finish_gather(gathering, split).flatten(0, 1)
     reducing = start_reduce(by_x.unflatten(0, (x.shape[0], -1)), split)  # while the weight gradients are computed
     by_weights = [by_weight(slope, whole, weight, products) for slope, weight in zip(given, weights, strict=True)]
-    return finish_reduce(reducing, split), by_weights
+    return reducing.finish(), by_weights
 
 
 class Column(Function):

@@ -56,7 +56,7 @@ class Tensors:
         self.elements = self.tokens // (layout.tp if layout.sp else 1) * model.dim
         self.stream = self.elements * wide.weight  # (B, S', D): the residual stream, a norm's output, a slope
         self.whole = self.tokens * model.dim * wide.weight  # (B, S, D): the same inside a region split by feature
-        self.turned = shape.micro > 1  # where tokens are ordered (B, S, D) becomes (S, B, D) by a copy
+        self.turned = shape.micro > 1 and not shape.shared  # where tokens are ordered (B, S, D) becomes (S, B, D) by a copy
         units = {unit for name in ("embedding", "blocks.0", "head") for unit in uses(model, name)}  # all blocks are alike
         rows = (row for unit in units for row in rows_of(model, unit))
         boxes = ((_inside(row.name), shard(row, tp=layout.tp, sp=layout.sp).box(tp)) for row in rows)
