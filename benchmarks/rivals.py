@@ -82,7 +82,7 @@ class Ours:
     """An engine of ours behind our trainer."""
 
     def __init__(self, setting: Setting, layout: str, rank: int, *, shared_memory: bool = True) -> None:
-        from dist_llm.config.load import changed
+        from dist_llm.config.schema import changed
         from dist_llm.train.setup import choose_dtype, make_engine, make_mesh, settle_rank
         from dist_llm.train.trainer import Trainer
 
