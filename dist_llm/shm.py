@@ -139,8 +139,10 @@ _lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 @atexit.register
 def _stop() -> None:
     """Before Python ends: a thread that it would end while torch adds would take the whole process with it (SIGABRT)."""
-    for lane in list(_lanes):
+    lanes = list(_lanes)
+    for lane in lanes:
         lane.error = lane.error or RuntimeError("the process ends")
+    for lane in lanes:
         lane.close()
 
 
