@@ -183,11 +183,6 @@ class Segment:
         assert out.dtype == x.dtype and out.nbytes == self.size * x.nbytes
         return self.lane.begin(partial(self._gather, max(runs, 1)), out, x)
 
-    def all_to_all_single(self, out: Tensor, x: Tensor, **_: Any) -> Transfer:
-        """Part i of x to rank i; what rank i sends becomes part i of out."""
-        assert out.dtype == x.dtype and out.nbytes == x.nbytes and x.numel() % self.size == 0
-        return self.lane.begin(self._exchange, out, x)
-
     def reduce_scatter_single(self, out: Tensor, x: Tensor, *, runs: int = 1, **_: Any) -> Transfer:
         """x (size n, ...) of every rank -> the sum of this rank's part in rank order, out (n, ...). out may be that part of x.
 
@@ -242,16 +237,6 @@ class Segment:
                 for rank in range(self.size)
             ]
             self._spread((x.data_ptr() + first * length + at, count * size), parts)
-
-    def _exchange(self, out: Tensor, x: Tensor) -> None:
-        part = x.nbytes // self.size
-        for at, size in _pieces(part, self._room):
-            from_, to = ([y.data_ptr() + rank * part + at for rank in range(self.size)] for y in (x, out))
-            self._give([(rank * size, from_[rank], size) for rank in self.others], sent=size * len(self.others))
-            ctypes.memmove(to[self.index], from_[self.index], size)
-            for rank in self.others:
-                with self._taken(rank) as there:
-                    ctypes.memmove(to[rank], there + self.index * size, size)
 
     def _send(self, x: Tensor) -> None:
         for at, size in _pieces(x.nbytes, SLOT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import random
@@ -83,8 +84,7 @@ def expected(kind: str, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
         return stacked.amax(0) if kind == "max" else stacked.double().sum(0).to(parts[0].dtype)
     if kind == "gather":
         return torch.cat(parts)
-    mine = [part.view(size, -1)[rank] for part in parts]
-    return torch.cat(mine) if kind == "exchange" else torch.stack(mine).double().sum(0).to(parts[0].dtype)
+    return torch.stack([part.view(size, -1)[rank] for part in parts]).double().sum(0).to(parts[0].dtype)
 
 
 def begin(segment: Segment, kind: str, x: torch.Tensor) -> tuple[shm.Transfer, torch.Tensor]:
@@ -95,14 +95,11 @@ def begin(segment: Segment, kind: str, x: torch.Tensor) -> tuple[shm.Transfer, t
     if kind == "gather":
         out = x.new_empty(size * len(x))
         return segment.all_gather_single(out, x), out
-    if kind == "exchange":
-        out = torch.empty_like(x)
-        return segment.all_to_all_single(out, x), out
     out = x.view(size, -1)[segment.index]
     return segment.reduce_scatter_single(out, x), out  # into its own place, as the flat buffers do
 
 
-KINDS = ("sum", "max", "gather", "exchange", "scatter")
+KINDS = ("sum", "max", "gather", "scatter")
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
@@ -169,8 +166,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(segments: Calla
     for call in (
         lambda: segment.all_gather_single(torch.empty(15), x),
         lambda: segment.all_gather_single(torch.empty(16, dtype=torch.bfloat16), x),
-        lambda: segment.all_to_all_single(torch.empty(7), x),
-        lambda: segment.all_to_all_single(torch.empty(9), torch.ones(9)),
         lambda: segment.reduce_scatter_single(torch.empty(3), x),
         lambda: segment.all_reduce(torch.ones(4, 4).T, op="sum"),
     ):
@@ -227,12 +222,12 @@ def test_parts_of_an_inner_dimension(segments: Callable, size: int, runs: int, l
 def test_bytes_are_those_of_the_ring(segments: Callable, size: int) -> None:
     """Exactly, however a tensor is cut: summed over ranks where it does not divide."""
     group, count = segments(size), 12 * 700 + 1
-    for kind, times in (("sum", 2 * (size - 1)), ("gather", size * (size - 1)), ("exchange", size - 1), ("scatter", size - 1)):
+    for kind, times in (("sum", 2 * (size - 1)), ("gather", size * (size - 1)), ("scatter", size - 1)):
         whole = count if kind in ("sum", "gather") else count * size
         before = [segment.sent for segment in group]
         on_ranks(lambda rank, kind=kind, whole=whole: begin(group[rank], kind, torch.ones(whole))[0].wait(), size)
         sent = [segment.sent - start for segment, start in zip(group, before, strict=True)]
-        assert sum(sent) == times * 4 * (whole if kind in ("sum", "gather") else whole), kind
+        assert sum(sent) == times * 4 * whole, kind
         assert kind == "sum" or len(set(sent)) == 1
 
 
@@ -487,6 +482,7 @@ def memories() -> int:
 
 def test_nothing_is_left(segments: Callable) -> None:
     assert shm.possible()
+    gc.collect()  # what a failed transfer of another test holds goes when it likes
     before, names, had = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm")), memories()
     offers = [Offer(index, 2) for index in range(2)]
     found = [offer.join([one.card for one in offers], patience=1.0) for offer in offers]
@@ -503,6 +499,7 @@ def test_nothing_is_left(segments: Callable) -> None:
 
 def refused(cards: list[list[int]], offers: list[Offer]) -> bool:
     """Whether every rank declines, and leaves nothing open."""
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     found = [offer.join(cards, patience=1.0) for offer in offers]
     return found == [None] * len(offers) and len(os.listdir("/proc/self/fd")) == before
@@ -538,6 +535,7 @@ def test_a_system_that_lacks_a_part_of_it_says_so(monkeypatch: pytest.MonkeyPatc
     def no(*words: Any) -> Any:
         raise OSError(38, "Function not implemented")
 
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     if lacking == "sem_clockwait":
         monkeypatch.setattr(shm, "_c", object())
